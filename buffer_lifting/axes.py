@@ -1,0 +1,202 @@
+"""Which dims of the user inputs are the batch axis and which are sequence axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from buffer_lifting.errors import AxesError
+from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
+from buffer_lifting.graph.sizes import Size, is_symbol
+from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, feature
+from buffer_lifting.program import Axes, AxesInfo, Finding, InputAxes
+
+SEQ = "seq"
+
+
+@dataclass(slots=True)
+class InputLabels:
+    """The labels of every user input, the size of each axis, and what stood in the way."""
+
+    labels: dict[str, Labels] = field(default_factory=dict)
+    batch: Size | None = None
+    lengths: dict[str, Size] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def info(self) -> AxesInfo:
+        """The axes as the public record."""
+        batch = self.batch if isinstance(self.batch, int) else None
+        lengths = {name: size if isinstance(size, int) else None for name, size in self.lengths.items()}
+        return AxesInfo(batch, lengths, self.batch is not None)
+
+
+def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
+    """Labels from ``axes`` where given, else from the sizes.
+
+    The main input decides: the first integer input of 2 dims (``[batch, seq]``), else the first floating input of
+    3 dims (``[batch, seq, feature]``), else the first integer input of 1 dim (flat tokens, ``[seq]``). Every dim
+    of another input that has the size of its batch or sequence dim is the same axis; where both have one size,
+    the leftmost is the batch and the finding says how to be sure.
+
+    Raises:
+        AxesError: ``axes`` names an input or dim that does not exist, or two sizes for one axis.
+    """
+    result = InputLabels()
+    inputs = [node for node in record.inputs() if isinstance(node.meta, TensorMeta)]
+    if axes is not None:
+        _check_axes(axes, inputs)
+    main = _main_input(inputs)
+    if axes is None and main is None:
+        return result
+    given = axes or {}
+    for name, dims in given.items():
+        node = next(n for n in inputs if n.fqn == name)
+        assert node.tensor is not None
+        for dim, axis in dims.items():
+            _claim(result, axis.split(":")[0], node.tensor.shape[dim % len(node.tensor.shape)], name)
+    if main is not None and main.fqn not in given and main.tensor is not None:
+        shape = main.tensor.shape
+        if len(shape) > 1 and result.batch is None:
+            result.batch = shape[0]
+        if not result.lengths:
+            result.lengths[SEQ] = shape[1] if len(shape) > 1 else shape[0]
+    _unify_symbols(record, inputs, given, result)
+    for node in inputs:
+        assert node.tensor is not None
+        if node.fqn in given:
+            result.labels[node.name] = _given_labels(node, given[node.fqn])
+        else:
+            result.labels[node.name] = _inferred(node, node is main, result)
+    return result
+
+
+def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result: InputLabels) -> None:
+    """Export gives inputs that must agree in size (labels and tokens) symbols of their own: the example tells.
+
+    A symbol stands for an axis if it had that axis's size in the example inputs, and no other axis had it.
+    """
+    by_size: dict[int, Size] = {}
+    clash: set[int] = set()
+    for size in [result.batch, *result.lengths.values()]:
+        hint = record.hints.get(str(size)) if is_symbol(size or 0) else None
+        if hint is not None and size is not None:
+            clash.update({hint} if hint in by_size else ())
+            by_size[hint] = size
+    names: dict[str, str] = {}
+    for node in inputs:
+        for dim, size in enumerate(node.tensor.shape if node.tensor else ()):
+            hint = record.hints.get(str(size))
+            if node.fqn in given and dim not in {d % len(node.tensor.shape) for d in given[node.fqn]}:  # type: ignore[union-attr]
+                continue
+            target = by_size.get(hint) if hint is not None and hint not in clash else None
+            if target is not None and size != target and is_symbol(size):
+                names[str(size)] = str(target)
+            elif hint in clash and size not in by_size.values() and is_symbol(size):
+                result.findings.append(
+                    Finding(
+                        "BL103",
+                        f"dim {dim} of input {node.fqn!r} has size {hint} in the example inputs, which is both the batch "
+                        "size and the sequence length",
+                        f'pass axes={{"{node.fqn}": {{0: "batch", 1: "seq"}}}}, or export with distinct sizes',
+                    )
+                )
+    if names:
+        record.rename_symbols(names)
+
+
+def _check_axes(axes: Axes, inputs: list[Node]) -> None:
+    known = {node.fqn: node for node in inputs}
+    for name, dims in axes.items():
+        node = known.get(name)
+        if node is None or node.tensor is None:
+            raise AxesError(f"axes= names {name!r}, which is not a tensor input; the inputs are {sorted(known)}")
+        rank = len(node.tensor.shape)
+        for dim in dims:
+            if not -rank <= dim < rank:
+                raise AxesError(f"axes= gives dim {dim} of {name!r}, which has {rank} dims")
+
+
+def _claim(result: InputLabels, axis: str, size: Size, name: str) -> None:
+    known = result.batch if axis == BATCH else result.lengths.get(axis)
+    if known is not None and known != size:
+        if known == 1 or size == 1:
+            size = size if known == 1 else known
+        else:
+            raise AxesError(f"axes= gives axis {axis!r} of {name!r} the size {size}, but elsewhere it is {known}")
+    if axis == BATCH:
+        result.batch = size
+    else:
+        result.lengths[axis] = size
+
+
+def _given_labels(node: Node, dims: dict[int, str]) -> Labels:
+    assert node.tensor is not None
+    shape = node.tensor.shape
+    by_dim = {dim % len(shape): axis for dim, axis in dims.items()}
+    labels = []
+    seen: set[str] = set()
+    for index, size in enumerate(shape):
+        axis, _, role = by_dim.get(index, "").partition(":")
+        if not axis:
+            labels.append(feature(size))
+            continue
+        role = "" if axis == BATCH else role or (COL if axis in seen else ROW)
+        seen.add(axis)
+        labels.append((Factor(axis, role, size),))
+    return tuple(labels)
+
+
+def _main_input(inputs: list[Node]) -> Node | None:
+    def first(floating: bool, rank: int) -> Node | None:
+        for node in inputs:
+            meta = node.tensor
+            if meta and meta.is_floating == floating and len(meta.shape) == rank and meta.dtype != "bool":
+                return node
+        return None
+
+    return first(False, 2) or first(True, 3) or first(False, 1)
+
+
+def _inferred(node: Node, is_main: bool, result: InputLabels) -> Labels:
+    assert node.tensor is not None
+    shape = node.tensor.shape
+    labels: list[tuple[Factor, ...]] = [feature(size) for size in shape]
+    batch, length = result.batch, next(iter(result.lengths.values()), None)
+    axis = next(iter(result.lengths), SEQ)
+    if is_main:
+        if len(shape) == 1:
+            return ((Factor(axis, ROW, shape[0]),),)
+        head = ((Factor(BATCH, "", shape[0]),), (Factor(axis, ROW, shape[1]),))
+        return (*head, *labels[2:])
+    candidates = [d for d, size in enumerate(shape) if size == length and size != 1]
+    batches = [d for d, size in enumerate(shape) if size == batch and size != 1]
+    if batch == length and candidates and batch is not None:
+        batches = candidates[:1]
+        candidates = candidates[1:]
+        if len(shape) == 1 or len(candidates) != 1:
+            result.findings.append(
+                Finding(
+                    "BL103",
+                    f"input {node.fqn!r} has dims of size {length}, which is both the batch size and the sequence length",
+                    f'pass axes={{"{node.fqn}": {{0: "batch", 1: "seq"}}}}, or export with distinct sizes or dynamic dims',
+                )
+            )
+    if batches:
+        labels[batches[0]] = (Factor(BATCH, "", shape[batches[0]]),)
+        candidates = [d for d in candidates if d != batches[0]]
+    floating_features = node.tensor.is_floating and len(shape) == 3 and len(candidates) > 1
+    for index, dim in enumerate(candidates[-2:] if not floating_features else candidates[:1]):
+        labels[dim] = (Factor(axis, ROW if index == 0 else COL, shape[dim]),)
+    return tuple(labels)
+
+
+def as_input_axes(node: Node, labels: Labels, col_only: bool) -> InputAxes:
+    """The public record of one input's labels; ``col_only`` when only keys read it."""
+    batch = None
+    seq = []
+    for dim, label in enumerate(labels):
+        for factor in label:
+            if factor.axis == BATCH:
+                batch = dim
+            elif factor.is_seq:
+                seq.append((dim, factor.axis, COL if col_only else factor.role))
+    return InputAxes(node.fqn, batch, tuple(seq), len(labels))

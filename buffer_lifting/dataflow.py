@@ -1,0 +1,82 @@
+"""What each value depends on: user contents, parameters, state, randomness, storage that is written to."""
+
+from __future__ import annotations
+
+from enum import Flag, auto
+
+from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
+from buffer_lifting.labels import Labels, has_seq, is_labelled
+from buffer_lifting.ops import content_operands, is_mutating, is_random, is_view
+
+
+class Dep(Flag):
+    """What a value's contents depend on."""
+
+    NONE = 0
+    USER = auto()  # the contents of a user input
+    PARAM = auto()  # a parameter
+    STATE = auto()  # a buffer or constant
+    IOTA = auto()  # an in-graph arange, or a size
+    DATA = auto()  # user contents together with parameters, or differentiable user input: an activation
+    RANDOM = auto()
+    WRITTEN = auto()  # storage that the graph writes to in place
+
+
+def analyse(record: GraphRecord, input_labels: dict[str, Labels]) -> dict[str, Dep]:
+    """The dependence of every node, in one pass."""
+    written = written_storage(record)
+    deps: dict[str, Dep] = {}
+    for node in record.nodes.values():
+        dep = Dep.NONE
+        if node.kind is NodeKind.STATE:
+            dep = Dep.PARAM if node.state_kind is StateKind.PARAMETER else Dep.STATE
+            if node.mutated:
+                dep |= Dep.WRITTEN
+        elif node.kind is NodeKind.INPUT:
+            dep = Dep.USER
+            if _differentiable(node, input_labels.get(node.name)):
+                dep |= Dep.DATA
+        else:
+            for name in content_operands(node):
+                dep |= deps[name]
+            if node.base_op in ("aten.sym_size", "aten.arange", "aten.tril_indices", "aten.triu_indices"):
+                dep |= Dep.IOTA
+            if is_random(node):
+                dep |= Dep.RANDOM
+            if Dep.USER in dep and Dep.PARAM in dep:
+                dep |= Dep.DATA
+        if node.name in written and Dep.DATA not in dep:
+            dep |= Dep.WRITTEN
+        deps[node.name] = dep
+    return deps
+
+
+def _differentiable(node: Node, labels: Labels | None) -> bool:
+    """A floating input with a feature dim: hidden states. Masks (``[B, S]``, ``[B, 1, S, S]``) have none."""
+    meta = node.tensor
+    if meta is None or not meta.is_floating or labels is None:
+        return False
+    if sum(has_seq(dim) for dim in labels) > 1:
+        return False
+    return any(not is_labelled(dim) and size != 1 for dim, size in zip(labels, meta.shape, strict=True))
+
+
+def written_storage(record: GraphRecord) -> set[str]:
+    """The nodes whose storage some op of the graph writes to: the base of each written view, and all its views."""
+    base: dict[str, str] = {}
+    written: set[str] = set()
+    for node in record.nodes.values():
+        first = next((arg for arg in node.args.values() if isinstance(arg, Ref)), None)
+        if first is None or not isinstance(node.meta, TensorMeta | tuple):
+            continue
+        if is_mutating(node):
+            base[node.name] = base.get(first.name, first.name)
+            written.add(base[node.name])
+        elif is_view(node) or node.op == "getitem":
+            base[node.name] = base.get(first.name, first.name)
+    return {name for name in record.nodes if base.get(name, name) in written} if written else written
+
+
+def is_length(node: Node) -> bool:
+    """Whether a node is a symbolic number rather than a tensor."""
+    return isinstance(node.meta, ScalarMeta)

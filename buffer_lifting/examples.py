@@ -1,0 +1,45 @@
+"""What a program's example inputs say: names, sizes, and further inputs made from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from buffer_lifting.program import InputAxes
+from buffer_lifting.torch_compat import tree_flatten
+
+
+def named_inputs(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of a call by placeholder name, in the order of the signature."""
+    leaves = tree_flatten((args, kwargs))[0]
+    return dict(zip([str(name) for name in program.graph_signature.user_inputs], leaves, strict=False))
+
+
+def example_sizes(
+    program: ExportedProgram, axes: dict[str, InputAxes]
+) -> tuple[int, dict[str, int], dict[str, torch.Tensor]] | None:
+    """Batch size, sequence lengths and tensors of the example inputs; ``None`` if the program has none."""
+    if program.example_inputs is None:
+        return None
+    named = named_inputs(program, *program.example_inputs)
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    if any(type(value) is not torch.Tensor or value.device.type == "meta" for value in tensors.values()):
+        return None
+    batch, lengths = sizes_of(tensors, axes)
+    return batch, lengths, tensors
+
+
+def sizes_of(tensors: dict[str, torch.Tensor], axes: dict[str, InputAxes]) -> tuple[int, dict[str, int]]:
+    """Batch size (1 without a batch axis) and sequence lengths of a call's tensors."""
+    batch, lengths = 1, {}
+    for name, value in tensors.items():
+        own = axes.get(name)
+        if own is None:
+            continue
+        if own.batch_dim is not None:
+            batch = int(value.shape[own.batch_dim])
+        for dim, axis, _ in own.seq_dims:
+            lengths.setdefault(axis, int(value.shape[dim]))
+    return batch, lengths

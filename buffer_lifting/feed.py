@@ -1,0 +1,300 @@
+"""The feed program: order, positions, inputs and shard in, the tensors for the lifted placeholders out.
+
+What lies above the cuts is evaluated outside the graph on the whole sequence in natural order, once, and gathered
+by the index streams: ``order[i]`` is the global slot that local slot ``i`` holds, ``positions[p]`` the position id
+of global slot ``p``. One-axis values follow ``positions[order]``, everything else follows ``order``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from buffer_lifting.errors import AxesError, FeedError
+from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes
+from buffer_lifting.streams import Streams
+
+Lengths = int | Mapping[str, int]
+
+
+@dataclass
+class FeedGraph:
+    """A part of the original graph: the nodes above the cuts."""
+
+    module: GraphModule
+    states: dict[str, str]  # placeholder -> FQN
+    carriers: tuple[str, ...]  # user inputs that it reads (the contents too, in the hoisted graph)
+    targets: tuple[str, ...]
+    iotas: tuple[str, ...] = ()  # placeholders that stand for an arange, to be given position ids
+
+    def run(self, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The targets' values, by node name, without gradients or autocast."""
+        first = next((v for v in values.values() if isinstance(v, torch.Tensor)), None)
+        kind = first.device.type if first is not None else "cpu"
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            results = self.module(**values)
+        return dict(zip(self.targets, results, strict=True))
+
+
+@dataclass
+class FeedProgram:
+    """Everything that :meth:`feed` needs. ``state`` maps FQNs to tables; a table on the meta device has no values."""
+
+    outputs: tuple[FeedOutput, ...]
+    axes: AxesInfo
+    input_axes: dict[str, InputAxes]
+    input_shapes: dict[str, tuple[tuple[int | None, ...], torch.dtype]]
+    state: dict[str, torch.Tensor]
+    natural: FeedGraph | None = None
+    substituted: FeedGraph | None = None
+    hoisted: FeedGraph | None = None
+    max_lengths: dict[str, int] = field(default_factory=dict)
+    _tables: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def feed(
+        self,
+        batch_size: int,
+        lengths: dict[str, int],
+        inputs: Mapping[str, torch.Tensor] | None,
+        streams: Streams,
+        device: torch.device | None,
+        names: frozenset[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of all lifted inputs (or those in ``names``): ``[batch, seq, *row]``, flat ``[seq, *row]``."""
+        wanted = [out for out in self.outputs if names is None or out.input.name in names]
+        tables = self._natural_tables(lengths, device) if any(o.program == "natural" for o in wanted) else {}
+        whole: dict[str, torch.Tensor] = {}
+        if any(o.program == "substituted" for o in wanted):
+            whole |= self._substituted_tables(lengths, streams, device)
+        if any(o.program == "hoisted" for o in wanted):
+            whole |= self._hoisted_tables(batch_size, lengths, inputs, device)
+        result = {}
+        for output in wanted:
+            lifted = output.input
+            length = lengths[lifted.axis]
+            if output.program == "iota":
+                value = streams.index(length, lifted.stream, lifted.role, device)
+            elif output.program == "natural":
+                value = streams.take(tables[output.node], length, lifted.stream, lifted.role)
+            else:
+                value = streams.take_batched(whole[output.node], length, lifted.role)
+            value = value.expand(batch_size, *value.shape[1:])
+            result[lifted.name] = value if lifted.batched else value[0]
+        return result
+
+    def clear_tables(self) -> None:
+        """Forgets the tables that were computed."""
+        self._tables.clear()
+
+    def _check_state(self, graph: FeedGraph) -> None:
+        missing = sorted(fqn for fqn in graph.states.values() if self.state[fqn].device.type == "meta")
+        if missing:
+            raise FeedError(
+                f"the tables {', '.join(missing)} have no values (the program was exported on the meta device); "
+                "give them with lifted.bind_tables(module_or_dict)"
+            )
+
+    def _natural_tables(self, lengths: dict[str, int], device: torch.device | None) -> dict[str, torch.Tensor]:
+        """Position values on the whole sequence, ``[seq, *row]``; computed once a length and device."""
+        assert self.natural is not None
+        key = ("natural", tuple(sorted(lengths.items())), device)
+        if key not in self._tables:
+            self._check_state(self.natural)
+            raw = self.natural.run(self._values(self.natural, 1, lengths))
+            self._tables[key] = {
+                out.node: _place(canonical(raw[out.node], out)[0], device)
+                for out in self.outputs
+                if out.program == "natural"
+            }
+        return self._tables[key]
+
+    def _substituted_tables(
+        self, lengths: dict[str, int], streams: Streams, device: torch.device | None
+    ) -> dict[str, torch.Tensor]:
+        """Values computed from the position ids, ``[1 or batch, seq, *row]``."""
+        graph = self.substituted
+        assert graph is not None
+        self._check_state(graph)
+        outs = [out for out in self.outputs if out.program == "substituted"]
+        length = lengths[outs[0].input.axis]
+        key = ("substituted", tuple(sorted(lengths.items())), device)
+        if streams.positions is None and key in self._tables:
+            return self._tables[key]
+        rows = streams.position_rows(length)
+        samples = []
+        for row in rows:
+            values = self._values(graph, 1, lengths)
+            values.update(dict.fromkeys(graph.iotas, row))
+            samples.append(graph.run(values))
+        result = {
+            out.node: _place(torch.cat([canonical(sample[out.node], out) for sample in samples]), device)
+            for out in outs
+        }
+        if streams.positions is None:
+            self._tables[key] = result
+        return result
+
+    def _hoisted_tables(
+        self,
+        batch_size: int,
+        lengths: dict[str, int],
+        inputs: Mapping[str, torch.Tensor] | None,
+        device: torch.device | None,
+    ) -> dict[str, torch.Tensor]:
+        """Values computed from the whole, unsharded user inputs, ``[batch, seq, *row]``."""
+        graph = self.hoisted
+        assert graph is not None
+        needed = sorted({name for out in self.outputs if out.program == "hoisted" for name in self._reads(out)})
+        missing = [name for name in needed if name not in (inputs or {})]
+        if missing:
+            raise FeedError(
+                f"lifted inputs are computed from user inputs; give feed(inputs={{...}}) the whole, unsharded "
+                f"{', '.join(repr(name) for name in missing)}"
+            )
+        assert inputs is not None
+        for name in needed:
+            self._check_input(name, inputs[name], batch_size, lengths)
+        values = self._values(graph, batch_size, lengths)
+        values.update({name: inputs[name] for name in needed})
+        raw = graph.run(values)
+        return {
+            out.node: _place(canonical(raw[out.node], out, batched=True), device)
+            for out in self.outputs
+            if out.program == "hoisted"
+        }
+
+    def _reads(self, output: FeedOutput) -> set[str]:
+        """The user inputs whose contents a hoisted output needs."""
+        assert self.hoisted is not None
+        return {name for name in self.hoisted.carriers if name in self.hoisted.module.meta["contents"]}
+
+    def _check_input(self, name: str, value: torch.Tensor, batch: int, lengths: dict[str, int]) -> None:
+        axes = self.input_axes.get(name)
+        expected = {} if axes is None else {dim: lengths[axis] for dim, axis, _ in axes.seq_dims}
+        if axes is not None and axes.batch_dim is not None:
+            expected[axes.batch_dim] = batch
+        for dim, size in expected.items():
+            if dim >= value.ndim or value.shape[dim] != size:
+                raise FeedError(
+                    f"input {name!r} has shape {tuple(value.shape)}, but dim {dim} of the whole, unsharded input "
+                    f"has size {size}"
+                )
+
+    def _values(self, graph: FeedGraph, batch: int, lengths: dict[str, int]) -> dict[str, Any]:
+        """States, and zero-stride stand-ins that carry the sizes of the user inputs."""
+        values: dict[str, Any] = {name: self.state[fqn] for name, fqn in graph.states.items()}
+        for name in graph.carriers:
+            shape, dtype = self.input_shapes[name]
+            axes = self.input_axes.get(name)
+            sizes = [size if size is not None else 1 for size in shape]
+            if axes is not None:
+                if axes.batch_dim is not None and shape[axes.batch_dim] is None:
+                    sizes[axes.batch_dim] = batch
+                for dim, axis, _ in axes.seq_dims:
+                    sizes[dim] = lengths[axis]
+            values[name] = torch.zeros((), dtype=dtype).expand(sizes)
+        return values
+
+
+def canonical(value: torch.Tensor, output: FeedOutput, batched: bool = False) -> torch.Tensor:
+    """A cut value as ``[batch, seq, *row]``; values that no sample changes keep one sample."""
+    dims = list(range(value.ndim))
+    lead = [output.batch_dim] if output.batch_dim is not None else []
+    rest = [d for d in dims if d not in (*lead, output.seq_dim, *output.drop_dims)]
+    moved = value.permute(*lead, output.seq_dim, *rest, *output.drop_dims)
+    for _ in output.drop_dims:
+        moved = moved.squeeze(-1)
+    if not lead:
+        moved = moved.unsqueeze(0)
+    return moved if batched else moved[:1]
+
+
+def _place(value: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    return value if device is None else value.to(device)
+
+
+def extract(graph: Graph, targets: list[str], states: Mapping[str, str], iotas: frozenset[str]) -> FeedGraph | None:
+    """The part of ``graph`` above ``targets``. ``iotas`` become placeholders."""
+    if not targets:
+        return None
+    nodes = {node.name: node for node in graph.nodes}
+    needed: set[Node] = set()
+    stack = [nodes[name] for name in targets]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if node.name not in iotas:
+                stack.extend(node.all_input_nodes)
+    new = Graph()
+    env: dict[Node, Node] = {}
+    found_states, carriers, found_iotas, contents = {}, [], [], set()
+    for node in graph.nodes:
+        if node not in needed:
+            continue
+        if node.op == "placeholder" or node.name in iotas:
+            env[node] = new.placeholder(node.name)
+            if node.name in iotas:
+                found_iotas.append(node.name)
+            elif node.name in states:
+                found_states[node.name] = states[node.name]
+            else:
+                carriers.append(node.name)
+                if any(user in needed and "sym_size" not in str(user.target) for user in node.users):
+                    contents.add(node.name)
+                if node.name in targets:
+                    contents.add(node.name)
+        else:
+            env[node] = new.node_copy(node, lambda n: env[n])
+        env[node].meta = dict(node.meta)
+    # placeholders first, as fx's code generation wants them
+    first = next((n for n in new.nodes if n.op != "placeholder"), None)
+    for node in list(new.nodes):
+        if node.op == "placeholder" and first is not None and node > first:
+            first.prepend(node)
+    new.output(tuple(env[nodes[name]] for name in targets))
+    module = GraphModule(torch.nn.Module(), new)
+    module.meta["contents"] = contents
+    return FeedGraph(module, found_states, tuple(carriers), tuple(targets), tuple(found_iotas))
+
+
+def check_lengths(axes: AxesInfo, batch_size: int, seq_len: Lengths, maxima: Mapping[str, int]) -> dict[str, int]:
+    """Lengths by axis.
+
+    Raises:
+        AxesError: a static program was exported with another size, or an axis is not given.
+        FeedError: a size that is no positive integer, or longer than the program's tables.
+    """
+    if isinstance(seq_len, Mapping):
+        lengths = dict(seq_len)
+        missing = sorted(set(axes.lengths) - set(lengths))
+        if missing:
+            raise AxesError(f"seq_len= gives no length for the axes {missing}")
+    elif len(axes.lengths) > 1:
+        raise AxesError(f"the program has several sequence axes, {sorted(axes.lengths)}: give seq_len= a mapping")
+    else:
+        lengths = dict.fromkeys(axes.lengths, seq_len)
+    for name, value in [("batch_size", batch_size), *lengths.items()]:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise FeedError(f"{name} must be a positive integer, not {value!r}")
+    if axes.batch is not None and axes.batch != batch_size:
+        raise AxesError(
+            f"the program was exported with a static batch of {axes.batch} (it is the microbatch), and cannot be fed "
+            f"a batch of {batch_size}; export with a dynamic batch dim (torch.export.Dim) to change it"
+        )
+    for axis, length in lengths.items():
+        fixed = axes.lengths.get(axis)
+        if fixed is not None and fixed != length:
+            raise AxesError(
+                f"the program was exported with a static sequence of {fixed} on axis {axis!r}, and cannot be fed "
+                f"{length}; export with a dynamic sequence dim (torch.export.Dim) to change it"
+            )
+        if length > maxima.get(axis, length):
+            raise FeedError(f"a sequence of {length} is longer than the program allows on axis {axis!r}: {maxima[axis]}")
+    return lengths
+
+

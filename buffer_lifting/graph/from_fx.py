@@ -1,0 +1,208 @@
+"""Builds the record of an ExportedProgram's graph (or of the normalised copy of it)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.fx import Graph
+from torch.fx import Node as FxNode
+
+from buffer_lifting.graph.record import (
+    Arg,
+    GraphRecord,
+    Location,
+    Meta,
+    Node,
+    NodeKind,
+    Opaque,
+    Ref,
+    ScalarMeta,
+    StateKind,
+    TensorMeta,
+)
+from buffer_lifting.graph.sizes import is_symbol
+from buffer_lifting.torch_compat import Symbolic, schema_args, size_of, tree_flatten
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n(?:\s*([^\n]*))?')
+_STATE_KINDS = {
+    InputKind.PARAMETER: StateKind.PARAMETER,
+    InputKind.BUFFER: StateKind.BUFFER,
+    InputKind.CONSTANT_TENSOR: StateKind.CONSTANT,
+}
+_OPERATORS = {"getitem": "getitem", "add": "sym.add", "sub": "sym.sub", "mul": "sym.mul"}
+
+
+def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphRecord:
+    """The record of ``graph`` (default: the program's own), with state and signature taken from the program.
+
+    Linear in the number of nodes. Tensor data is read only to find buffers and constants of equal content, and
+    only where two have the same shape and dtype; parameters are never read.
+    """
+    graph = program.graph if graph is None else graph
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    states = _StateTable(program)
+    mutated = set(program.graph_signature.buffers_to_mutate.values())
+    locations: dict[str, Location | None] = {}
+    names = _user_names(program)
+    nodes: dict[str, Node] = {}
+    for fx_node in graph.nodes:
+        node = Node(name=fx_node.name, kind=NodeKind.OP, meta=_meta(fx_node.meta.get("val")))
+        if fx_node.op == "placeholder":
+            spec = specs.get(fx_node.name)
+            if spec is not None and spec.kind in _STATE_KINDS and spec.target is not None:
+                states.fill(node, spec, mutated)
+            else:
+                node.kind = NodeKind.INPUT
+                node.fqn = names.get(fx_node.name, fx_node.name)
+        elif fx_node.op == "output":
+            node.kind = NodeKind.OUTPUT
+            node.args = {"results": _arg(fx_node.args[0])}
+        else:
+            node.op = _op_name(fx_node)
+            node.args = {key: _arg(value) for key, value in schema_args(fx_node).items()}
+            stack = fx_node.meta.get("nn_module_stack") or {}
+            node.modules = tuple((entry[0], _class_name(entry[1])) for entry in stack.values())
+            trace = fx_node.meta.get("stack_trace") or ""
+            if trace not in locations:
+                locations[trace] = _location(trace)
+            node.location = locations[trace]
+        nodes[node.name] = node
+    ranges = {}
+    for name, bounds in program.range_constraints.items():
+        upper = int(bounds.upper) if bounds.upper.is_Integer else None
+        ranges[str(name)] = (int(bounds.lower), upper)
+    return GraphRecord(nodes, ranges, _hints(program, nodes))
+
+
+def _hints(program: ExportedProgram, nodes: dict[str, Node]) -> dict[str, int]:
+    """The size of each symbol in the example inputs."""
+    if program.example_inputs is None:
+        return {}
+    hints: dict[str, int] = {}
+    flat = tree_flatten(program.example_inputs)[0]
+    for name, value in zip(program.graph_signature.user_inputs, flat, strict=False):
+        meta = nodes[name].meta if isinstance(name, str) and name in nodes else None
+        if isinstance(value, torch.Tensor) and isinstance(meta, TensorMeta):
+            for size, actual in zip(meta.shape, value.shape, strict=True):
+                if is_symbol(size):
+                    hints.setdefault(str(size), int(actual))
+    return hints
+
+
+def _class_name(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value.__module__}.{value.__qualname__}"
+
+
+def _op_name(node: FxNode) -> str:
+    if node.op == "get_attr":
+        return "get_attr"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    name = getattr(node.target, "__name__", str(node.target))
+    return _OPERATORS.get(name, f"hop.{name}" if "Operator" in type(node.target).__name__ else f"sym.{name}")
+
+
+def _user_names(program: ExportedProgram) -> dict[str, str]:
+    """Placeholder name -> the name a user calls the input by (they are the same for flat inputs)."""
+    return {name: name for name in program.graph_signature.user_inputs if isinstance(name, str)}
+
+
+def _arg(value: Any) -> Arg:
+    if isinstance(value, FxNode):
+        return Ref(value.name)
+    if isinstance(value, tuple | list):
+        return tuple(_arg(item) for item in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return Opaque(str(value))
+
+
+def _meta(value: Any) -> Meta:
+    if isinstance(value, torch.Tensor):
+        return TensorMeta(tuple(size_of(size) for size in value.shape), str(value.dtype).removeprefix("torch."))
+    if isinstance(value, Symbolic):
+        return ScalarMeta(size_of(value) if isinstance(value, torch.SymInt) else None)
+    if isinstance(value, tuple | list):
+        return tuple(_meta(item) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ScalarMeta(value)
+    return None
+
+
+def _location(trace: str) -> Location | None:
+    """The innermost frame outside torch."""
+    for file, line, function, code in reversed(_FRAME.findall(trace)):
+        if "/torch/" not in file.replace("\\", "/"):
+            return Location(file, int(line), (code or "").strip(), function)
+    return None
+
+
+class _StateTable:
+    """Which states are the same storage, and which hold equal values."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.tensors: dict[str, Any] = {}
+        for spec in program.graph_signature.input_specs:
+            if spec.kind in _STATE_KINDS and spec.target is not None:
+                store = program.state_dict if spec.target in program.state_dict else program.constants
+                self.tensors[spec.target] = store.get(spec.target)
+        self.aliases: dict[Any, list[str]] = defaultdict(list)
+        for store in (program.state_dict, program.constants):
+            for fqn, value in store.items():
+                if isinstance(value, torch.Tensor):
+                    self.aliases[_storage_key(value, fqn)].append(fqn)
+        self.contents = self._contents()
+
+    def _contents(self) -> dict[str, str]:
+        parameters = set(self.program.graph_signature.inputs_to_parameters.values())
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for fqn, value in self.tensors.items():
+            if isinstance(value, torch.Tensor) and fqn not in parameters:
+                groups[(value.dtype, tuple(value.shape))].append(fqn)
+        contents = {}
+        for fqns in groups.values():
+            storages = {_storage_key(self.tensors[fqn], fqn) for fqn in fqns}
+            for fqn in fqns:
+                value = self.tensors[fqn]
+                if len(storages) > 1 and _has_data(value):
+                    contents[fqn] = _digest(value)
+                else:
+                    contents[fqn] = str(_storage_key(value, fqn))
+        return contents
+
+    def fill(self, node: Node, spec: InputSpec, mutated: set[str]) -> None:
+        fqn = str(spec.target)
+        value = self.tensors.get(fqn)
+        node.kind = NodeKind.STATE
+        node.fqn = fqn
+        node.state_kind = _STATE_KINDS[spec.kind]
+        node.persistent = bool(spec.persistent) if spec.kind is InputKind.BUFFER else True
+        node.mutated = fqn in mutated
+        node.content = self.contents.get(fqn, fqn)
+        if isinstance(value, torch.Tensor):
+            group = self.aliases[_storage_key(value, fqn)]
+            node.aliases = tuple(name for name in group if name != fqn)
+
+
+def _has_data(value: torch.Tensor) -> bool:
+    return type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and value.device.type != "meta"
+
+
+def _storage_key(value: torch.Tensor, fqn: str) -> Any:
+    if not _has_data(value) or value.layout != torch.strided or not value.numel():
+        return fqn
+    return (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride())
+
+
+def _digest(value: torch.Tensor) -> str:
+    data = value.detach().cpu().contiguous()
+    raw = data.reshape(-1).view(torch.uint8) if data.numel() else data
+    digest = hashlib.blake2b(raw.numpy(), digest_size=16)
+    return f"{digest.hexdigest()}:{value.dtype}:{tuple(value.shape)}"

@@ -1,0 +1,170 @@
+"""The record of a graph: what an analysis needs to know, as plain data.
+
+A record is a list of :class:`Node` in topological order. It is built from an ExportedProgram or a plain
+``fx.GraphModule`` (``from_fx.py``); analysis reads nothing else, so that it is the same for any front end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from buffer_lifting.graph.sizes import Size, rename
+
+
+class NodeKind(Enum):
+    """What a node stands for."""
+
+    INPUT = "input"  # a user input
+    STATE = "state"  # a parameter, buffer or constant tensor
+    OP = "op"  # a call
+    OUTPUT = "output"
+
+
+class StateKind(Enum):
+    """What a state node holds."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A reference to another node's value in an argument."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """An argument that analysis does not look into (a dtype, a device, a submodule), by its text."""
+
+    text: str
+
+
+Arg = Ref | Opaque | int | float | bool | str | None | tuple["Arg", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """Shape (sizes, outermost first) and dtype (``"float32"``) of a tensor value."""
+
+    shape: tuple[Size, ...]
+    dtype: str
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the dtype carries gradients (floating or complex)."""
+        return self.dtype.startswith(("float", "bfloat", "complex", "half", "double"))
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarMeta:
+    """A symbolic integer, float or bool: its expression as a size where it is one."""
+
+    size: Size | None
+
+
+Meta = TensorMeta | ScalarMeta | tuple["Meta", ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place in the model's source."""
+
+    file: str
+    line: int
+    code: str = ""
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(slots=True)
+class Node:
+    """One node. ``args`` maps the op's schema names to arguments, defaults included."""
+
+    name: str
+    kind: NodeKind
+    op: str = ""  # "aten.slice.Tensor"
+    args: dict[str, Arg] = field(default_factory=dict)
+    meta: Meta = None
+    modules: tuple[tuple[str, str], ...] = ()  # ((module FQN, class), ...), outermost first
+    location: Location | None = None
+    fqn: str = ""  # of a state node; of an input node its name as the user gives it
+    aliases: tuple[str, ...] = ()  # other FQNs of the same storage
+    content: str = ""  # of a state node: equal for states that hold the same values
+    state_kind: StateKind | None = None
+    persistent: bool = True
+    mutated: bool = False
+
+    @property
+    def base_op(self) -> str:
+        """The op without its overload: ``"aten.slice"``."""
+        return self.op.rsplit(".", 1)[0] if self.op.startswith("aten.") else self.op
+
+    @property
+    def tensor(self) -> TensorMeta | None:
+        """The tensor meta of a node with one tensor output."""
+        return self.meta if isinstance(self.meta, TensorMeta) else None
+
+    @property
+    def module(self) -> str:
+        """The FQN of the innermost module that the node was traced in."""
+        return self.modules[-1][0] if self.modules else ""
+
+    def refs(self) -> Iterator[str]:
+        """The names of all nodes that the arguments refer to, in order."""
+        yield from (name for _, name in self.named_refs())
+
+    def named_refs(self) -> Iterator[tuple[str, str]]:
+        """Pairs of argument path (``"input"``, ``"tensors.1"``) and node name."""
+        for key, arg in self.args.items():
+            yield from _walk(key, arg)
+
+
+def _renamed(meta: Meta, names: dict[str, str]) -> Meta:
+    if isinstance(meta, TensorMeta):
+        return TensorMeta(tuple(rename(size, names) for size in meta.shape), meta.dtype)
+    if isinstance(meta, ScalarMeta):
+        return ScalarMeta(None if meta.size is None else rename(meta.size, names))
+    if isinstance(meta, tuple):
+        return tuple(_renamed(item, names) for item in meta)
+    return meta
+
+
+def _walk(path: str, arg: Arg) -> Iterator[tuple[str, str]]:
+    if isinstance(arg, Ref):
+        yield path, arg.name
+    elif isinstance(arg, tuple):
+        for index, item in enumerate(arg):
+            yield from _walk(f"{path}.{index}", item)
+
+
+@dataclass(slots=True)
+class GraphRecord:
+    """A whole graph: nodes by name in topological order, and the bounds of its size symbols."""
+
+    nodes: dict[str, Node]
+    ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    hints: dict[str, int] = field(default_factory=dict)  # size symbol -> its size in the example inputs
+
+    def rename_symbols(self, names: dict[str, str]) -> None:
+        """Renames size symbols in every node's meta: two symbols that are known to be one size."""
+        for node in self.nodes.values():
+            node.meta = _renamed(node.meta, names)
+
+    def inputs(self) -> list[Node]:
+        """The user inputs, in the order of the signature."""
+        return [node for node in self.nodes.values() if node.kind is NodeKind.INPUT]
+
+    def users(self) -> dict[str, list[str]]:
+        """For each node the names of the nodes that read it."""
+        users: dict[str, list[str]] = {name: [] for name in self.nodes}
+        for node in self.nodes.values():
+            for name in dict.fromkeys(node.refs()):
+                users[name].append(node.name)
+        return users

@@ -1,0 +1,172 @@
+"""The lifted program: what :func:`buffer_lifting.lift` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from buffer_lifting.errors import FeedError
+from buffer_lifting.feed import FeedProgram, Lengths, check_lengths
+from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
+from buffer_lifting.sharding import shard_inputs
+from buffer_lifting.streams import Streams, parse_shard
+
+
+@dataclass
+class LiftedProgram:
+    """A program whose position values are inputs, with everything needed to feed them.
+
+    Attributes:
+        program: a valid ExportedProgram; the lifted inputs are keywords after the user's own.
+        inputs: the lifted inputs, in the order of their placeholders.
+        report: what the scan of the original program found.
+        cp_size: the context-parallel size the program was transformed for; ``None`` before
+            :func:`buffer_lifting.context_parallel`.
+        mesh_dim: name of the context-parallel mesh dim.
+    """
+
+    program: ExportedProgram
+    inputs: tuple[LiftedInput, ...]
+    report: ScanReport
+    feed_program: FeedProgram
+    cp_size: int | None = None
+    mesh_dim: str | None = None
+    _validated: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def axes(self) -> AxesInfo:
+        """The batch size and sequence lengths; ``None`` for those that are dynamic."""
+        return self.feed_program.axes
+
+    def feed(
+        self,
+        batch_size: int,
+        seq_len: Lengths,
+        inputs: Mapping[str, torch.Tensor] | None = None,
+        order: Any = None,
+        positions: torch.Tensor | None = None,
+        shard: Any = (0, 1),
+        device: torch.device | str | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors for the lifted placeholders, for one rank and step.
+
+        Args:
+            batch_size: samples in the batch.
+            seq_len: tokens of the whole (global) sequence; a mapping from axis name to tokens if there are several.
+            inputs: whole, unsharded user inputs by name, needed when values are hoisted from them.
+            order: ``(S,)``, ``(1, S)`` or ``(B, S)`` integers, local slot -> global slot, all ranks' shards in a
+                row; or a torch context-parallel load balancer; or ``None`` for the natural order.
+            positions: ``(S,)`` or ``(B, S)`` position ids of the whole sequence in natural order, below ``S``
+                (packed documents restart at 0).
+            shard: ``(rank, size)`` of this context-parallel rank, or a 1-D DeviceMesh.
+            device: where the tensors go; default: where the program's tables are.
+
+        Returns:
+            By placeholder name, ``[batch, local seq, *row]`` for role ``row``, ``[batch, seq, *row]`` for role
+            ``col`` (flat tokens: no batch dim). A natural order, or one shared by all samples, costs no batch
+            copies: the batch dim has stride 0.
+
+        Raises:
+            AxesError: a size that a static program does not have.
+            FeedError: an order, positions, inputs or shard that does not fit.
+        """
+        rank, size = parse_shard(shard)
+        self._check_shard(size)
+        return self._feed(batch_size, seq_len, inputs, order, positions, (rank, size), device)
+
+    def _check_shard(self, size: int) -> None:
+        if self.cp_size is not None and size != self.cp_size:
+            raise FeedError(
+                f"shard has size {size}, but the program was made for a context-parallel size of {self.cp_size}; "
+                f"call buffer_lifting.context_parallel(lifted, size={size})"
+            )
+        if self.cp_size is None and size > 1:
+            if any(lifted.role == "col" for lifted in self.inputs):
+                raise FeedError(
+                    f"shard has size {size}, but the program's masks want the keys of the whole sequence, which only "
+                    f"buffer_lifting.context_parallel(lifted, size={size}) gives its attention"
+                )
+            if any(length is not None for length in self.axes.lengths.values()):
+                raise FeedError(f"a static program cannot be fed a shard of size {size}; export with a dynamic sequence")
+
+    def _feed(
+        self,
+        batch_size: int,
+        seq_len: Lengths,
+        inputs: Mapping[str, torch.Tensor] | None,
+        order: Any,
+        positions: torch.Tensor | None,
+        shard: tuple[int, int],
+        device: torch.device | str | None,
+        names: frozenset[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        lengths = check_lengths(self.axes, batch_size, seq_len, self.feed_program.max_lengths)
+        length = next(iter(lengths.values()), 1)
+        streams = Streams(batch_size, length, order, positions, shard)
+        place = None if device is None else torch.device(device)
+        return self.feed_program.feed(batch_size, lengths, inputs, streams, place, names)
+
+    def shard_inputs(
+        self, *, order: Any = None, shard: Any = (0, 1), **inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """User inputs in the order of the shards, each cut along its own sequence dims.
+
+        Args:
+            order: as in :meth:`feed`.
+            shard: as in :meth:`feed`.
+            inputs: whole user inputs by name. A sequence dim of role ``row`` is reordered and cut to this shard,
+                one of role ``col`` is reordered and kept whole.
+
+        Raises:
+            FeedError: an input that the program does not have, or an order or shard that does not fit.
+        """
+        return shard_inputs(self.input_axes, inputs, order, parse_shard(shard))
+
+    @property
+    def input_axes(self) -> dict[str, InputAxes]:
+        """The axes of each user input, by name."""
+        return self.feed_program.input_axes
+
+    def bind_tables(self, source: torch.nn.Module | Mapping[str, torch.Tensor]) -> None:
+        """Gives values to tables of a program that was exported on the meta device or with fake tensors.
+
+        Args:
+            source: a module that has the tables by FQN, or a mapping from FQN to tensor.
+
+        Raises:
+            FeedError: a table that ``source`` lacks, or one of another shape or dtype; nothing is bound then.
+        """
+        bound = {}
+        for fqn, current in self.feed_program.state.items():
+            value = _lookup(source, fqn)
+            if value is None:
+                if current.device.type != "meta":
+                    continue
+                raise FeedError(f"bind_tables: {fqn!r} is not given")
+            if value.shape != current.shape or value.dtype != current.dtype:
+                raise FeedError(
+                    f"bind_tables: {fqn!r} is {value.dtype} {tuple(value.shape)}, the program has {current.dtype} "
+                    f"{tuple(current.shape)}"
+                )
+            bound[fqn] = value.detach()
+        self.feed_program.state.update(bound)
+        self.feed_program.clear_tables()
+
+    def save(self, path: Any) -> None:
+        """Writes the program together with what it is fed from; :func:`buffer_lifting.load` reads it."""
+        from buffer_lifting.package import save_lifted
+
+        save_lifted(self, path)
+
+
+def _lookup(source: torch.nn.Module | Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:
+    if isinstance(source, Mapping):
+        return source.get(fqn)
+    holder: Any = source
+    for part in fqn.split("."):
+        holder = getattr(holder, part, None)
+    return holder if isinstance(holder, torch.Tensor) else None

@@ -1,0 +1,410 @@
+"""The table of ops that are local along the sequence: how labels map back to operands, and what to emit.
+
+A rule gets the planner, the node and the labels that its result must have, and returns a :class:`Value`, or
+raises :class:`Refuse`. A new pattern is one entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from buffer_lifting.axis_rules import permutation
+from buffer_lifting.graph.record import Node, Ref, TensorMeta
+from buffer_lifting.graph.sizes import Size
+from buffer_lifting.labels import BATCH, COL, ROW, DimLabel, Factor, Labels, has_seq, is_labelled, regroup
+from buffer_lifting.ops import FILLS, is_mutating, is_pointwise
+from buffer_lifting.plan import AxisSize, Call, Context, Existing, Plan, Reapply, Refuse, Value
+
+if TYPE_CHECKING:
+    from buffer_lifting.planner import Planner
+
+LocalRule = Callable[["Planner", Node, Labels, Context], Value]
+_RULES: dict[str, LocalRule] = {}
+
+
+def _rule(*names: str) -> Callable[[LocalRule], LocalRule]:
+    def register(function: LocalRule) -> LocalRule:
+        for name in names:
+            _RULES[f"aten.{name}"] = function
+        return function
+
+    return register
+
+
+def local(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """Rebuilds a value from its operands, if its op is local along the sequence.
+
+    Raises:
+        Refuse: the op is not local, or not known to be.
+    """
+    if is_mutating(node):
+        raise Refuse(f"{node.op} writes in place", node.name, "BL102", "use the out-of-place op in the model")
+    rule = _RULES.get(node.base_op)
+    if rule is None and node.base_op in FILLS:
+        rule = _fill
+    if rule is None and is_pointwise(node):
+        rule = _pointwise
+    if rule is None:
+        raise Refuse(f"{node.op or node.kind.value} is not known to be local along the sequence", node.name)
+    return rule(planner, node, labels, context)
+
+
+def _operand(planner: Planner, node: Node, key: str = "self") -> tuple[Node, tuple[Size, ...]]:
+    arg = node.args.get(key)
+    if not isinstance(arg, Ref):
+        raise Refuse(f"operand {key!r} of {node.op} is not a value", node.name)
+    source = planner.record.nodes[arg.name]
+    if not isinstance(source.meta, TensorMeta):
+        raise Refuse(f"operand {key!r} of {node.op} is not a tensor", node.name)
+    return source, source.meta.shape
+
+
+def axis_size(factor: Factor) -> AxisSize:
+    """The run-time size of a labelled factor."""
+    return AxisSize(factor.axis, factor.role, factor.size if isinstance(factor.size, int) else None)
+
+
+def dim_size(dim: DimLabel, size: Size, node: str) -> object:
+    """The size of a rebuilt dim as an argument: the own batch is 1, sequences are read at run time."""
+    result: object = 1
+    constant = 1
+    if not is_labelled(dim):
+        if not isinstance(size, int):
+            raise Refuse(f"a dim of size {size} is neither batch, sequence nor of fixed size", node)
+        return size
+    for factor in dim:
+        if factor.axis == BATCH:
+            continue
+        if factor.axis:
+            part = axis_size(factor)
+            if part.fixed is not None:
+                constant *= part.fixed
+            elif result == 1:
+                result = part
+            else:
+                raise Refuse("two sequence axes are folded into one dim", node)
+        elif isinstance(factor.size, int):
+            constant *= factor.size
+        else:
+            raise Refuse(f"a dim of size {factor.size} is folded with the sequence", node)
+    if result == 1:
+        return constant
+    return result if constant == 1 else -1
+
+
+def _unchanged(node: Node, *values: Value) -> Value | None:
+    """The node itself if none of its operands changed."""
+    if any(value.changed for value in values):
+        return None
+    assert node.tensor is not None
+    return Value(Existing(node.name), False, len(node.tensor.shape))
+
+
+def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    rank = len(labels)
+    operands: list[tuple[str, Value]] = []
+    for path, name in node.named_refs():
+        meta = planner.record.nodes[name].meta
+        if not isinstance(meta, TensorMeta):
+            if planner.is_length_of_sequence(name):
+                raise Refuse("the sequence length itself enters the value", node.name, "BL104")
+            continue
+        if node.op in ("aten.type_as.default", "aten.to.other", "aten._to_copy.default") and path == "other":
+            continue
+        own = tuple(
+            () if size == 1 else dim for size, dim in zip(meta.shape, labels[rank - len(meta.shape) :], strict=True)
+        )
+        operands.append((path, planner.rebuild(name, own, context)))
+    same = _unchanged(node, *(value for _, value in operands))
+    if same:
+        return same
+    lane = any(value.lane for _, value in operands)
+    replace: list[tuple[str, object]] = []
+    for path, value in operands:
+        plan = value.plan
+        if value.lane:
+            for _ in range(rank - value.rank):
+                plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
+        replace.append((path, plan))
+    return Value(Reapply(node.name, tuple(replace)), lane, rank)
+
+
+def _fill(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """The same value everywhere: one element, expanded to the sizes of this shard."""
+    fill = node.args.get("fill_value")
+    if isinstance(fill, Ref):
+        raise Refuse("a fill with a computed value", node.name)
+    if not any(is_labelled(dim) for dim in labels):
+        return Value(Existing(node.name), False, len(labels))
+    assert node.tensor is not None
+    plan: Plan = Existing(node.name)
+    sizes = []
+    for index, (dim, size) in enumerate(zip(labels, node.tensor.shape, strict=True)):
+        if is_labelled(dim):
+            plan = Call("aten.slice.Tensor", (plan, index, 0, 1), node.name)
+        sizes.append(dim_size(dim, size, node.name))
+    return Value(Call("aten.expand.default", (plan, tuple(sizes)), node.name), False, len(labels))
+
+
+@_rule("unsqueeze")
+def _unsqueeze(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = _operand(planner, node)
+    dim = int(node.args["dim"]) % (len(shape) + 1)  # type: ignore[arg-type]
+    value = planner.rebuild(source.name, (*labels[:dim], *labels[dim + 1 :]), context)
+    return _unchanged(node, value) or Value(
+        Call("aten.unsqueeze.default", (value.plan, dim + value.lane), node.name), value.lane, len(labels)
+    )
+
+
+@_rule("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
+def _permute(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = _operand(planner, node)
+    order = permutation(node, len(shape))
+    if order is None:
+        raise Refuse(f"the permutation of {node.op} is not known", node.name)
+    own: list[DimLabel] = [()] * len(shape)
+    for out_dim, in_dim in enumerate(order):
+        own[in_dim] = labels[out_dim]
+    value = planner.rebuild(source.name, tuple(own), context)
+    dims = tuple(d + value.lane for d in order)
+    return _unchanged(node, value) or Value(
+        Call("aten.permute.default", (value.plan, (0, *dims) if value.lane else dims), node.name),
+        value.lane,
+        len(labels),
+    )
+
+
+@_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as", "reshape_as")
+def _view(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = _operand(planner, node)
+    assert node.tensor is not None
+    own = regroup(_with_sizes(labels, node.tensor.shape), shape)
+    if own is None:
+        raise Refuse("a reshape splits the sequence or batch axis", node.name)
+    own = tuple(() if size == 1 else dim for size, dim in zip(shape, own, strict=True))
+    value = planner.rebuild(source.name, own, context)
+    same = _unchanged(node, value)
+    if same:
+        return same
+    sizes = [dim_size(dim, size, node.name) for dim, size in zip(labels, node.tensor.shape, strict=True)]
+    if value.lane:
+        lane = AxisSize(BATCH, "", planner.fixed_batch()) if -1 in sizes else -1
+        sizes.insert(0, lane)
+    if sizes.count(-1) > 1:
+        raise Refuse("a reshape folds the sequence with other dims in two places", node.name)
+    return Value(Call("aten.reshape.default", (value.plan, tuple(sizes)), node.name), value.lane, len(labels))
+
+
+def _with_sizes(labels: Labels, shape: tuple[Size, ...]) -> Labels:
+    """Labels in which unlabelled dims state their size, as :func:`regroup` needs."""
+    return tuple(
+        dim if is_labelled(dim) or size == 1 else (Factor("", "", size),)
+        for dim, size in zip(labels, shape, strict=True)
+    )
+
+
+@_rule("expand", "expand_as", "broadcast_to")
+def _expand(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = _operand(planner, node)
+    assert node.tensor is not None
+    missing = len(labels) - len(shape)
+    own = tuple(() if size == 1 else dim for size, dim in zip(shape, labels[missing:], strict=True))
+    value = planner.rebuild(source.name, own, context)
+    same = _unchanged(node, value)
+    if same and not any(has_seq(dim) for dim in labels):
+        return same
+    plan = value.plan
+    if value.lane:
+        for _ in range(missing):
+            plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
+    sizes: list[object] = [-1] if value.lane else []
+    for index, (dim, size) in enumerate(zip(labels, node.tensor.shape, strict=True)):
+        before = 1 if index < missing else shape[index - missing]
+        if index >= missing and before == size and before != 1 and not any(f.axis == BATCH for f in dim):
+            sizes.append(-1)
+        else:
+            sizes.append(dim_size(dim, size, node.name))
+    return Value(Call("aten.expand.default", (plan, tuple(sizes)), node.name), value.lane, len(labels))
+
+
+@_rule("alias", "contiguous", "clone", "detach")
+def _copy(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, _ = _operand(planner, node)
+    value = planner.rebuild(source.name, labels, context)
+    return _unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
+
+
+@_rule("select")
+def _select(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = _operand(planner, node)
+    dim, index = int(node.args["dim"]) % len(shape), node.args["index"]  # type: ignore[arg-type]
+    if not isinstance(index, int):
+        raise Refuse("an element picked at a computed index", node.name)
+    value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim:]), context, picked=dim)
+    return _unchanged(node, value) or Value(
+        Call("aten.select.int", (value.plan, dim + value.lane, index), node.name), value.lane, len(labels)
+    )
+
+
+@_rule("slice", "narrow")
+def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = _operand(planner, node)
+    assert node.tensor is not None
+    dim = int(node.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+    if node.tensor.shape[dim] == shape[dim]:
+        value = planner.rebuild(source.name, labels, context)
+        return _unchanged(node, value) or value
+    if not is_labelled(labels[dim]):
+        if node.base_op != "aten.slice" or not all(
+            node.args.get(key) is None or isinstance(node.args.get(key), int) for key in ("start", "end")
+        ):
+            raise Refuse("a slice with computed bounds", node.name)
+        value = planner.rebuild(source.name, labels, context, picked=dim)
+        bounds = tuple(node.args.get(key) for key in ("start", "end", "step"))
+        return _unchanged(node, value) or Value(
+            Call("aten.slice.Tensor", (value.plan, dim + value.lane, *bounds), node.name), value.lane, len(labels)
+        )
+    return gather_rows(planner, node, labels, context)
+
+
+@_rule("embedding")
+def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    _operand(planner, node, "weight")
+    indices, _ = _operand(planner, node, "indices")
+    if not planner.is_table(str(getattr(node.args["weight"], "name", ""))):
+        raise Refuse("an embedding whose table follows the sequence", node.name)
+    if is_labelled(labels[-1]):
+        raise Refuse("the features of an embedding run along the sequence", node.name)
+    value = planner.rebuild(indices.name, labels[:-1], context)
+    return _unchanged(node, value) or Value(
+        Reapply(node.name, (("indices", value.plan),)), value.lane, len(labels)
+    )
+
+
+@_rule("index")
+def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, _ = _operand(planner, node)
+    indices = node.args.get("indices")
+    if not isinstance(indices, tuple) or len(indices) != 1 or not isinstance(indices[0], Ref):
+        raise Refuse("an index over several dims", node.name)
+    if not planner.is_table(source.name):
+        raise Refuse("a gather from a value that follows the sequence", node.name)
+    index_meta = planner.record.nodes[indices[0].name].tensor
+    if index_meta is None or index_meta.dtype == "bool":
+        raise Refuse("a boolean index", node.name)
+    rank = len(index_meta.shape)
+    if any(is_labelled(dim) for dim in labels[rank:]):
+        raise Refuse("the rows of an indexed table run along the sequence", node.name)
+    value = planner.rebuild(indices[0].name, labels[:rank], context)
+    return _unchanged(node, value) or Value(
+        Reapply(node.name, (("indices.0", value.plan),)), value.lane, len(labels)
+    )
+
+
+@_rule("index_select")
+def _index_select(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = _operand(planner, node)
+    index, _ = _operand(planner, node, "index")
+    dim = int(node.args["dim"]) % len(shape)  # type: ignore[arg-type]
+    if not planner.is_table(source.name) or any(is_labelled(x) for d, x in enumerate(labels) if d != dim):
+        raise Refuse("a gather from a value that follows the sequence", node.name)
+    value = planner.rebuild(index.name, (labels[dim],), context)
+    if not value.lane:
+        raise Refuse("an index that does not follow the sequence", node.name)
+    return _gather(node.name, Existing(source.name), len(shape), [(dim, value.plan)], len(labels))
+
+
+@_rule("cat", "stack")
+def _cat(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    dim = int(node.args.get("dim", 0)) % len(labels)  # type: ignore[arg-type]
+    if is_labelled(labels[dim]):
+        raise Refuse("values joined along the sequence", node.name)
+    stacked = node.base_op == "aten.stack"
+    own = (*labels[:dim], *labels[dim + 1 :]) if stacked else (*labels[:dim], (), *labels[dim + 1 :])
+    values = [(path, planner.rebuild(name, own, context)) for path, name in node.named_refs()]
+    same = _unchanged(node, *(value for _, value in values))
+    if same:
+        return same
+    if not all(value.lane for _, value in values):
+        raise Refuse("values that follow the sequence joined with values that do not", node.name)
+    parts = tuple(value.plan for _, value in values)
+    return Value(Call(f"{node.base_op}.default", (parts, dim + 1), node.name), True, len(labels))
+
+
+@_rule("tril", "triu")
+def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, _ = _operand(planner, node)
+    diagonal = node.args.get("diagonal", 0)
+    row, col = labels[-2], labels[-1]
+    if len(row) != 1 or len(col) != 1 or row[0].role != ROW or col[0].role != COL or not isinstance(diagonal, int):
+        raise Refuse("a triangle whose rows and columns are not queries and keys", node.name)
+    value = planner.rebuild(source.name, labels, context)
+    rows = Call("aten.unsqueeze.default", (planner.iota(row[0], context), 2), node.name)
+    cols = Call("aten.unsqueeze.default", (planner.iota(col[0], context), 1), node.name)
+    offset = Call("aten.sub.Tensor", (cols, rows), node.name)
+    compare = "aten.le.Scalar" if node.base_op == "aten.tril" else "aten.ge.Scalar"
+    keep: Plan = Call(compare, (offset, diagonal), node.name)
+    for _ in range(len(labels) - 2):
+        keep = Call("aten.unsqueeze.default", (keep, 1), node.name)
+    assert node.tensor is not None
+    if node.tensor.dtype == "bool":
+        return Value(Call("aten.logical_and.default", (value.plan, keep), node.name), True, len(labels))
+    return Value(Call("aten.where.ScalarOther", (keep, value.plan, 0), node.name), True, len(labels))
+
+
+def gather_rows(
+    planner: Planner, node: Node, labels: Labels, context: Context, natural: bool = False
+) -> Value:
+    """Rows (and columns) of a table: successive slices down to the table, then one gather on all their dims.
+
+    With ``natural`` the node itself is the table: a value of the whole sequence in natural order.
+    """
+    base, starts = node, {dim: 0 for dim, label in enumerate(labels) if has_seq(label)}
+    for dim in starts:
+        if len(labels[dim]) != 1:
+            raise Refuse("the rows of a table are folded with other dims", node.name)
+    while not natural and base.base_op in ("aten.slice", "aten.narrow") and base.tensor is not None:
+        source, shape = _operand(planner, base)
+        dim = int(base.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+        if base.tensor.shape[dim] != shape[dim]:
+            if dim not in starts:
+                break
+            start = base.args.get("start") or 0
+            step = base.args.get("step", 1)
+            if not isinstance(start, int) or start < 0 or step != 1:
+                raise Refuse("a slice whose start is computed", base.name)
+            starts[dim] += start
+        base = source
+    if any(is_labelled(labels[d]) and d not in starts for d in range(len(labels))):
+        raise Refuse("a table with a batch dim", node.name)
+    if not (planner.is_table(base.name) or natural) or base.tensor is None:
+        raise Refuse("a slice along the sequence of a value that is no table", node.name)
+    indices: list[tuple[int, Plan]] = []
+    for dim, start in starts.items():
+        index = planner.iota(labels[dim][0], context)
+        if start:
+            index = Call("aten.add.Scalar", (index, start), node.name)
+        indices.append((dim, index))
+    return _gather(node.name, Existing(base.name), len(base.tensor.shape), indices, len(labels))
+
+
+def _gather(anchor: str, table: Plan, rank: int, indices: list[tuple[int, Plan]], out_rank: int) -> Value:
+    """``table[..., idx, ...]`` on one or two dims with ``[lane, seq]`` indices, the lane in front."""
+    dims = [dim for dim, _ in indices]
+    rest = [dim for dim in range(rank) if dim not in dims]
+    plan = table
+    if [*dims, *rest] != list(range(rank)):
+        plan = Call("aten.permute.default", (plan, (*dims, *rest)), anchor)
+    if len(indices) == 1:
+        plan = Call("aten.index.Tensor", (plan, (indices[0][1],)), anchor)
+    elif len(indices) == 2:
+        rows = Call("aten.unsqueeze.default", (indices[0][1], 2), anchor)
+        cols = Call("aten.unsqueeze.default", (indices[1][1], 1), anchor)
+        plan = Call("aten.index.Tensor", (plan, (rows, cols)), anchor)
+    else:
+        raise Refuse("a table read along more than two sequence dims", anchor)
+    order = [0] + [1 + [*dims, *rest].index(dim) for dim in range(rank)]
+    if order != list(range(rank + 1)):
+        plan = Call("aten.permute.default", (plan, tuple(order)), anchor)
+    return Value(plan, True, out_rank)

@@ -1,0 +1,67 @@
+"""What analysis must know of ops. The generated table holds what torch's registry states; the sets here hold
+what it does not (no tag says that ``aten.to`` is elementwise)."""
+
+from __future__ import annotations
+
+from buffer_lifting.graph.record import Node
+from buffer_lifting.ops_table import MUTATING, POINTWISE, RANDOM, VIEWS
+
+_ELEMENTWISE_UNTAGGED = frozenset(
+    f"aten.{name}"
+    for name in """__and__ __or__ __xor__ to _to_copy type_as contiguous dropout polar complex real imag
+    conj resolve_conj resolve_neg abs positive square feature_alpha_dropout alpha_dropout lift_fresh_copy
+    detach_ alias detach relu6 selu softplus log_sigmoid hardtanh logical_and logical_or logical_not
+    logical_xor native_dropout _fused_rms_norm_none isin rad2deg deg2rad true_divide floor_divide
+    nan_to_num clip silu mish celu lift_fresh __iand__ __ior__ where masked_fill prelu lerp
+    """.split()
+)
+#: Ops whose tensor operands other than the first give only a dtype, device or shape.
+_SHAPE_ONLY = frozenset(
+    f"aten.{name}"
+    for name in """new_ones new_zeros new_full new_empty new_empty_strided zeros_like ones_like full_like
+    empty_like rand_like randn_like sym_size sym_numel sym_stride size numel is_same_size""".split()
+)
+#: Fills: the same value at every index.
+FILLS = frozenset(
+    f"aten.{name}" for name in "full zeros ones new_ones new_zeros new_full zeros_like ones_like full_like".split()
+)
+ATTENTION = "aten.scaled_dot_product_attention"
+#: Checks without a value; analysis passes over them.
+ASSERTIONS = frozenset(
+    ["aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range_for_size", "aten._assert_async"]
+)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether each output element depends on the elements of the operands at the same (broadcast) index only."""
+    if node.op.startswith("sym."):
+        return False
+    return node.base_op in POINTWISE or node.base_op in _ELEMENTWISE_UNTAGGED
+
+
+def is_view(node: Node) -> bool:
+    """Whether the op only looks at the same storage in another way (or copies it unchanged: reshape, clone)."""
+    return node.base_op in VIEWS or node.base_op in ("aten.clone", "aten.to", "aten._to_copy")
+
+
+def is_mutating(node: Node) -> bool:
+    """Whether the op writes to an operand."""
+    return node.base_op in MUTATING
+
+
+def is_random(node: Node) -> bool:
+    """Whether the op draws random numbers; dropout with probability 0 or outside training draws none."""
+    if node.base_op in ("aten.dropout", "aten.feature_dropout"):
+        return bool(node.args.get("p")) and bool(node.args.get("train"))
+    if node.base_op == ATTENTION:
+        return bool(node.args.get("dropout_p"))
+    return node.base_op in RANDOM
+
+
+def content_operands(node: Node) -> list[str]:
+    """The operands whose *contents* the result depends on (not only their shape, dtype or device)."""
+    if node.base_op in _SHAPE_ONLY:
+        return [name for key, name in node.named_refs() if key == "fill_value"]
+    if node.op in ("aten.type_as.default", "aten.to.other"):
+        return [name for key, name in node.named_refs() if key == "self"]
+    return list(node.refs())

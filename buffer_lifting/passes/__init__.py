@@ -1,0 +1,1 @@
+"""Graph passes. Each takes a copy of a graph, states what it requires, and checks what it ensures."""

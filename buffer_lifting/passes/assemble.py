@@ -1,0 +1,50 @@
+"""Makes a valid ExportedProgram of an edited graph: signature, call spec, example inputs, state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.fx import Graph
+
+from buffer_lifting.torch_compat import input_spec, rebuild_program, root_spec, tree_unflatten
+
+
+def assemble(
+    program: ExportedProgram,
+    graph: Graph,
+    submodules: Mapping[str, Any],
+    added: tuple[str, ...],
+    examples: Mapping[str, torch.Tensor] | None,
+) -> ExportedProgram:
+    """The program with ``graph`` in place of its own, and ``added`` placeholders as new keyword inputs."""
+    signature = program.graph_signature
+    specs = [
+        *signature.input_specs,
+        *(InputSpec(InputKind.USER_INPUT, TensorArgument(name=name), None) for name in added),
+    ]
+    example_inputs = program.example_inputs
+    if example_inputs is not None:
+        args, kwargs = example_inputs
+        example_inputs = (args, {**kwargs, **(examples or {})}) if examples is not None or not added else None
+    in_spec, out_spec = root_spec(program)
+    root = program.module_call_graph[0].signature
+    names = list(root.forward_arg_names or []) if root is not None else []
+    if added:
+        args, kwargs = tree_unflatten([0] * in_spec.num_leaves, in_spec)
+        in_spec = input_spec(args, {**kwargs, **dict.fromkeys(added, 0)})
+    return rebuild_program(
+        program,
+        graph,
+        ExportGraphSignature(specs, list(signature.output_specs)),
+        in_spec=in_spec,
+        out_spec=out_spec,
+        arg_names=[*names, *added],
+        state_dict=program.state_dict,
+        constants=program.constants,
+        example_inputs=example_inputs,
+        submodules=submodules,
+    )

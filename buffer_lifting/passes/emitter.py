@@ -1,0 +1,169 @@
+"""Turns plans into nodes of an fx graph, with fake values, where the replaced nodes stood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from buffer_lifting.errors import UnsupportedReadError
+from buffer_lifting.labels import BATCH, COL, DimLabel, has_batch
+from buffer_lifting.plan import AxisSize, Call, CutKey, Existing, Lifted, Plan, Reapply, Replacement
+from buffer_lifting.torch_compat import call_operator, replace_operands, replacements
+
+_COPIED = ("stack_trace", "nn_module_stack", "torch_fn", "custom", "source_fn_stack")
+
+
+class Emitter:
+    """Emits into one graph. ``lifted`` maps cut keys to broadcast nodes; ``sizes`` gives a node for a run-time size."""
+
+    def __init__(self, graph: Graph, lifted: dict[CutKey, Node], sizes: AxisSizes) -> None:
+        self.graph, self.lifted, self.sizes = graph, lifted, sizes
+        self.nodes = {node.name: node for node in graph.nodes}
+        self._last: dict[str, Node] = {}  # anchor -> the last node emitted behind it
+        self._memo: dict[int, Node] = {}
+        self._keep: list[Plan] = []  # memo keys are ids: keep the plans alive
+        self._fakes: dict[Any, Any] = {}
+
+    def land(self, replacement: Replacement) -> Node:
+        """Emits a plan and gives its lane to the consumer's batch dim; returns the node to read instead."""
+        labels, batch = replacement.alignment.labels, replacement.alignment.batch_from_right
+        node = self.emit(replacement.plan)
+        rank = len(labels)
+        if len(node.meta["val"].shape) == rank:  # no lane
+            return node
+        anchor = replacement.value
+        own = next((d for d, dim in enumerate(labels) if has_batch(dim)), None)
+        if own is None and batch is not None and rank - batch >= 0:
+            own = rank - batch
+        if own is not None:
+            return self._into_dim(node, own, labels[own], rank, anchor)
+        if batch is None:
+            return self._op("aten.squeeze.dim", (node, 0), anchor)  # no batch anywhere: the lane has size 1
+        for _ in range(batch - rank - 1):
+            node = self._op("aten.unsqueeze.default", (node, 1), anchor)
+        return node
+
+    def _into_dim(self, node: Node, own: int, dim: DimLabel, rank: int, anchor: str) -> Node:
+        """Moves the lane into dim ``own``, which has size 1 or the sizes of the factors behind the batch."""
+        if len(dim) <= 1:
+            node = self._op("aten.squeeze.dim", (node, own + 1), anchor)
+            if own:
+                node = self._op("aten.permute.default", (node, (*range(1, own + 1), 0, *range(own + 1, rank))), anchor)
+            return node
+        if dim[0].axis != BATCH:
+            raise UnsupportedReadError(f"{anchor}: the batch is folded behind another dim")
+        if own:
+            node = self._op(
+                "aten.permute.default", (node, (*range(1, own + 1), 0, *range(own + 1, rank + 1))), anchor
+            )
+        return self._op("aten.flatten.using_ints", (node, own, own + 1), anchor)
+
+    def emit(self, plan: Plan) -> Node:
+        """The node of a plan, emitted once."""
+        known = self._memo.get(id(plan))
+        if known is not None:
+            return known
+        if isinstance(plan, Existing):
+            node = self.nodes[plan.node]
+        elif isinstance(plan, Lifted):
+            node = self.lifted[plan.key]
+        elif isinstance(plan, Call):
+            node = self._op(plan.op, tuple(self._argument(arg) for arg in plan.args), plan.anchor)
+        else:
+            node = self._reapply(plan)
+        self._memo[id(plan)] = node
+        self._keep.append(plan)
+        return node
+
+    def _argument(self, arg: object) -> Any:
+        if isinstance(arg, Existing | Lifted | Call | Reapply):
+            return self.emit(arg)
+        if isinstance(arg, AxisSize):
+            return arg.fixed if arg.fixed is not None else self.sizes.node(arg.axis, arg.role)
+        if isinstance(arg, tuple):
+            return [self._argument(item) for item in arg]
+        return arg
+
+    def _reapply(self, plan: Reapply) -> Node:
+        original = self.nodes[plan.anchor]
+        args, kwargs = replace_operands(original, {path: self._argument(value) for path, value in plan.replace})
+        return self._insert(original.target, args, kwargs, plan.anchor)
+
+    def _op(self, name: str, args: tuple[Any, ...], anchor: str) -> Node:
+        args = tuple(list(arg) if isinstance(arg, tuple) else arg for arg in args)
+        return self._insert(call_operator(name), args, {}, anchor)
+
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], anchor: str) -> Node:
+        at = self.nodes[anchor]
+        after = self._last.get(anchor) or at
+        if at.op == "placeholder":
+            after = self._last.get(anchor) or self.sizes.last
+        for operand in _operands(args, kwargs):
+            if operand > after:
+                after = operand
+        with self.graph.inserting_after(after):
+            node = self.graph.call_function(target, args, kwargs)
+        self._last[anchor] = node
+        node.meta = {key: at.meta[key] for key in _COPIED if key in at.meta}
+        if at.op == "placeholder":
+            node.meta = dict(self.sizes.last.meta)
+        node.meta["val"] = self._fake(target, args, kwargs)
+        return node
+
+    def _fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The fake result; layers repeat the same calls, so equal calls on the same fakes are computed once."""
+        values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        key = (target, _identity(values))
+        if key not in self._fakes:
+            fakes = [n.meta["val"] for n in _operands(args, kwargs) if isinstance(n.meta["val"], torch.Tensor)]
+            symbols = [size for fake in fakes for size in fake.shape if isinstance(size, torch.SymInt)]
+            before = replacements(symbols[0]) if symbols else 0
+            with fakes[0].fake_mode, torch.no_grad():
+                result = target(*values[0], **values[1])
+            if symbols and replacements(symbols[0]) != before:
+                raise UnsupportedReadError(
+                    f"emitting {target} would fix a dynamic size of the program; please report this model"
+                )
+            self._fakes[key] = (result, values)
+        return self._fakes[key][0]
+
+
+class AxisSizes:
+    """Nodes for the run-time sizes of the axes, made on demand at the top of the graph."""
+
+    def __init__(self, graph: Graph, carriers: dict[tuple[str, str], tuple[Node, int]], last: Node) -> None:
+        self.graph, self.carriers, self.last = graph, carriers, last
+        self._made: dict[tuple[str, str], Node] = {}
+
+    def node(self, axis: str, role: str) -> Node:
+        """``sym_size`` of a placeholder that carries the axis in that role (keys fall back to the queries' size)."""
+        key = (axis, role)
+        if key not in self.carriers and role == COL:
+            key = (axis, "row")
+        if key not in self._made:
+            source, dim = self.carriers[key]
+            with self.graph.inserting_after(self.last):
+                node = self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim))
+            node.meta = {**{k: v for k, v in self.last.meta.items() if k != "val"}}
+            node.meta["val"] = source.meta["val"].shape[dim]
+            self.last = node
+            self._made[key] = node
+        return self._made[key]
+
+
+def _operands(args: Any, kwargs: Any) -> list[Node]:
+    found: list[Node] = []
+    torch.fx.map_arg((args, kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_identity(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _identity(item)) for key, item in value.items())
+    if isinstance(value, torch.Tensor | torch.SymInt):
+        return id(value)
+    return (type(value).__name__, str(value))

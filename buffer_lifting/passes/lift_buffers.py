@@ -1,0 +1,83 @@
+"""Lifts every read of a plan: placeholders, broadcast nodes, and the chain below each cut.
+
+Cases handled: one- and two-axis values at any operand of an op on data, chains of local ops, tables gathered on
+one or two dims, values hoisted from user inputs.
+Cases refused (before anything is edited): what the scan refused, unless ``strict`` is off; then it is left as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
+from buffer_lifting.passes.broadcast_batch import Broadcast, broadcast_batch
+from buffer_lifting.passes.emitter import Emitter
+from buffer_lifting.plan import LiftPlan
+from buffer_lifting.torch_compat import replace_operands
+
+
+@dataclass
+class LiftState:
+    """A graph that may be edited, the plan for it, and the placeholders that were added."""
+
+    graph: Graph
+    plan: LiftPlan
+    broadcast: Broadcast | None = None
+
+
+class LiftBuffers(GraphPass[LiftState]):
+    """Emits a :class:`LiftPlan`."""
+
+    name = "lift_buffers"
+
+    def requires(self, state: LiftState) -> None:
+        """The plan names nodes of the graph."""
+        names = {node.name for node in state.graph.nodes}
+        assert all(r.consumer in names and r.value in names for r in state.plan.replacements)
+
+    def call(self, state: LiftState) -> PassResult[LiftState]:
+        """Adds the placeholders, emits each replacement, and drops the chains that nothing reads any more."""
+        graph, plan = state.graph, state.plan
+        if not plan.replacements:
+            return PassResult(state, False)
+        state.broadcast = broadcast_batch(graph, plan.outputs, plan.input_axes)
+        assert state.broadcast.sizes is not None
+        emitter = Emitter(graph, state.broadcast.nodes, state.broadcast.sizes)
+        landed: dict[tuple[int, str, object], Node] = {}
+        for replacement in plan.replacements:
+            key = (id(replacement.plan), replacement.value, replacement.alignment)
+            if key not in landed:
+                landed[key] = emitter.land(replacement)
+            consumer = emitter.nodes[replacement.consumer]
+            consumer.args, consumer.kwargs = replace_operands(consumer, {replacement.path: landed[key]})
+        drop_dead(graph)
+        return PassResult(state, True)
+
+    def ensures(self, result: PassResult[LiftState]) -> None:
+        """Nodes are in order; each placeholder has one broadcast node and nothing else reads it."""
+        check_topology(result.state.graph)
+        if result.state.broadcast is None:
+            return
+        for placeholder in result.state.broadcast.placeholders.values():
+            users = [user for user in placeholder.users if "sym_size" not in str(user.target)]
+            assert len(users) == 1 and "expand" in str(users[0].target), f"{placeholder.name} has no broadcast node"
+
+
+def drop_dead(graph: Graph) -> None:
+    """Removes nodes that nothing reads, placeholders and writes to storage excepted. Assertions on them go too."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output"):
+            continue
+        checks = [user for user in node.users if "_assert_tensor_metadata" in str(user.target)]
+        if len(checks) == len(node.users):
+            if not node.users and node.op == "call_function" and _must_stay(node):
+                continue
+            for check in checks:
+                graph.erase_node(check)
+            graph.erase_node(node)
+
+
+def _must_stay(node: Node) -> bool:
+    return node.is_impure() or "_assert" in str(node.target)

@@ -1,0 +1,105 @@
+"""Copies a program's graph and inlines the higher-order ops that only set a mode around position arithmetic.
+
+Cases handled:
+1. ``wrap_with_set_grad_enabled(True, body, ...)``: inlined.
+2. ``wrap_with_set_grad_enabled(False, body, ...)``: inlined; an operand that can carry a gradient is detached.
+3. ``wrap_with_autocast(device, dtype, False, ...)``: inlined (autocast was off while it was traced as well).
+4. Bodies inside bodies: likewise.
+
+Case left alone: ``wrap_with_autocast`` that switches autocast on, and every other higher-order op.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+
+from buffer_lifting.torch_compat import AUTOCAST_HOP, GRAD_MODE_HOP
+
+
+@dataclass
+class Normalized:
+    """A graph that may be edited, and the submodules that its ``get_attr`` nodes name."""
+
+    graph: Graph
+    submodules: dict[str, GraphModule]
+    inlined: tuple[str, ...]  # names of the higher-order nodes that are gone
+
+
+def normalize(program: ExportedProgram) -> Normalized:
+    """A normalised copy of the program's graph. Node names of the original are kept; the program is untouched."""
+    inliner = _Inliner()
+    new = Graph()
+    inliner.copy_into(new, program.graph_module, {}, prefix="")
+    new.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
+    used = {str(node.target) for node in new.nodes if node.op == "get_attr"}
+    modules = {name: module for name, module in program.graph_module.named_children() if name in used}
+    return Normalized(new, modules, tuple(inliner.inlined))  # type: ignore[arg-type]
+
+
+class _Inliner:
+    def __init__(self) -> None:
+        self.inlined: list[str] = []
+
+    def copy_into(self, new: Graph, module: GraphModule, env: dict[Node, Any], prefix: str) -> Any:
+        """Copies the nodes of ``module`` to ``new``; returns what the body's output refers to."""
+        for node in module.graph.nodes:
+            if node.op == "placeholder" and node in env:
+                continue
+            if node.op == "output" and prefix:
+                return torch.fx.map_arg(node.args[0], lambda n: env[n])
+            body = _inlinable(node, module)
+            if body is not None:
+                self.inlined.append(node.name)
+                env[node] = self._inline(new, node, body, env)
+                continue
+            if node.op == "call_function" and node.target is operator.getitem:
+                source = env[node.args[0]]
+                if isinstance(source, tuple | list):
+                    env[node] = source[node.args[1]]
+                    continue
+            copied = new.node_copy(node, lambda n: env[n])
+            copied.name = node.name if not prefix else f"{prefix}_{node.name}"
+            env[node] = copied
+        return None
+
+    def _inline(self, new: Graph, node: Node, body: GraphModule, env: dict[Node, Any]) -> Any:
+        skip = 2 if node.target is GRAD_MODE_HOP else 5
+        no_grad = node.target is GRAD_MODE_HOP and node.args[0] is False
+        inner: dict[Node, Any] = {}
+        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        for placeholder, operand in zip(placeholders, node.args[skip:], strict=True):
+            value = env[operand] if isinstance(operand, Node) else operand
+            if no_grad and isinstance(value, Node) and _may_require_grad(value):
+                detached = new.call_function(torch.ops.aten.detach.default, (value,))
+                detached.meta = {**value.meta, **{k: v for k, v in node.meta.items() if k != "val"}}
+                value = detached
+            inner[placeholder] = value
+        return self.copy_into(new, body, inner, prefix=node.name)
+
+
+def _inlinable(node: Node, module: GraphModule) -> GraphModule | None:
+    if node.op != "call_function":
+        return None
+    if node.target is GRAD_MODE_HOP:
+        reference = node.args[1]
+    elif node.target is AUTOCAST_HOP and node.args[2] is False:
+        reference = node.args[4]
+    else:
+        return None
+    if isinstance(reference, Node) and reference.op == "get_attr":
+        body = getattr(module, str(reference.target), None)
+        return body if isinstance(body, GraphModule) else None
+    return None
+
+
+def _may_require_grad(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return False
+    return node.op != "placeholder" or value.requires_grad

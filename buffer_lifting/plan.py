@@ -1,0 +1,154 @@
+"""What to emit in place of a position value: plans, as plain data, without torch.
+
+A rebuilt value of rank ``r`` has either rank ``r`` (*no lane*: the same for all samples) or rank ``r + 1`` with a
+leading *lane*, the batch, and size 1 wherever the original had its own batch dim. Its sequence dims have the
+size of this shard (role ``row``) or of all shards (role ``col``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from buffer_lifting.axis_rules import Alignment
+from buffer_lifting.graph.record import Node
+from buffer_lifting.labels import Labels
+from buffer_lifting.program import FeedOutput, InputAxes, PositionRead, ScanReport
+
+
+class Refuse(Exception):
+    """A chain that cannot be rebuilt; the message is a reason for a person. ``node`` is where it failed."""
+
+    def __init__(self, reason: str, node: str, code: str = "BL105", hint: str = "") -> None:
+        super().__init__(reason)
+        self.node, self.code, self.hint = node, code, hint
+
+
+@dataclass(frozen=True, eq=False)
+class Existing:
+    """A value of the original graph, as it is."""
+
+    node: str
+
+
+@dataclass(frozen=True, eq=False)
+class Lifted:
+    """The batch-broadcast value ``[batch, seq, *row]`` of a lifted input (by its key)."""
+
+    key: CutKey
+
+
+@dataclass(frozen=True, eq=False)
+class AxisSize:
+    """The run-time size of an axis in a role; ``fixed`` when the program is static there."""
+
+    axis: str
+    role: str
+    fixed: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A new call of an aten op. ``args`` may hold plans, ints, ``None`` and tuples of them."""
+
+    op: str
+    args: tuple[object, ...]
+    anchor: str
+
+
+@dataclass(frozen=True, eq=False)
+class Reapply:
+    """The op of node ``anchor`` once more, with some of its operands replaced (by argument path)."""
+
+    anchor: str
+    replace: tuple[tuple[str, object], ...]
+
+
+Plan = Existing | Lifted | Call | Reapply
+
+
+@dataclass(frozen=True)
+class CutKey:
+    """What makes two lifted inputs the same: content, axis, role and stream."""
+
+    content: str
+    axis: str
+    role: str
+    stream: str
+    layout: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A rebuilt value: its plan, whether it has a lane, and the rank of the original."""
+
+    plan: Plan
+    lane: bool
+    rank: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything has to be emitted."""
+        return not isinstance(self.plan, Existing)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Fixed for one read: the stream its indices follow, and the form that was asked for."""
+
+    stream: str
+    form: str
+    hoist: bool = True
+
+
+@dataclass
+class Cut:
+    """A lifted input before it has a name."""
+
+    key: CutKey
+    node: Node | None  # None: the index itself
+    ancestors: frozenset[str] = frozenset()
+    dtype: str = "int64"
+    row_shape: tuple[int, ...] = ()
+    seq_dim: int = 0
+    batch_dim: int | None = None
+    drop_dims: tuple[int, ...] = ()
+    one_axis_read: bool = False
+    hoisted: bool = False
+    read_form: str = "values"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """At operand ``path`` of node ``consumer``, which now reads ``value``, put ``plan`` instead."""
+
+    consumer: str
+    path: str
+    value: str
+    plan: Plan
+    alignment: Alignment
+
+
+@dataclass
+class LiftPlan:
+    """The result of a scan: the report, and everything that lifting has to emit."""
+
+    report: ScanReport
+    replacements: list[Replacement]
+    cuts: dict[CutKey, Cut]
+    outputs: dict[CutKey, FeedOutput]
+    frontier: list[FrontierEdge]
+    data_labels: dict[str, tuple[Labels, ...] | None]
+    input_axes: dict[str, InputAxes]
+    substituted: frozenset[str] = frozenset()  # the iota nodes that stand for position ids
+
+
+@dataclass(frozen=True)
+class FrontierEdge:
+    """A position value where it meets data, for verification: which operand, and how its dims run."""
+
+    consumer: str
+    path: str
+    value: str
+    labels: Labels
+    batch_from_right: int | None
+    read: PositionRead

@@ -1,0 +1,367 @@
+"""Rebuilds position values from lifted inputs: decides where to cut, and plans what to emit below the cut.
+
+The formulation: a value that varies along one sequence axis, with no parameter above it, may be cut (made an
+input). Form ``values`` cuts at the latest computed value, taken up through its views; form ``positions`` cuts as
+early as it can. A value along two axes (a mask) is rebuilt from one-axis values. What is not local along the
+sequence is cut where that is legal, else refused.
+"""
+
+from __future__ import annotations
+
+from buffer_lifting.dataflow import Dep
+from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
+from buffer_lifting.graph.sizes import atoms
+from buffer_lifting.labels import (
+    BATCH,
+    COL,
+    ROW,
+    DimLabel,
+    Factor,
+    Labels,
+    batch_dim,
+    has_batch,
+    has_seq,
+    is_labelled,
+    seq_axes,
+)
+from buffer_lifting.local_rules import gather_rows, local
+from buffer_lifting.ops import is_view
+from buffer_lifting.plan import Call, Context, Cut, CutKey, Existing, Lifted, Plan, Refuse, Value
+from buffer_lifting.axes import InputLabels
+
+
+class Planner:
+    """Plans for one record. Memoised, so that what N layers read is planned (and later emitted) once."""
+
+    def __init__(
+        self,
+        record: GraphRecord,
+        deps: dict[str, Dep],
+        inputs: InputLabels,
+        col_inputs: frozenset[str],
+    ) -> None:
+        self.record, self.deps, self.inputs = record, deps, inputs
+        self.col_inputs = col_inputs
+        self.cuts: dict[CutKey, Cut] = {}
+        self.input_roles: dict[str, set[str]] = {}
+        self.position_iotas: set[str] = set()  # arange nodes that a one-axis read takes as position ids
+        self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
+        self._memo: dict[tuple[str, Labels, Context], tuple[Value, tuple[CutKey, ...]] | Refuse] = {}
+        self._numbers: dict[str, str] = {}
+        self._interned: dict[object, int] = {}
+        self._tables: dict[str, bool] = {}
+        self._ancestors: dict[str, frozenset[str]] = {}
+        self._length_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
+
+    # -- questions that rules ask ---------------------------------------------------------------------------
+
+    def fixed_batch(self) -> int | None:
+        """The batch size of a static program."""
+        return self.inputs.batch if isinstance(self.inputs.batch, int) else None
+
+    def is_table(self, name: str) -> bool:
+        """Whether a value is made from state alone, so that its rows are positions whatever the sequence."""
+        if name not in self._tables:
+            node, dep = self.record.nodes[name], self.deps[name]
+            made_of_state = bool(dep & (Dep.STATE | Dep.PARAM)) and not dep & (Dep.USER | Dep.IOTA | Dep.RANDOM)
+            shape = node.tensor.shape if node.tensor else ()
+            self._tables[name] = made_of_state and not any(atoms(size) & self._length_atoms for size in shape)
+        return self._tables[name]
+
+    def is_length_of_sequence(self, name: str) -> bool:
+        """Whether a symbolic number is made from a sequence length."""
+        meta = self.record.nodes[name].meta
+        if not isinstance(meta, ScalarMeta):
+            return False
+        if meta.size is not None:
+            return bool(atoms(meta.size) & self._length_atoms)
+        return any(self.is_length_of_sequence(operand) for operand in self.record.nodes[name].refs())
+
+    # -- rebuilding -----------------------------------------------------------------------------------------
+
+    def rebuild(self, name: str, labels: Labels, context: Context, picked: int | None = None) -> Value:
+        """The value of node ``name`` with dims ``labels``, made of lifted inputs.
+
+        ``picked`` is a dim of which the reader takes a part, so that its label is empty although it may vary.
+
+        Raises:
+            Refuse: with the reason.
+        """
+        key = (name, labels, context)
+        known = self._memo.get(key)
+        if known is None:
+            start = len(self.trail)
+            try:
+                value = self._rebuild(name, labels, context)
+                known = (value, tuple(self.trail[start:]))
+            except Refuse as refusal:
+                known = refusal
+                del self.trail[start:]
+            self._memo[key] = known
+        elif not isinstance(known, Refuse):
+            self.trail.extend(known[1])
+        if isinstance(known, Refuse):
+            raise known
+        return known[0]
+
+    def _rebuild(self, name: str, labels: Labels, context: Context) -> Value:
+        node, dep = self.record.nodes[name], self.deps[name]
+        if not isinstance(node.meta, TensorMeta):
+            if node.kind is NodeKind.OP and isinstance(node.meta, tuple):
+                raise Refuse(f"{node.op} has several results", name)
+            return Value(Existing(name), False, 0)
+        if Dep.DATA in dep:
+            raise Refuse("it is computed from differentiable data", name, "BL106", "positions must not depend on data")
+        follows = any(has_seq(dim) for dim in labels)
+        if Dep.USER not in dep and not follows and not any(has_batch(dim) for dim in labels):
+            return Value(Existing(name), False, len(labels))
+        if Dep.WRITTEN in dep:
+            raise self._written(node)
+        if node.kind is NodeKind.INPUT:
+            return self._user_input(node, labels, context)
+        if Dep.USER in dep:
+            return self._rebuild_user(node, labels, context)
+        if not follows:
+            return local(self, node, labels, context)
+        legal = len(seq_axes(labels)) == 1 and not dep & (Dep.PARAM | Dep.RANDOM)
+        if legal and not self._climbs(node, labels, context):
+            return self.cut(node, labels, context)
+        try:
+            if node.kind is NodeKind.STATE:
+                return gather_rows(self, node, labels, context)
+            return local(self, node, labels, context)
+        except Refuse:
+            if legal:
+                return self.cut(node, labels, context)
+            raise
+
+    def _climbs(self, node: Node, labels: Labels, context: Context) -> bool:
+        if context.form == "positions":
+            return True
+        if not is_view(node) or node.kind is not NodeKind.OP:
+            return False
+        source = node.args.get("self")
+        meta = self.record.nodes[source.name].tensor if isinstance(source, Ref) else None
+        if meta is None or node.tensor is None or meta.dtype != node.tensor.dtype:
+            return False
+        if node.base_op in ("aten.slice", "aten.narrow", "aten.select"):
+            dim = int(node.args.get("dim", 0)) % len(meta.shape)  # type: ignore[arg-type]
+            if node.base_op != "aten.select" and node.tensor.shape[dim] != meta.shape[dim]:
+                return not is_labelled(labels[dim])
+        return True
+
+    def _rebuild_user(self, node: Node, labels: Labels, context: Context) -> Value:
+        try:
+            return local(self, node, labels, context)
+        except Refuse as refusal:
+            if not context.hoist or refusal.code in ("BL104",):
+                raise
+            if len(seq_axes(labels)) != 1 or self.deps[node.name] & (Dep.PARAM | Dep.RANDOM):
+                raise
+            return self.cut(node, labels, context, hoisted=True)
+
+    def _user_input(self, node: Node, labels: Labels, context: Context) -> Value:
+        own = self.inputs.labels.get(node.name)
+        if own is None:
+            raise Refuse(f"the axes of input {node.fqn!r} are not known", node.name, "BL103", "pass axes=")
+        wanted, has = _plain(labels), _plain(own)
+        if node.name in self.col_inputs:
+            has = [(axis, COL if role else role) for axis, role in has]
+        roles = self.input_roles.setdefault(node.name, set())
+        roles.update(role for _, role in wanted if role)
+        if wanted != has:
+            if _axes(wanted) == _axes(has) and len([r for _, r in wanted if r]) == 1:
+                return self.cut(node, labels, context, hoisted=True)
+            raise Refuse(
+                f"input {node.fqn!r} is read along other axes than it has", node.name, "BL103", "pass axes= for it"
+            )
+        batch = batch_dim(own)
+        if batch is None:
+            return Value(Existing(node.name), False, len(labels))
+        return Value(self._own_batch_to_lane(Existing(node.name), batch, len(labels), node.name), True, len(labels))
+
+    @staticmethod
+    def _own_batch_to_lane(plan: Plan, batch: int, rank: int, anchor: str) -> Plan:
+        if batch == 0:
+            return Call("aten.unsqueeze.default", (plan, 1), anchor)
+        order = (batch, *(d for d in range(rank) if d != batch))
+        moved = Call("aten.permute.default", (plan, order), anchor)
+        return Call("aten.unsqueeze.default", (moved, batch + 1), anchor)
+
+    def _written(self, node: Node) -> Refuse:
+        for name in sorted(self.ancestors(node.name)):
+            state = self.record.nodes[name]
+            if state.kind is NodeKind.STATE and state.mutated:
+                return Refuse(
+                    f"buffer {state.fqn!r} is written by the graph (a cache), so its rows are not fixed",
+                    node.name,
+                    "BL101",
+                    "export the model without its cache (use_cache=False)",
+                )
+        return Refuse(
+            "its storage is written in place by another op of the graph",
+            node.name,
+            "BL102",
+            "build the value out of place in the model, or export after run_decompositions()",
+        )
+
+    # -- cutting --------------------------------------------------------------------------------------------
+
+    def iota(self, factor: Factor, context: Context) -> Plan:
+        """The lifted index of an axis in a role: ``[batch, seq]``, int64."""
+        key = CutKey("iota", factor.axis, factor.role, context.stream, ())
+        cut = self.cuts.setdefault(key, Cut(key, None, read_form="positions"))
+        cut.one_axis_read |= context.stream == "positions"
+        self.trail.append(key)
+        return Lifted(key)
+
+    def cut(self, node: Node, labels: Labels, context: Context, hoisted: bool = False) -> Value:
+        """Makes a one-axis value a lifted input, and views it back into the value's layout (with a lane)."""
+        assert node.tensor is not None
+        seq = [d for d, dim in enumerate(labels) if has_seq(dim)]
+        batch = batch_dim(labels)
+        if len(seq) != 1 or len(labels[seq[0]]) != 1 or (batch is not None and len(labels[batch]) != 1):
+            raise Refuse("its sequence dim is folded with other dims", node.name)
+        factor = labels[seq[0]][0]
+        number = "iota" if hoisted is False and self.is_iota(node.name) else self.number(node.name)
+        drop: list[int] = []
+        row: list[int] = []
+        for dim, size in enumerate(node.tensor.shape):
+            if dim in (seq[0], batch):
+                continue
+            if size == 1:
+                drop.append(dim)
+            elif isinstance(size, int):
+                row.append(dim)
+            else:
+                raise Refuse(f"a dim of size {size} is neither batch, sequence nor of fixed size", node.name)
+        row_shape = tuple(int(node.tensor.shape[d]) for d in row)  # type: ignore[arg-type]
+        stream = "inputs" if hoisted else context.stream
+        plan: Plan
+        if number == "iota":
+            plan = self.iota(factor, context)
+            if context.stream == "positions":
+                self.position_iotas.update(
+                    a for a in self.ancestors(node.name) if self.record.nodes[a].base_op == "aten.arange"
+                )
+        else:
+            layout = row_shape
+            key = CutKey(number, factor.axis, factor.role, stream, layout)
+            if key not in self.cuts:
+                self.cuts[key] = Cut(
+                    key,
+                    node,
+                    ancestors=self.ancestors(node.name),
+                    dtype=node.tensor.dtype,
+                    row_shape=row_shape,
+                    seq_dim=seq[0],
+                    batch_dim=batch,
+                    drop_dims=tuple(drop),
+                    hoisted=hoisted,
+                )
+            cut = self.cuts[key]
+            cut.one_axis_read |= stream == "positions"
+            self.trail.append(key)
+            plan = Lifted(key)
+        ones = drop if batch is None else [*drop, batch]
+        return Value(self._restore(plan, node.name, seq[0], row, ones), True, len(labels))
+
+    @staticmethod
+    def _restore(plan: Plan, anchor: str, seq: int, row: list[int], ones: list[int]) -> Plan:
+        """``[lane, seq, *row]`` to ``[lane, *dims]``."""
+        kept = sorted([seq, *row])
+        order = tuple(1 + [seq, *row].index(dim) for dim in kept)
+        if order != tuple(range(1, len(order) + 1)):
+            plan = Call("aten.permute.default", (plan, (0, *order)), anchor)
+        for dim in sorted(ones):
+            plan = Call("aten.unsqueeze.default", (plan, dim + 1), anchor)
+        return plan
+
+    # -- content --------------------------------------------------------------------------------------------
+
+    def is_iota(self, name: str) -> bool:
+        """Whether a value is ``0, 1, 2, ...`` along the sequence."""
+        node = self.record.nodes[name]
+        if node.base_op == "aten.add" and node.args.get("other") == 0 and isinstance(node.args.get("self"), Ref):
+            return self.is_iota(node.args["self"].name)  # type: ignore[union-attr]
+        if node.base_op in ("aten.unsqueeze", "aten.expand", "aten.alias", "aten.detach", "aten.view"):
+            source = node.args.get("self")
+            return isinstance(source, Ref) and self.is_iota(source.name)
+        if node.base_op != "aten.arange" or node.tensor is None or node.tensor.dtype != "int64":
+            return False
+        return node.args.get("start", 0) in (0, None) and node.args.get("step", 1) in (1, None)
+
+    def number(self, name: str) -> str:
+        """A value number: equal for nodes that compute the same from the same state."""
+        if name in self._numbers:
+            return self._numbers[name]
+        stack = [name]
+        while stack:
+            current = stack[-1]
+            node = self.record.nodes[current]
+            missing = [ref for ref in node.refs() if ref not in self._numbers]
+            if missing and current not in self._numbers:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            if current not in self._numbers:
+                self._numbers[current] = self._number_of(node)
+        return self._numbers[name]
+
+    def _number_of(self, node: Node) -> str:
+        key: object
+        if node.kind is NodeKind.STATE:
+            key = ("state", node.content or node.fqn)
+        elif node.kind is NodeKind.INPUT or self.deps[node.name] & Dep.RANDOM:
+            key = ("node", node.name)
+        else:
+            key = (node.op, self._frozen(tuple(node.args.items())))
+        return f"v{self._interned.setdefault(key, len(self._interned))}"
+
+    def _frozen(self, arg: object) -> object:
+        if isinstance(arg, Ref):
+            return ("ref", self._numbers[arg.name])
+        if isinstance(arg, tuple):
+            return tuple(self._frozen(item) for item in arg)
+        return (type(arg).__name__, arg)
+
+    def ancestors(self, name: str) -> frozenset[str]:
+        """All nodes that a position value is computed from, itself included."""
+        if name not in self._ancestors:
+            seen: set[str] = set()
+            stack = [name]
+            while stack:
+                current = stack.pop()
+                if current not in seen:
+                    seen.add(current)
+                    stack.extend(self.record.nodes[current].refs())
+            self._ancestors[name] = frozenset(seen)
+        return self._ancestors[name]
+
+    def source_of(self, name: str) -> tuple[str, str, tuple[str, ...]]:
+        """Kind, name and aliases of what a position value comes from: parameter, then state, input, iota."""
+        nodes = [self.record.nodes[ancestor] for ancestor in sorted(self.ancestors(name))]
+        for kind in (StateKind.PARAMETER, StateKind.BUFFER, StateKind.CONSTANT):
+            for node in nodes:
+                if node.state_kind is kind:
+                    return kind.value, node.fqn, node.aliases
+        for node in nodes:
+            if node.kind is NodeKind.INPUT and Dep.USER in self.deps[name]:
+                return "input", node.fqn, ()
+        for node in nodes:
+            if node.base_op == "aten.arange":
+                return "iota", "aten.arange", ()
+        return "length", "sym_size", ()
+
+
+def _plain(labels: Labels) -> list[tuple[str, str]]:
+    """Axis and role by dim (``("", "")`` for features), sizes left out."""
+    result = []
+    for dim in labels:
+        factor = next((f for f in dim if f.axis), None)
+        result.append((factor.axis, factor.role) if factor else ("", ""))
+    return result
+
+
+def _axes(plain: list[tuple[str, str]]) -> list[str]:
+    return [axis for axis, _ in plain]

@@ -1,0 +1,398 @@
+"""Finds every read by sequence position: pure dataflow over a graph record.
+
+Forward, labels say which dims of each data value run over the batch and the sequence. Where a value without data
+meets data (the frontier), its dims are lined up with the data's; if one runs along the sequence, the planner is
+asked how to rebuild it from lifted inputs. Everything that cannot be rebuilt becomes a finding.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
+from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
+from buffer_lifting.dataflow import Dep, analyse
+from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
+from buffer_lifting.graph.sizes import Expr, Size, atoms, divide
+from buffer_lifting.labels import (
+    BATCH,
+    COL,
+    ROW,
+    Factor,
+    Labels,
+    feature,
+    features,
+    has_seq,
+    is_labelled,
+    seq_axes,
+)
+from buffer_lifting.local_rules import gather_rows
+from buffer_lifting.naming import name_outputs
+from buffer_lifting.ops import ATTENTION, is_pointwise
+from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
+from buffer_lifting.planner import Planner
+from buffer_lifting.program import (
+    Axes,
+    Finding,
+    Form,
+    PositionRead,
+    ScanReport,
+    SequenceMixing,
+    Stream,
+)
+
+FormOption = str | Mapping[str, str]
+_CODES = {"buffer": "BL001", "constant": "BL001", "parameter": "BL002", "iota": "BL003", "input": "BL005"}
+_FORMS = ("values", "positions", "auto")
+
+
+def scan_record(record: GraphRecord, axes: Axes | None = None, form: FormOption = "auto") -> LiftPlan:
+    """The report and the plan of a record. Linear in its nodes.
+
+    Raises:
+        AxesError: ``axes`` does not fit the inputs. Everything that a graph can contain is reported instead.
+        ValueError: an unknown form.
+    """
+    for name in [form] if isinstance(form, str) else form.values():
+        if name not in _FORMS:
+            raise ValueError(f"form is one of {', '.join(_FORMS)} or a mapping from source FQN to one, not {name!r}")
+    inputs = label_inputs(record, axes)
+    scan = _Scan(record, inputs, form, frozenset())
+    col_only = frozenset(n for n, roles in scan.planner.input_roles.items() if roles == {COL} and _one_axis(inputs, n))
+    if col_only:
+        scan = _Scan(record, inputs, form, col_only)
+    return scan.result()
+
+
+def _one_axis(inputs: InputLabels, name: str) -> bool:
+    return len(seq_axes(inputs.labels.get(name, ()))) == 1
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """An operand without data at a node with data."""
+
+    consumer: Node
+    path: str
+    value: Node
+    alignment: Alignment
+
+
+class _Scan:
+    def __init__(
+        self, record: GraphRecord, inputs: InputLabels, form: FormOption, col_inputs: frozenset[str]
+    ) -> None:
+        self.record, self.inputs, self.form, self.col_inputs = record, inputs, form, col_inputs
+        self.deps = analyse(record, inputs.labels)
+        self.planner = Planner(record, self.deps, inputs, col_inputs)
+        self.labels: dict[str, tuple[Labels, ...] | None] = {n: (x,) for n, x in inputs.labels.items()}
+        self.reads: list[PositionRead] = []
+        self.mixing: list[SequenceMixing] = []
+        self.findings: list[Finding] = list(inputs.findings)
+        self.replacements: list[Replacement] = []
+        self.frontier: list[FrontierEdge] = []
+        self.seq_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
+        if not inputs.lengths:
+            self._no_axis()
+        for node in record.nodes.values():
+            if node.kind is NodeKind.OP:
+                self._visit(node)
+
+    def result(self) -> LiftPlan:
+        outputs, substituted = name_outputs(self.planner, self.record)
+        axes = {
+            node.name: as_input_axes(node, self.inputs.labels[node.name], node.name in self.col_inputs)
+            for node in self.record.inputs()
+            if node.name in self.inputs.labels
+        }
+        report = ScanReport(tuple(self.reads), tuple(self.mixing), tuple(axes.values()), tuple(self.findings))
+        return LiftPlan(
+            report,
+            self.replacements,
+            self.planner.cuts,
+            outputs,
+            self.frontier,
+            self.labels,
+            axes,
+            substituted,
+        )
+
+    def _no_axis(self) -> None:
+        born = next((node for node in self.record.nodes.values() if node.base_op == ATTENTION), None)
+        names = ", ".join(node.fqn for node in self.record.inputs()) or "none"
+        if born is not None:
+            self.findings.append(
+                Finding(
+                    "BL107",
+                    f"no user input has a sequence axis (inputs: {names}), yet {born.name!r} attends: the sequence axis "
+                    "is born inside the graph (image patches, a projection of a flat input)",
+                    "export the part of the model behind the embedding, whose input is [batch, seq, features]",
+                    born.location,
+                )
+            )
+        else:
+            self.findings.append(
+                Finding(
+                    "BL106",
+                    f"no user input has a sequence axis (inputs: {names})",
+                    'pass axes={"input name": {0: "batch", 1: "seq"}}',
+                )
+            )
+
+    # -- forward --------------------------------------------------------------------------------------------
+
+    def _visit(self, node: Node) -> None:
+        dep = self.deps[node.name]
+        if Dep.USER not in dep and Dep.DATA not in dep:
+            return
+        view = OpView(self.record, node, self.labels)
+        result = apply_rule(view)
+        if Dep.DATA not in dep:
+            outputs = result.outputs if result else None
+            self.labels[node.name] = self._complete(node, outputs)
+            return
+        carries = any(
+            any(is_labelled(dim) for labels in known for dim in labels)
+            for name in node.refs()
+            if (known := self.labels.get(name))
+        )
+        if result is None:
+            self.labels[node.name] = self._complete(node, None)
+            if carries:
+                self._mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
+        else:
+            self.labels[node.name] = self._outputs(node, result)
+            if result.mixing and (result.outputs is None or carries):
+                self._mix(node, result.mixing, result.handled, "BL200" if result.handled else "BL201")
+        self._operands(node, result)
+
+    def _outputs(self, node: Node, result: AxisResult) -> tuple[Labels, ...] | None:
+        completed = self._complete(node, result.outputs)
+        if result.outputs is None and not result.mixing and self.inputs.lengths and self._lost(node):
+            self._mix(node, f"the batch and sequence dims of {node.op} are not known", False, "BL202")
+        return completed
+
+    def _lost(self, node: Node) -> bool:
+        """Whether an operand had labels that the result lost."""
+        return any(
+            is_labelled(dim)
+            for name in node.refs()
+            for labels in (self.labels.get(name) or ())
+            for dim in labels
+        )
+
+    def _complete(self, node: Node, outputs: tuple[Labels, ...] | None) -> tuple[Labels, ...] | None:
+        """Fills in, from symbolic sizes, labels that a rule did not find."""
+        metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
+        tensors = [meta for meta in metas if isinstance(meta, TensorMeta)]
+        if outputs is None:
+            found = tuple(self._by_symbol(meta.shape) for meta in tensors)
+            return found if any(is_labelled(dim) for labels in found for dim in labels) else None
+        if not self.seq_atoms:
+            return outputs
+        fixed = []
+        for labels, meta in zip(outputs, tensors, strict=False):
+            by_symbol = None
+            merged = []
+            for index, (dim, size) in enumerate(zip(labels, meta.shape, strict=False)):
+                if isinstance(size, Expr) and atoms(size) & self.seq_atoms and not has_seq(dim):
+                    by_symbol = by_symbol or self._by_symbol(meta.shape)
+                    dim = by_symbol[index]
+                merged.append(dim)
+            fixed.append(tuple(merged))
+        return tuple(fixed)
+
+    def _by_symbol(self, shape: tuple[Size, ...]) -> Labels:
+        result = []
+        seen: set[str] = set()
+        for size in shape:
+            dim = feature(size)
+            if isinstance(size, Expr):
+                for axis, length in self.inputs.lengths.items():
+                    if size == length:
+                        dim = (Factor(axis, COL if axis in seen else ROW, length),)
+                        seen.add(axis)
+                batch = self.inputs.batch
+                if isinstance(batch, Expr) and size == batch:
+                    dim = (Factor(BATCH, "", batch),)
+                elif isinstance(batch, Expr):
+                    rest = divide(size, batch)
+                    for axis, length in self.inputs.lengths.items():
+                        if rest == length and isinstance(length, Expr):
+                            dim = (Factor(BATCH, "", batch), Factor(axis, ROW, length))
+            result.append(dim)
+        return tuple(result)
+
+    def _mix(self, node: Node, reason: str, handled: bool, code: str) -> None:
+        hint = "" if handled else "lift with strict=False if the sequence is never reordered or sharded"
+        modules = (node.module,) if node.module else ()
+        self.mixing.append(SequenceMixing(node.name, node.op, reason, node.location, modules, handled, code, hint))
+
+    # -- the frontier ---------------------------------------------------------------------------------------
+
+    def _operands(self, node: Node, result: AxisResult | None) -> None:
+        if node.base_op == ATTENTION and node.args.get("is_causal") is True:
+            self._causal(node)
+        for path, name in node.named_refs():
+            value = self.record.nodes[name]
+            if Dep.DATA in self.deps[name]:
+                continue
+            if not isinstance(value.meta, TensorMeta):
+                if is_pointwise(node) and self.planner.is_length_of_sequence(name):
+                    self._refused(node, path, value, (), Refuse("the sequence length itself enters the data", name, "BL104"))
+                continue
+            alignment = result.operands.get(path) if result else None
+            if alignment is None:
+                if Dep.IOTA in self.deps[name] or self._runs_along(value.meta):
+                    why = f"how operand {path!r} of {node.op} lines up with the sequence is not known"
+                    self._refused(node, path, value, (), Refuse(why, node.name))
+                continue
+            if any(has_seq(dim) for dim in alignment.labels):
+                self._read(_Edge(node, path, value, alignment))
+            elif self._runs_along(value.meta) and Dep.USER not in self.deps[name]:
+                why = "it has the size of the sequence, but does not line up with the data's sequence dim"
+                self._refused(node, path, value, (), Refuse(why, name))
+
+    def _runs_along(self, meta: TensorMeta) -> bool:
+        return any(atoms(size) & self.seq_atoms for size in meta.shape)
+
+    def _read(self, edge: _Edge) -> None:
+        value, labels = edge.value, edge.alignment.labels
+        two_axis = len(seq_axes(labels)) > 1
+        context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
+        self.planner.trail.clear()
+        try:
+            rebuilt = self.planner.rebuild(value.name, labels, context)
+            form: Form | None = None
+        except Refuse as refusal:
+            natural = self._natural(edge, context)
+            if natural is None:
+                self._refused(edge.consumer, edge.path, value, labels, refusal)
+                return
+            rebuilt, form = natural, "natural"
+        used = list(dict.fromkeys(self.planner.trail))
+        if not used or not rebuilt.changed:
+            return
+        self._accept(edge, rebuilt, used, form)
+
+    def _natural(self, edge: _Edge, context: Context) -> Value | None:
+        """The fallback: the value stays in natural order in the stage and is gathered along each axis."""
+        dep = self.deps[edge.value.name]
+        if dep & (Dep.USER | Dep.WRITTEN | Dep.RANDOM) or len(seq_axes(edge.alignment.labels)) < 2:
+            return None
+        self.planner.trail.clear()
+        try:
+            return gather_rows(self.planner, edge.value, edge.alignment.labels, context, natural=True)
+        except Refuse:
+            return None
+
+    def _form_of(self, value: Node, two_axis: bool) -> str:
+        if isinstance(self.form, str):
+            form = self.form
+        else:
+            kind, source, aliases = self.planner.source_of(value.name)
+            form = "auto"
+            for pattern, chosen in self.form.items():
+                if any(fnmatch.fnmatchcase(name, pattern) for name in (source, *aliases)):
+                    form = chosen
+                    break
+        if form == "auto":
+            return "positions" if two_axis else "values"
+        return form
+
+    def _accept(self, edge: _Edge, rebuilt: Value, used: list[CutKey], form: Form | None) -> None:
+        streams = {key.stream for key in used}
+        stream: Stream = "inputs" if streams == {"inputs"} else ("slots" if "slots" in streams else "positions")
+        if form is None:
+            form = "positions" if all(key.content == "iota" for key in used) else "values"
+        kind, source, aliases = self.planner.source_of(edge.value.name)
+        code = "BL006" if form == "natural" else _CODES.get(kind, "BL003")
+        hint = "the whole sequence x sequence value stays in the stage" if form == "natural" else ""
+        read = self._record(edge, kind, source, aliases, stream, form, None, code, hint)
+        self.replacements.append(
+            Replacement(edge.consumer.name, edge.path, edge.value.name, rebuilt.plan, edge.alignment)
+        )
+        self.frontier.append(
+            FrontierEdge(
+                edge.consumer.name,
+                edge.path,
+                edge.value.name,
+                edge.alignment.labels,
+                edge.alignment.batch_from_right,
+                read,
+            )
+        )
+
+    def _record(
+        self,
+        edge: _Edge,
+        kind: str,
+        source: str,
+        aliases: tuple[str, ...],
+        stream: Stream,
+        form: Form | None,
+        refusal: str | None,
+        code: str,
+        hint: str,
+    ) -> PositionRead:
+        node, labels = edge.consumer, edge.alignment.labels
+        seq = tuple((d, f.axis, f.role) for d, dim in enumerate(labels) for f in dim if f.is_seq)
+        batch = next((d for d, dim in enumerate(labels) if any(f.axis == BATCH for f in dim)), None)
+        read = PositionRead(
+            source_kind=kind,
+            source=source,
+            aliases=aliases,
+            value=edge.value.name,
+            node=node.name,
+            op=node.op,
+            operand=edge.path,
+            seq_dims=seq,
+            batch_dim=batch,
+            stream=stream,
+            form=form,
+            refusal=refusal,
+            location=edge.value.location or node.location,
+            modules=(node.module,),
+            code=code,
+            hint=hint,
+        )
+        self.reads.append(read)
+        return read
+
+    def _refused(self, node: Node, path: str, value: Node, labels: Labels, refusal: Refuse) -> None:
+        kind, source, aliases = self.planner.source_of(value.name)
+        alignment = Alignment(labels or features(value.tensor.shape if value.tensor else ()), None)
+        where = f" (at {refusal.node})" if refusal.node != value.name else ""
+        hint = refusal.hint or "compute the value in another way in the model, or lift with strict=False and feed it yourself"
+        self._record(
+            _Edge(node, path, value, alignment), kind, source, aliases, "positions", None, f"{refusal}{where}", refusal.code, hint
+        )
+
+    def _causal(self, node: Node) -> None:
+        query = self.labels.get(node.args["query"].name)  # type: ignore[union-attr]
+        if not query or not has_seq(query[0][-2]):
+            return
+        rank = len(query[0])
+        factor = next(f for f in query[0][-2] if f.is_seq)
+        read = PositionRead(
+            source_kind="is_causal",
+            source="is_causal",
+            aliases=(),
+            value=node.name,
+            node=node.name,
+            op=node.op,
+            operand="is_causal",
+            seq_dims=((rank - 2, factor.axis, ROW), (rank - 1, factor.axis, COL)),
+            batch_dim=None,
+            stream="slots",
+            form="positions",
+            refusal=None,
+            location=node.location,
+            modules=(node.module,),
+            code="BL004",
+            hint="buffer_lifting.context_parallel replaces the flag by a mask that follows the slots",
+        )
+        self.reads.append(read)
+

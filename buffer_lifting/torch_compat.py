@@ -1,0 +1,223 @@
+"""The only file that touches private torch, with the public alternative that was missing beside each use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import sympy
+import torch
+from torch._export.verifier import TrainingIRVerifier  # no public name for the training dialect's verifier
+from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled  # operators, no alias
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree  # torch.utils.pytree has no TreeSpec for module_call_graph
+
+from buffer_lifting.graph import sizes
+
+Symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
+AUTOCAST_HOP = wrap_with_autocast
+GRAD_MODE_HOP = wrap_with_set_grad_enabled
+TreeSpec = pytree.TreeSpec
+tree_flatten = pytree.tree_flatten
+tree_unflatten = pytree.tree_unflatten
+tree_map = pytree.tree_map
+
+_SIZES: dict[sympy.Expr, sizes.Size] = {}
+
+
+def size_of(value: int | torch.SymInt) -> sizes.Size:
+    """A torch size as a :data:`sizes.Size`. Private: ``SymInt.node.expr`` (no public reader of the expression)."""
+    if isinstance(value, torch.SymInt):
+        return _convert(value.node.expr)
+    return int(value)
+
+
+def _convert(expr: sympy.Expr) -> sizes.Size:
+    if expr in _SIZES:
+        return _SIZES[expr]
+    result: sizes.Size
+    if expr.is_Integer:
+        return int(expr)
+    if expr.is_Symbol:
+        result = sizes.symbol(str(expr))
+    elif expr.is_Add:
+        result = 0
+        for term in expr.args:
+            result = sizes.add(result, _convert(cast(sympy.Expr, term)))
+    elif expr.is_Mul:
+        result = sizes.product(_convert(cast(sympy.Expr, factor)) for factor in expr.args)
+    elif expr.is_Pow and expr.args[1].is_Integer and int(expr.args[1]) > 0:
+        result = sizes.product([_convert(cast(sympy.Expr, expr.args[0]))] * int(expr.args[1]))
+    else:
+        result = sizes.symbol(str(expr))
+    _SIZES[expr] = result
+    return result
+
+
+def schema_args(node: Node) -> dict[str, Any]:
+    """The arguments of a call by schema name, defaults included.
+
+    Private: ``OpOverload._schema`` (``Node.normalized_arguments`` re-parses the schema on each call, which made
+    it the largest cost of a scan).
+    """
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(i): arg for i, arg in enumerate(node.args)} | dict(node.kwargs)
+    result = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args) and not argument.kwarg_only:
+            result[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            result[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            result[argument.name] = argument.default_value
+    return result
+
+
+def replace_operands(node: Node, replace: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's args and kwargs with operands replaced, by path (``"self"``, ``"indices.0"``).
+
+    Private: ``OpOverload._schema``, as in :func:`schema_args`.
+    """
+    args, kwargs = list(node.args), dict(node.kwargs)
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    for path, value in replace.items():
+        key, _, index = path.partition(".")
+        place = names.index(key)
+        current = kwargs[key] if key in kwargs else args[place]
+        if index:
+            items = list(current)
+            items[int(index)] = value
+            value = items
+        if key in kwargs:
+            kwargs[key] = value
+        else:
+            args[place] = value
+    return tuple(args), kwargs
+
+
+def returns_alias(node: Node) -> bool:
+    """Whether a call returns a view of, or the same tensor as, one of its arguments (the schema's alias marks)."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    return any(result.alias_info is not None for result in schema.returns)
+
+
+def replacements(value: torch.SymInt) -> int:
+    """How many symbols the shape environment of a symbolic size has specialised or unified so far."""
+    return len(value.node.shape_env.replacements)  # private: no public view of a ShapeEnv's replacements
+
+
+def rebuild_program(
+    program: ExportedProgram,
+    graph: Graph,
+    signature: ExportGraphSignature,
+    *,
+    in_spec: TreeSpec,
+    out_spec: TreeSpec,
+    arg_names: list[str],
+    state_dict: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    submodules: Mapping[str, Any],
+    keep_modules: bool = True,
+) -> ExportedProgram:
+    """An ExportedProgram around an edited graph: the public constructor, with the root call's spec replaced.
+
+    Raises:
+        torch._export.verifier.SpecViolationError: the graph is not valid in the program's dialect.
+    """
+    import copy
+    import dataclasses
+
+    entries = list(program.module_call_graph) if keep_modules else program.module_call_graph[:1]
+    root = entries[0]
+    call = None
+    if root.signature is not None:
+        call = dataclasses.replace(
+            root.signature, in_spec=in_spec, out_spec=out_spec, forward_arg_names=arg_names
+        )
+    entries = [dataclasses.replace(root, signature=call), *(copy.copy(entry) for entry in entries[1:])]
+    return ExportedProgram(
+        root=dict(submodules),
+        graph=graph,
+        graph_signature=signature,
+        state_dict=dict(state_dict),
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=entries,
+        example_inputs=example_inputs,
+        constants=dict(constants),
+        verifiers=list(program.verifiers),
+    )
+
+
+def root_spec(program: ExportedProgram) -> tuple[TreeSpec, TreeSpec]:
+    """The pytree specs of a program's inputs and outputs. Private: ``ExportedProgram.call_spec`` has both."""
+    spec = program.call_spec
+    return spec.in_spec, spec.out_spec
+
+
+def input_spec(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TreeSpec:
+    """The pytree spec of a call."""
+    return tree_flatten((args, kwargs))[1]
+
+
+def program_from_graph_module(
+    submodules: Mapping[str, Any],
+    graph: Graph,
+    signature: ExportGraphSignature,
+    state_dict: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    in_spec: TreeSpec,
+    out_spec: TreeSpec,
+    arg_names: list[str],
+) -> ExportedProgram:
+    """An ExportedProgram for a graph whose state was ``get_attr``. Private: ModuleCallEntry's module path."""
+    from torch.export import ModuleCallEntry, ModuleCallSignature
+
+    entry = ModuleCallEntry(
+        fqn="",
+        signature=ModuleCallSignature(
+            inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec, forward_arg_names=arg_names
+        ),
+    )
+    return ExportedProgram(
+        root=dict(submodules),
+        graph=graph,
+        graph_signature=signature,
+        state_dict=dict(state_dict),
+        range_constraints={},
+        module_call_graph=[entry],
+        constants=dict(constants),
+        verifiers=[TrainingIRVerifier],
+    )
+
+
+def call_operator(name: str) -> Callable[..., Any]:
+    """The op for ``"aten.view.default"``; only the ``aten`` namespace is looked into."""
+    namespace, packet, overload = name.split(".")
+    if namespace != "aten":
+        raise KeyError(name)
+    return cast(Callable[..., Any], getattr(getattr(torch.ops.aten, packet), overload))
+
+
+def is_load_balancer(value: Any) -> bool:
+    """Whether a value is one of torch's context-parallel load balancers (their base class is private)."""
+    return callable(getattr(value, "_generate_indices", None))
+
+
+def balancer_indices(balancer: Any) -> torch.Tensor | None:
+    """The order a load balancer rearranges the sequence to: ``[1 or batch, seq]``. Private: the only reader of it."""
+    return cast("torch.Tensor | None", balancer._generate_indices(restore=False))
+
+
+def mesh_shard(value: Any) -> tuple[int, int] | None:
+    """``(rank, size)`` of a 1-D DeviceMesh, ``None`` for anything else."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(value, DeviceMesh):
+        return None
+    return int(value.get_local_rank()), int(value.size())
