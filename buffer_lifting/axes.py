@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from buffer_lifting.errors import AxesError
 from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
-from buffer_lifting.graph.sizes import Size, is_symbol
+from buffer_lifting.graph.sizes import Size, is_symbol, rename
 from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, feature
 from buffer_lifting.program import Axes, AxesInfo, Finding, InputAxes
 
@@ -48,11 +48,15 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
     if axes is None and main is None:
         return result
     given = axes or {}
+    names: dict[str, str] = {}
     for name, dims in given.items():
         node = next(n for n in inputs if n.fqn == name)
         assert node.tensor is not None
         for dim, axis in dims.items():
-            _claim(result, axis.split(":")[0], node.tensor.shape[dim % len(node.tensor.shape)], name)
+            size = rename(node.tensor.shape[dim % len(node.tensor.shape)], names)
+            _claim(result, axis.split(":")[0], size, name, names)
+    if names:
+        record.rename_symbols(names)
     if main is not None and main.fqn not in given and main.tensor is not None:
         shape = main.tensor.shape
         if len(shape) > 1 and result.batch is None:
@@ -115,10 +119,14 @@ def _check_axes(axes: Axes, inputs: list[Node]) -> None:
                 raise AxesError(f"axes= gives dim {dim} of {name!r}, which has {rank} dims")
 
 
-def _claim(result: InputLabels, axis: str, size: Size, name: str) -> None:
+def _claim(result: InputLabels, axis: str, size: Size, name: str, names: dict[str, str]) -> None:
+    """Gives an axis its size; a second symbol for the same axis is renamed to the first."""
     known = result.batch if axis == BATCH else result.lengths.get(axis)
     if known is not None and known != size:
-        if known == 1 or size == 1:
+        if is_symbol(known) and is_symbol(size):
+            names[str(size)] = str(known)
+            size = known
+        elif known == 1 or size == 1:
             size = size if known == 1 else known
         else:
             raise AxesError(f"axes= gives axis {axis!r} of {name!r} the size {size}, but elsewhere it is {known}")

@@ -22,8 +22,10 @@ class Dep(Flag):
     WRITTEN = auto()  # storage that the graph writes to in place
 
 
-def analyse(record: GraphRecord, input_labels: dict[str, Labels]) -> dict[str, Dep]:
-    """The dependence of every node, in one pass."""
+def analyse(
+    record: GraphRecord, input_labels: dict[str, Labels], positional: frozenset[str] = frozenset()
+) -> dict[str, Dep]:
+    """The dependence of every node, in one pass. ``positional`` inputs are lifted ones: state, not user contents."""
     written = written_storage(record)
     deps: dict[str, Dep] = {}
     for node in record.nodes.values():
@@ -33,8 +35,8 @@ def analyse(record: GraphRecord, input_labels: dict[str, Labels]) -> dict[str, D
             if node.mutated:
                 dep |= Dep.WRITTEN
         elif node.kind is NodeKind.INPUT:
-            dep = Dep.USER
-            if _differentiable(node, input_labels.get(node.name)):
+            dep = Dep.STATE if node.name in positional else Dep.USER
+            if Dep.USER in dep and _differentiable(node, input_labels.get(node.name)):
                 dep |= Dep.DATA
         else:
             for name in content_operands(node):

@@ -98,6 +98,22 @@ def replace_operands(node: Node, replace: Mapping[str, Any]) -> tuple[tuple[Any,
     return tuple(args), kwargs
 
 
+def set_arguments(node: Node, values: Mapping[str, Any]) -> None:
+    """Sets arguments of a call by schema name, whether they were given, by position or by keyword, or not.
+
+    Private: ``OpOverload._schema``, as in :func:`schema_args`.
+    """
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name not in values:
+            continue
+        if index < len(args):
+            args[index] = values[argument.name]
+        else:
+            kwargs[argument.name] = values[argument.name]
+    node.args, node.kwargs = tuple(args), kwargs
+
+
 def returns_alias(node: Node) -> bool:
     """Whether a call returns a view of, or the same tensor as, one of its arguments (the schema's alias marks)."""
     schema = getattr(node.target, "_schema", None)
@@ -221,3 +237,14 @@ def mesh_shard(value: Any) -> tuple[int, int] | None:
     if not isinstance(value, DeviceMesh):
         return None
     return int(value.get_local_rank()), int(value.size())
+
+
+def _replicate() -> type:
+    from torch.distributed.pipelining.microbatch import _Replicate  # a keyword that is not chunked has no public spec
+
+    return _Replicate
+
+
+def REPLICATE() -> Any:
+    """The chunk spec of a keyword that every microbatch gets whole."""
+    return _replicate()()

@@ -1,0 +1,99 @@
+"""buffer_lifting: position values of an exported program as inputs, and the program as pipeline stages.
+
+The tour: ``program.py`` (the records) -> ``scan.py`` (finds the reads) -> ``passes/`` (lifts them) ->
+``partitioner.py`` (splits the graph) -> ``runtime.py`` (torch's PipelineStage). ``feed.py`` makes the tensors for the
+lifted inputs, ``verify.py`` checks it all on your own program.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from buffer_lifting.errors import (
+        AxesError,
+        FeedError,
+        LiftingError,
+        PartitionError,
+        UnsupportedReadError,
+        VerificationError,
+    )
+    from buffer_lifting.lifted import LiftedProgram
+    from buffer_lifting.lifting import lift, scan
+    from buffer_lifting.package import load, load_stage
+    from buffer_lifting.partitioner import partition
+    from buffer_lifting.passes.context_parallel import context_parallel
+    from buffer_lifting.program import (
+        InputAxes,
+        LiftedInput,
+        PositionRead,
+        ScanReport,
+        SequenceMixing,
+        VerifyReport,
+    )
+    from buffer_lifting.stages import Stage, StagedProgram
+    from buffer_lifting.verify import verify
+
+__version__ = "0.1.0"
+
+#: Public name -> the module that has it; imported on first use, so that the command line starts without torch.
+_PUBLIC = {
+    "scan": "lifting",
+    "lift": "lifting",
+    "context_parallel": "passes.context_parallel",
+    "partition": "partitioner",
+    "verify": "verify",
+    "load": "package",
+    "load_stage": "package",
+    "LiftedProgram": "lifted",
+    "StagedProgram": "stages",
+    "Stage": "stages",
+    "ScanReport": "program",
+    "PositionRead": "program",
+    "SequenceMixing": "program",
+    "InputAxes": "program",
+    "LiftedInput": "program",
+    "VerifyReport": "program",
+    "LiftingError": "errors",
+    "UnsupportedReadError": "errors",
+    "AxesError": "errors",
+    "PartitionError": "errors",
+    "VerificationError": "errors",
+    "FeedError": "errors",
+}
+__all__ = [
+    "AxesError",
+    "FeedError",
+    "InputAxes",
+    "LiftedInput",
+    "LiftedProgram",
+    "LiftingError",
+    "PartitionError",
+    "PositionRead",
+    "ScanReport",
+    "SequenceMixing",
+    "Stage",
+    "StagedProgram",
+    "UnsupportedReadError",
+    "VerificationError",
+    "VerifyReport",
+    "context_parallel",
+    "lift",
+    "load",
+    "load_stage",
+    "partition",
+    "scan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,191 @@
+"""Splits a lifted program into pipeline stages.
+
+An activation depends on user contents *and* a parameter (or is differentiable input): it is computed in one stage
+and sent on. Everything else, position arithmetic, masks, sizes, is recomputed where it is read, from the stage's
+own inputs. So stage boundaries carry activations alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from buffer_lifting.axes import label_inputs
+from buffer_lifting.cost import tensor_bytes
+from buffer_lifting.cuts import balanced_cuts, cuts_at
+from buffer_lifting.dataflow import Dep, analyse
+from buffer_lifting.errors import PartitionError
+from buffer_lifting.graph.from_fx import build_record
+from buffer_lifting.graph.record import GraphRecord, NodeKind, Ref, StateKind, TensorMeta
+from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.ops import ASSERTIONS, is_mutating
+from buffer_lifting.passes.context_parallel import lifted_axes
+from buffer_lifting.passes.normalize import normalize
+from buffer_lifting.stage_builder import StageBuilder
+from buffer_lifting.stages import Stage, StagedProgram, check_names
+from buffer_lifting.torch_compat import root_spec, tree_unflatten
+
+
+def partition(
+    lifted: LiftedProgram, num_stages: int | None = None, split_points: Sequence[str] | None = None
+) -> StagedProgram:
+    """Splits a lifted program into pipeline stages.
+
+    Args:
+        lifted: the result of :func:`buffer_lifting.lift` or :func:`buffer_lifting.context_parallel`; it is not
+            modified, and its stages share its parameters.
+        num_stages: cut between layers so that FLOPs and parameter bytes are balanced; or
+        split_points: the FQN of the first module of each next stage.
+
+    Raises:
+        PartitionError: neither or both of the two; a split point that does not exist, is out of order or computes
+            position values only; more stages than layers; a graph that writes to a buffer, or in place to a value
+            of another stage; an input name that a schedule keeps for itself.
+        TypeError: ``lifted`` is no LiftedProgram.
+    """
+    if not isinstance(lifted, LiftedProgram):
+        raise TypeError(
+            f"partition takes what buffer_lifting.lift returns, not {type(lifted).__name__}; call lift(program) first"
+        )
+    if (num_stages is None) == (split_points is None):
+        raise PartitionError("give either num_stages or split_points")
+    program = lifted.program
+    if program.graph_signature.buffers_to_mutate:
+        names = ", ".join(sorted(program.graph_signature.buffers_to_mutate.values()))
+        raise PartitionError(f"the program writes to the buffers {names}; export the model without its cache")
+    normalized = normalize(program)
+    record = build_record(program, normalized.graph)
+    nodes = {node.name: node for node in normalized.graph.nodes}
+    user = list(lifted.input_axes) or []
+    check_names(lifted.input_axes, user)
+    labels = label_inputs(record, lifted_axes(lifted))
+    positional = frozenset(item.name for item in lifted.inputs)
+    deps = analyse(record, labels.labels, positional)
+    activations = [
+        node.name
+        for node in record.nodes.values()
+        if node.kind is NodeKind.OP and deps[node.name] & (Dep.DATA | Dep.RANDOM) and node.base_op not in ASSERTIONS
+    ]
+    if split_points is not None:
+        cuts = cuts_at(record, activations, split_points)
+    else:
+        assert num_stages is not None
+        cuts = balanced_cuts(record, activations, num_stages)
+    return _Partition(lifted, record, nodes, activations, cuts).build()
+
+
+class _Partition:
+    def __init__(
+        self,
+        lifted: LiftedProgram,
+        record: GraphRecord,
+        nodes: dict[str, Node],
+        activations: list[str],
+        cuts: list[int],
+    ) -> None:
+        self.lifted, self.record, self.nodes = lifted, record, nodes
+        bounds = [0, *cuts, len(activations)]
+        self.count = len(bounds) - 1
+        self.owned = [activations[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.stage_of = {name: index for index, names in enumerate(self.owned) for name in names}
+        program = lifted.program
+        self.in_spec, self.out_spec = root_spec(program)
+        args, kwargs = tree_unflatten([str(name) for name in program.graph_signature.user_inputs], self.in_spec)
+        flat = [*args, *kwargs.values()]
+        if not all(isinstance(name, str) for name in flat):
+            raise PartitionError("the program takes nested inputs (lists or dicts); stages take plain tensors only")
+        self.positional, self.keywords = tuple(args), tuple(kwargs)
+        self.state = {**program.constants, **program.state_dict}
+
+    def build(self) -> StagedProgram:
+        output = next(node for node in self.record.nodes.values() if node.kind is NodeKind.OUTPUT)
+        results = [arg.name for arg in output.args["results"] if isinstance(arg, Ref)]  # type: ignore[union-attr]
+        if len(results) != len(output.args["results"]):  # type: ignore[arg-type]
+            raise PartitionError("the program returns values that are no tensors; stages return tensors only")
+        self._check_in_place()
+        builders: list[StageBuilder] = []
+        carried: list[str] = []  # what the stage behind receives, walking from the last stage to the first
+        for index in range(self.count - 1, -1, -1):
+            last = index == self.count - 1
+            sent = results if last else carried
+            if not sent:
+                raise PartitionError(f"nothing that stage {index} computes reaches stage {index + 1}")
+            passing = [name for name in sent if self.stage_of.get(name, index) < index]
+            builder = StageBuilder(
+                self.record,
+                self.nodes,
+                self.stage_of,
+                index,
+                self.owned[index],
+                passing,
+                sent,
+                self.positional if index == 0 else (),
+                self.state,
+            )
+            builders.insert(0, builder)
+            carried = builder.received
+        stages = []
+        for index, builder in enumerate(builders):
+            last = index == self.count - 1
+            built = builder.build(index == 0, last)
+            parameters = tuple(fqn for fqn in built.states if self._is_parameter(fqn))
+            stages.append(
+                Stage(
+                    index=index,
+                    module=built.module,
+                    activations=built.activations,
+                    kwargs=built.kwargs,
+                    outputs=built.outputs,
+                    parameters=parameters,
+                    boundary_bytes=0 if last else self._bytes(builder.sent),
+                    tied=self._tied_names(parameters),
+                )
+            )
+        user_keywords = tuple(name for name in self.keywords if name not in {i.name for i in self.lifted.inputs})
+        return StagedProgram(
+            stages=tuple(stages),
+            lifted=self.lifted,
+            in_spec=self.in_spec,
+            out_spec=self.out_spec,
+            positional=self.positional,
+            keywords=user_keywords,
+            tied=self._tied_stages(stages),
+        )
+
+    def _check_in_place(self) -> None:
+        for name, stage in self.stage_of.items():
+            node = self.record.nodes[name]
+            target = next((arg.name for arg in node.args.values() if isinstance(arg, Ref)), None)
+            if is_mutating(node) and target in self.stage_of and self.stage_of[target] != stage:
+                raise PartitionError(
+                    f"node {name!r} ({node.op}) writes in place to {target!r}, which stage {self.stage_of[target]} computes; "
+                    "split elsewhere, or use the out-of-place op"
+                )
+
+    def _bytes(self, names: list[str]) -> int:
+        metas = [self.record.nodes[name].meta for name in names]
+        return sum(tensor_bytes(meta, self.record.hints) for meta in metas if isinstance(meta, TensorMeta))
+
+    def _is_parameter(self, fqn: str) -> bool:
+        return fqn in self._parameters
+
+    @property
+    def _parameters(self) -> set[str]:
+        return {n.fqn for n in self.record.nodes.values() if n.state_kind is StateKind.PARAMETER}
+
+    def _tied_names(self, parameters: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+        aliases = {n.fqn: n.aliases for n in self.record.nodes.values() if n.state_kind is StateKind.PARAMETER}
+        return tuple((fqn, *aliases[fqn]) for fqn in parameters if aliases.get(fqn))
+
+    def _tied_stages(self, stages: list[Stage]) -> dict[str, tuple[int, ...]]:
+        holders: dict[int, list[tuple[str, int]]] = defaultdict(list)
+        for stage in stages:
+            for fqn in stage.parameters:
+                holders[id(self.state[fqn])].append((fqn, stage.index))
+        return {
+            entries[0][0]: tuple(dict.fromkeys(index for _, index in entries))
+            for entries in holders.values()
+            if len({index for _, index in entries}) > 1
+        }
