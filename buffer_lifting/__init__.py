@@ -1,8 +1,8 @@
 """buffer_lifting: position values of an exported program as inputs, and the program as pipeline stages.
 
-The tour: ``program.py`` (the records) -> ``scan.py`` (finds the reads) -> ``passes/`` (lifts them) ->
+The tour: ``program.py`` (the records) -> ``scanner.py`` (finds the reads) -> ``passes/`` (lifts them) ->
 ``partitioner.py`` (splits the graph) -> ``runtime.py`` (torch's PipelineStage). ``feed.py`` makes the tensors for the
-lifted inputs, ``verify.py`` checks it all on your own program.
+lifted inputs, ``verification.py`` checks it all on your own program.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from buffer_lifting.stages import Stage, StagedProgram
-    from buffer_lifting.verify import verify
+    from buffer_lifting.verification import verify
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _PUBLIC = {
     "lift": "lifting",
     "context_parallel": "passes.context_parallel",
     "partition": "partitioner",
-    "verify": "verify",
+    "verify": "verification",
     "load": "package",
     "load_stage": "package",
     "LiftedProgram": "lifted",

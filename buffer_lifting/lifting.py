@@ -21,7 +21,7 @@ from buffer_lifting.passes.lift_buffers import LiftBuffers, LiftState
 from buffer_lifting.passes.normalize import Normalized, normalize
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes, AxesInfo, Finding, PositionRead, ScanReport, SequenceMixing
-from buffer_lifting.scan import FormOption, scan_record
+from buffer_lifting.scanner import FormOption, scan_record
 
 
 def scan(program: ExportedProgram | GraphModule, axes: Axes | None = None) -> ScanReport:
@@ -41,7 +41,7 @@ def scan(program: ExportedProgram | GraphModule, axes: Axes | None = None) -> Sc
         TypeError: not a program.
     """
     program = as_program(program)
-    normalized = normalize(program)
+    normalized = normalize(program, read_only=True)
     return scan_record(build_record(program, normalized.graph), axes).report
 
 

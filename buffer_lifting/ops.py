@@ -64,4 +64,4 @@ def content_operands(node: Node) -> list[str]:
         return [name for key, name in node.named_refs() if key == "fill_value"]
     if node.op in ("aten.type_as.default", "aten.to.other"):
         return [name for key, name in node.named_refs() if key == "self"]
-    return list(node.refs())
+    return node.refs()

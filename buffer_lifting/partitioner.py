@@ -55,7 +55,7 @@ def partition(
     if program.graph_signature.buffers_to_mutate:
         names = ", ".join(sorted(program.graph_signature.buffers_to_mutate.values()))
         raise PartitionError(f"the program writes to the buffers {names}; export the model without its cache")
-    normalized = normalize(program)
+    normalized = normalize(program, read_only=True)
     record = build_record(program, normalized.graph)
     nodes = {node.name: node for node in normalized.graph.nodes}
     user = list(lifted.input_axes) or []
@@ -98,6 +98,8 @@ class _Partition:
             raise PartitionError("the program takes nested inputs (lists or dicts); stages take plain tensors only")
         self.positional, self.keywords = tuple(args), tuple(kwargs)
         self.state = {**program.constants, **program.state_dict}
+        parameters = (n for n in record.nodes.values() if n.state_kind is StateKind.PARAMETER)
+        self.aliases = {node.fqn: node.aliases for node in parameters}
 
     def build(self) -> StagedProgram:
         output = next(node for node in self.record.nodes.values() if node.kind is NodeKind.OUTPUT)
@@ -106,6 +108,7 @@ class _Partition:
             raise PartitionError("the program returns values that are no tensors; stages return tensors only")
         self._check_in_place()
         builders: list[StageBuilder] = []
+        order = {name: place for place, name in enumerate(self.record.nodes)}
         carried: list[str] = []  # what the stage behind receives, walking from the last stage to the first
         for index in range(self.count - 1, -1, -1):
             last = index == self.count - 1
@@ -123,14 +126,15 @@ class _Partition:
                 sent,
                 self.positional if index == 0 else (),
                 self.state,
+                order,
             )
             builders.insert(0, builder)
             carried = builder.received
         stages = []
         for index, builder in enumerate(builders):
             last = index == self.count - 1
-            built = builder.build(index == 0, last)
-            parameters = tuple(fqn for fqn in built.states if self._is_parameter(fqn))
+            built = builder.build(index == 0)
+            parameters = tuple(fqn for fqn in built.states if fqn in self.aliases)
             stages.append(
                 Stage(
                     index=index,
@@ -168,16 +172,8 @@ class _Partition:
         metas = [self.record.nodes[name].meta for name in names]
         return sum(tensor_bytes(meta, self.record.hints) for meta in metas if isinstance(meta, TensorMeta))
 
-    def _is_parameter(self, fqn: str) -> bool:
-        return fqn in self._parameters
-
-    @property
-    def _parameters(self) -> set[str]:
-        return {n.fqn for n in self.record.nodes.values() if n.state_kind is StateKind.PARAMETER}
-
     def _tied_names(self, parameters: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-        aliases = {n.fqn: n.aliases for n in self.record.nodes.values() if n.state_kind is StateKind.PARAMETER}
-        return tuple((fqn, *aliases[fqn]) for fqn in parameters if aliases.get(fqn))
+        return tuple((fqn, *self.aliases[fqn]) for fqn in parameters if self.aliases[fqn])
 
     def _tied_stages(self, stages: list[Stage]) -> dict[str, tuple[int, ...]]:
         holders: dict[int, list[tuple[str, int]]] = defaultdict(list)

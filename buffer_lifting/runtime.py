@@ -18,12 +18,31 @@ def build_stage(staged: StagedProgram, index: int, device: torch.device | str, g
     if not isinstance(index, int) or not 0 <= index < count:
         raise PartitionError(f"there is no stage {index!r}; the program has {count} stages")
     place = torch.device(device)
-    return PipelineStage(
-        staged.stages[index].module.to(place), index, count, place, group=pp_group(staged.lifted.cp_size, group, mesh)
-    )
+    module = staged.stages[index].module
+    untie(staged, index)
+    return PipelineStage(module.to(place), index, count, place, group=pp_group(group, mesh))
 
 
-def pp_group(cp_size: int | None, group: Any, mesh: Any) -> Any:
+def untie(staged: StagedProgram, index: int) -> None:
+    """Gives a stage its own copy of each parameter that an earlier stage holds as well.
+
+    Two stages of one rank would otherwise share the Parameter, and torch scales the gradients of each stage's
+    parameters by the number of microbatches on its own: a shared one twice. The gradients of the copies are to be
+    summed by the trainer (``staged.tied`` lists them), as between ranks.
+    """
+    module = staged.stages[index].module
+    for fqn, holders in staged.tied.items():
+        if index not in holders[1:]:
+            continue
+        first = staged.stages[holders[0]].module.get_parameter(fqn)
+        for name, parameter in list(module.named_parameters()):
+            if parameter is first:
+                path, _, leaf = name.rpartition(".")
+                copy = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(module.get_submodule(path), leaf, copy)
+
+
+def pp_group(group: Any, mesh: Any) -> Any:
     """The pipeline process group of ``group`` or ``mesh``."""
     if mesh is None:
         return group

@@ -42,11 +42,12 @@ class StageBuilder:
         sent: list[str],
         positional: tuple[str, ...],
         state: dict[str, Any],
+        order: dict[str, int],
     ) -> None:
         """``carried`` are values of earlier stages that must pass through; ``sent`` is what this stage hands on."""
         self.record, self.nodes, self.stage_of, self.index, self.state = record, nodes, stage_of, index, state
         self.sent, self.positional = sent, positional
-        self.order = {name: place for place, name in enumerate(record.nodes)}
+        self.order = order
         self.needed: set[str] = set()
         self.carriers: dict[str, tuple[str, int]] = {}
         self._sizes: list[str] = []
@@ -97,7 +98,7 @@ class StageBuilder:
         for operand in self.record.nodes[name].refs():
             self._need(operand, received)
 
-    def build(self, first: bool, is_last: bool) -> StageGraph:
+    def build(self, first: bool) -> StageGraph:
         """The stage's module."""
         graph = Graph()
         env: dict[str, Node] = {}
@@ -132,7 +133,7 @@ class StageBuilder:
             else:
                 env[name] = graph.node_copy(self.nodes[name], lambda n: env[n.name])
         results = [self._fresh(graph, env[name], name) for name in self.sent]
-        graph.output(results[0] if len(results) == 1 and not is_last else tuple(results))
+        graph.output(results[0] if len(results) == 1 else tuple(results))
         module = GraphModule(root, graph)
         return StageGraph(module, tuple(arguments), tuple(keywords), tuple(self.sent), tuple(states))
 

@@ -100,11 +100,15 @@ class Node:
     state_kind: StateKind | None = None
     persistent: bool = True
     mutated: bool = False
+    _refs: tuple[tuple[str, str], ...] | None = None
+    _base_op: str | None = None
 
     @property
     def base_op(self) -> str:
         """The op without its overload: ``"aten.slice"``."""
-        return self.op.rsplit(".", 1)[0] if self.op.startswith("aten.") else self.op
+        if self._base_op is None:
+            self._base_op = self.op.rsplit(".", 1)[0] if self.op.startswith("aten.") else self.op
+        return self._base_op
 
     @property
     def tensor(self) -> TensorMeta | None:
@@ -116,14 +120,15 @@ class Node:
         """The FQN of the innermost module that the node was traced in."""
         return self.modules[-1][0] if self.modules else ""
 
-    def refs(self) -> Iterator[str]:
+    def refs(self) -> list[str]:
         """The names of all nodes that the arguments refer to, in order."""
-        yield from (name for _, name in self.named_refs())
+        return [name for _, name in self.named_refs()]
 
-    def named_refs(self) -> Iterator[tuple[str, str]]:
+    def named_refs(self) -> tuple[tuple[str, str], ...]:
         """Pairs of argument path (``"input"``, ``"tensors.1"``) and node name."""
-        for key, arg in self.args.items():
-            yield from _walk(key, arg)
+        if self._refs is None:
+            self._refs = tuple(pair for key, arg in self.args.items() for pair in _walk(key, arg))
+        return self._refs
 
 
 def _renamed(meta: Meta, names: dict[str, str]) -> Meta:

@@ -22,7 +22,7 @@ from buffer_lifting.passes.emitter import Emitter
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.plan import Call, CutKey, Lifted, LiftPlan, Plan, Replacement
 from buffer_lifting.program import Axes, FeedOutput, LiftedInput, PositionRead
-from buffer_lifting.scan import scan_record
+from buffer_lifting.scanner import scan_record
 from buffer_lifting.torch_compat import set_arguments
 
 

@@ -31,8 +31,13 @@ class Normalized:
     inlined: tuple[str, ...]  # names of the higher-order nodes that are gone
 
 
-def normalize(program: ExportedProgram) -> Normalized:
-    """A normalised copy of the program's graph. Node names of the original are kept; the program is untouched."""
+def normalize(program: ExportedProgram, read_only: bool = False) -> Normalized:
+    """A normalised copy of the program's graph. Node names of the original are kept; the program is untouched.
+
+    ``read_only`` promises that the caller does not edit the graph: it is the program's own if nothing is to inline.
+    """
+    if read_only and not any(_inlinable(node, program.graph_module) for node in program.graph.nodes):
+        return Normalized(program.graph, dict(program.graph_module.named_children()), ())  # type: ignore[arg-type]
     inliner = _Inliner()
     new = Graph()
     inliner.copy_into(new, program.graph_module, {}, prefix="")
