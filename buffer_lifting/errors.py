@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from buffer_lifting.program import VerifyReport
+
 
 class LiftingError(Exception):
     """Base class of every error that buffer_lifting raises on purpose."""
@@ -24,4 +29,6 @@ class FeedError(LiftingError):
 
 
 class VerificationError(LiftingError):
-    """An invariant does not hold; the message names the first node that differs."""
+    """An invariant does not hold; the message names the first node that differs, ``report`` has every check."""
+
+    report: VerifyReport | None = None

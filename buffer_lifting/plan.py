@@ -152,3 +152,4 @@ class FrontierEdge:
     labels: Labels
     batch_from_right: int | None
     read: PositionRead
+    keys: tuple[CutKey, ...] = ()  # the cuts that its replacement reads

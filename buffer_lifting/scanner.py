@@ -322,6 +322,7 @@ class _Scan:
                 edge.alignment.labels,
                 edge.alignment.batch_from_right,
                 read,
+                tuple(used),
             )
         )
 

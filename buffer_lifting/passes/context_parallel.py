@@ -63,8 +63,7 @@ class FollowSlots(GraphPass[AttentionState]):
                     added.append(output)
                 outputs[_key(axis, role)] = output
         existing = broadcast_nodes(state.graph, {o.input.name for o in state.outputs})
-        user_axes = dict(state.plan.input_axes)
-        state.broadcast = broadcast_batch(state.graph, outputs, user_axes, existing)
+        state.broadcast = broadcast_batch(state.graph, outputs, dict(state.plan.input_axes), existing)
         state.added = tuple(added)
         assert state.broadcast.sizes is not None
         emitter = Emitter(state.graph, state.broadcast.nodes, state.broadcast.sizes)
@@ -144,14 +143,20 @@ def _slot_output(axis: str, role: str, outputs: tuple[FeedOutput, ...], taken: s
     return FeedOutput(lifted, "iota", "", 0, None, ())
 
 
-def lifted_axes(lifted: LiftedProgram) -> Axes:
-    """The axes of all inputs of a lifted program, its lifted inputs included, as ``axes=`` takes them."""
+def user_axes(lifted: LiftedProgram) -> Axes:
+    """The axes of the user's inputs, as ``axes=`` takes them."""
     axes: Axes = {}
     for name, own in lifted.input_axes.items():
         dims = {dim: f"{axis}:{role}" for dim, axis, role in own.seq_dims}
         if own.batch_dim is not None:
             dims[own.batch_dim] = BATCH
         axes[name] = dims
+    return axes
+
+
+def lifted_axes(lifted: LiftedProgram) -> Axes:
+    """The axes of all inputs of a lifted program, its lifted inputs included, as ``axes=`` takes them."""
+    axes = user_axes(lifted)
     for item in lifted.inputs:
         axes[item.name] = {0: BATCH, 1: f"{item.axis}:{item.role}"} if item.batched else {0: f"{item.axis}:{item.role}"}
     return axes

@@ -1,0 +1,1 @@
+"""The oracles of :func:`buffer_lifting.verify`, one module each."""

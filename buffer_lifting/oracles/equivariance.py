@@ -1,0 +1,232 @@
+"""Order equivariance: with another permutation per sample, the lifted program permutes the original's outputs.
+
+In float64. A control perturbs each lifted input: if nothing moves by 100 times the tolerance, the check proves
+nothing, and says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from buffer_lifting.errors import LiftingError
+from buffer_lifting.graph.from_fx import build_record
+from buffer_lifting.labels import Labels, has_batch, has_seq
+from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.oracles.compare import difference, gradient_error, gradients, loss_weights
+from buffer_lifting.oracles.running import Case, Runnable, double_feed, doubled, runnable
+from buffer_lifting.passes.context_parallel import context_parallel, user_axes
+from buffer_lifting.program import Check
+from buffer_lifting.scanner import scan_record
+from buffer_lifting.sharding import shard_inputs
+
+TOLERANCE = 1e-9
+CONTROL = 100 * TOLERANCE
+
+
+def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: list[Case], seed: int) -> Check:
+    """Outputs and every parameter gradient, for one random permutation per sample and case."""
+    follows = lifted if lifted.cp_size is not None else context_parallel(lifted, size=1)
+    if follows.cp_size != 1:
+        raise LiftingError("order equivariance is checked on a program of context-parallel size 1")
+    follows = double_feed(follows)
+    plan = scan_record(build_record(program), user_axes(lifted))
+    pair = _Pair(runnable(program, double=True), runnable(follows.program, double=True), follows, plan.data_labels)
+    compared, worst = 0, 0.0
+    for case in cases:
+        result = pair.compare(case, seed)
+        compared += result.compared
+        worst = max(worst, result.worst)
+        if not result.compared:
+            detail = "no output of the program is known to follow the sequence; there was nothing to compare"
+            return Check("equivariance", False, 0, 0.0, "", detail)
+        if result.worst > TOLERANCE:
+            node = pair.first_difference(case, seed) or result.where
+            detail = f"{result.where} is off by {result.worst:.2e} (relative), tolerance {TOLERANCE:.0e}"
+            return Check("equivariance", False, compared, result.worst, node, detail)
+    silent = pair.controls(cases[0], seed)
+    if silent:
+        detail = f"perturbing {', '.join(silent)} moves no output and no gradient: the check proves nothing for them"
+        return Check("equivariance", False, compared, worst, silent[0], detail)
+    note = f"float64, {len(follows.inputs)} controls move it"
+    return Check("equivariance", True, compared, worst, "", note)
+
+
+class _Result:
+    def __init__(self) -> None:
+        self.compared, self.worst, self.where = 0, 0.0, ""
+
+    def add(self, error: float, where: str) -> None:
+        """Counts one comparison."""
+        self.compared += 1
+        if error > self.worst:
+            self.worst, self.where = error, where
+
+
+class _Pair:
+    def __init__(
+        self,
+        original: Runnable,
+        changed: Runnable,
+        lifted: LiftedProgram,
+        labels: dict[str, tuple[Labels, ...] | None],
+    ) -> None:
+        self.original, self.changed, self.lifted, self.labels = original, changed, lifted, labels
+
+    def order(self, case: Case, seed: int) -> torch.Tensor:
+        """A random permutation per sample (one for all without a batch axis)."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = case.batch if self.lifted.axes.has_batch else 1
+        return torch.stack([torch.randperm(case.length, generator=generator) for _ in range(rows)])
+
+    def _inputs(self, case: Case, order: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        whole = {name: doubled(value) for name, value in case.named.items()}
+        tensors = {name: value for name, value in whole.items() if isinstance(value, torch.Tensor)}
+        known = {name: value for name, value in tensors.items() if name in self.lifted.input_axes}
+        permuted = {**whole, **shard_inputs(self.lifted.input_axes, known, order, (0, 1))}
+        feed = self.lifted._feed(case.batch, case.lengths, tensors, order, None, (0, 1), None)
+        return whole, permuted, feed
+
+    def compare(self, case: Case, seed: int) -> _Result:
+        """The original on whole inputs against the lifted program on permuted ones."""
+        order = self.order(case, seed)
+        whole, permuted, feed = self._inputs(case, order)
+        expected = self._run_original(whole, order, seed)
+        return self._against(expected, self._run_changed({**permuted, **feed}, expected))
+
+    def _run_original(self, whole: dict[str, Any], order: torch.Tensor, seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        outputs, parameters, _ = self.original.run(whole)
+        chosen = [i for i, name in enumerate(self.original.outputs) if self._known(name, outputs[i])]
+        kept = [outputs[i] for i in chosen]
+        weights = loss_weights(kept, seed)
+        names = [self.original.outputs[i] for i in chosen]
+        return {
+            "chosen": chosen,
+            "names": names,
+            "outputs": [self._permute(value.detach(), name, order) for value, name in zip(kept, names, strict=True)],
+            "weights": [self._permute(weight, name, order) for weight, name in zip(weights, names, strict=True)],
+            "gradients": gradients(kept, weights, parameters),
+            "seed": seed,
+        }
+
+    def _run_changed(self, values: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+        torch.manual_seed(expected["seed"])
+        outputs, parameters, _ = self.changed.run(values)
+        kept = [outputs[i] for i in expected["chosen"]]
+        return {"outputs": kept, "gradients": gradients(kept, expected["weights"], parameters)}
+
+    @staticmethod
+    def _against(expected: dict[str, Any], actual: dict[str, Any]) -> _Result:
+        result = _Result()
+        for name, left, right in zip(expected["names"], expected["outputs"], actual["outputs"], strict=True):
+            scale = float(left.abs().max()) if left.numel() else 0.0
+            gap = difference(left, right)
+            result.add(gap / scale if scale else gap, name)
+        error, where = gradient_error(expected["gradients"], actual["gradients"])
+        for _ in expected["gradients"]:
+            result.add(0.0, "")
+        if error > result.worst:
+            result.worst, result.where = error, f"the gradient of {where}"
+        return result
+
+    def controls(self, case: Case, seed: int) -> list[str]:
+        """The lifted inputs whose perturbation moves nothing."""
+        order = self.order(case, seed)
+        whole, permuted, feed = self._inputs(case, order)
+        expected = self._run_original(whole, order, seed)
+        silent = []
+        for lifted in self.lifted.inputs:
+            moved = {**feed, lifted.name: perturbed(feed[lifted.name], 1 if lifted.batched else 0)}
+            result = self._against(expected, self._run_changed({**permuted, **moved}, expected))
+            if not result.worst >= CONTROL:
+                silent.append(lifted.name)
+        return silent
+
+    def first_difference(self, case: Case, seed: int) -> str:
+        """The first op on data, in graph order, whose value is not the original's, permuted."""
+        order = self.order(case, seed)
+        whole, permuted, feed = self._inputs(case, order)
+        names = {name for name, known in self.labels.items() if known and any(has_seq(d) for d in known[0])}
+        present = {node.name for node in self.changed.graph.nodes}
+        names &= present & {node.name for node in self.original.graph.nodes}
+        _, _, left = self.original.run(whole, names)
+        _, _, right = self.changed.run({**permuted, **feed}, names)
+        for node in self.original.graph.nodes:
+            if node.op == "placeholder" or node.name not in left or not isinstance(left[node.name], torch.Tensor):
+                continue
+            if node.name not in right or left[node.name].shape != right[node.name].shape:
+                return node.name
+            if not any(has_batch(d) for d in self._labels_of(node.name)) or not self._plain(node.name):
+                continue
+            expected = self._permute(left[node.name], node.name, order)
+            scale = float(expected.abs().max()) if expected.is_floating_point() and expected.numel() else 1.0
+            if difference(expected, right[node.name]) > 1e-7 * max(scale, 1e-12):
+                return node.name
+        return ""
+
+    def _labels_of(self, name: str) -> Labels:
+        known = self.labels.get(name)
+        return known[0] if known else ()
+
+    def _plain(self, name: str) -> bool:
+        """Whether no dim folds the sequence with something else than the batch in front of it."""
+        return all(len(dim) <= 1 for dim in self._labels_of(name) if has_seq(dim))
+
+    def _known(self, name: str, value: Any) -> bool:
+        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return False
+        known = self.labels.get(name)
+        return bool(known) and len(self._labels_of(name)) == value.ndim
+
+    def _permute(self, value: torch.Tensor, name: str, order: torch.Tensor) -> torch.Tensor:
+        """A value of the original with its sequence dims in the order of the shards."""
+        labels = self._labels_of(name)
+        shape: list[int] = []
+        batch, seq = None, []
+        for dim, size in zip(labels, value.shape, strict=True):
+            rest = size
+            for factor in dim if len(dim) > 1 else dim[:1]:
+                part = order.shape[1] if factor.is_seq else self._batch(order, value, labels) if has_batch((factor,)) else 0
+                if len(dim) == 1:
+                    part = size
+                if has_batch((factor,)):
+                    batch = len(shape)
+                elif factor.is_seq:
+                    seq.append(len(shape))
+                shape.append(part or int(factor.size) if isinstance(factor.size, int) else part)
+                rest = rest // max(shape[-1], 1)
+            if not dim:
+                shape.append(size)
+        laid = value.reshape(shape)
+        for dim in seq:
+            if batch is None:
+                laid = laid.index_select(dim, order[0])
+            else:
+                moved = laid.movedim((batch, dim), (0, 1))
+                index = order.expand(moved.shape[0], -1)
+                index = index.view(*index.shape, *[1] * (moved.ndim - 2)).expand_as(moved)
+                laid = moved.gather(1, index).movedim((0, 1), (batch, dim))
+        return laid.reshape(value.shape)
+
+    @staticmethod
+    def _batch(order: torch.Tensor, value: torch.Tensor, labels: Labels) -> int:
+        """The batch size of a value whose batch is folded with the sequence: the rows of the order."""
+        return order.shape[0]
+
+
+def perturbed(value: torch.Tensor, dim: int) -> torch.Tensor:
+    """Another value of the same kind: reversed along the sequence, or, where that is the same, shifted in its half."""
+    flipped = value.flip(dim)
+    if not torch.equal(flipped, value):
+        return flipped
+    half = value.shape[dim] // 2
+    moved = value.clone()
+    part = moved.narrow(dim, half, value.shape[dim] - half)
+    if value.dtype == torch.bool:
+        part.logical_not_()
+    else:
+        part.add_(1)
+    return moved

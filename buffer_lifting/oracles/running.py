@@ -1,0 +1,264 @@
+"""Runs graphs for the oracles: whole programs with gradients, parts of them, and all of it in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from buffer_lifting.errors import LiftingError
+from buffer_lifting.examples import named_inputs
+from buffer_lifting.feed import FeedGraph, FeedProgram
+from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.passes.normalize import Normalized, normalize
+from buffer_lifting.torch_compat import tree_flatten
+
+_DOUBLE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+
+@dataclass
+class Case:
+    """One set of whole inputs in natural order."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named: dict[str, Any]
+    batch: int
+    lengths: dict[str, int]
+
+    @property
+    def length(self) -> int:
+        """The length of the (first) sequence axis."""
+        return next(iter(self.lengths.values()), 1)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensor inputs by name."""
+        return {name: value for name, value in self.named.items() if isinstance(value, torch.Tensor)}
+
+
+@dataclass
+class Runnable:
+    """A graph with its state, ready to be run on named user inputs."""
+
+    graph: Graph
+    module: GraphModule
+    state: dict[str, torch.Tensor]  # placeholder -> tensor
+    parameters: dict[str, str]  # placeholder -> FQN
+    outputs: list[str] = field(default_factory=list)  # names of the output nodes
+
+    def run(
+        self, values: Mapping[str, Any], capture: set[str] | None = None
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+        """Outputs, the parameters as fresh leaves by FQN, and the values of the captured nodes."""
+        leaves = {n: self.state[n].detach().requires_grad_(self.state[n].is_floating_point()) for n in self.parameters}
+        feed = {**self.state, **leaves, **values}
+        names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        interpreter = _Capture(self.module, capture or set())
+        result = interpreter.run(*[feed.get(name) for name in names])
+        flat = [value for value in tree_flatten(result)[0]]
+        return flat, {self.parameters[name]: leaf for name, leaf in leaves.items()}, interpreter.captured
+
+
+class _Capture(Interpreter):
+    def __init__(self, module: GraphModule, names: set[str]) -> None:
+        super().__init__(module)
+        self.names = names
+        self.captured: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.names:
+            self.captured[n.name] = value.detach() if isinstance(value, torch.Tensor) else value
+        return value
+
+
+def runnable(program: ExportedProgram, double: bool = False) -> Runnable:
+    """A normalised copy of a program's graph with its state; in float64 if ``double``."""
+    normalized: Normalized = normalize(program)
+    if double:
+        to_double(normalized.graph)
+    store = {**program.constants, **program.state_dict}
+    signature = program.graph_signature
+    fqns = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    state = {name: store[fqn].detach() for name, fqn in fqns.items()}
+    if double:
+        state = {name: doubled(value) for name, value in state.items()}
+    module = GraphModule(dict(normalized.submodules), normalized.graph)
+    output = normalized.graph.output_node().args[0]
+    names = [item.name if isinstance(item, Node) else "" for item in tree_flatten(output)[0]]
+    return Runnable(normalized.graph, module, state, dict(signature.inputs_to_parameters), names)
+
+
+def doubled(value: Any) -> Any:
+    """A floating or complex tensor in double precision; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.dtype in _DOUBLE:
+        return value.to(_DOUBLE[value.dtype])
+    return value
+
+
+def to_double(graph: Graph) -> None:
+    """Replaces the floating dtypes that a graph names by double precision, and drops checks of dtypes."""
+    for node in list(graph.nodes):
+        if "_assert_tensor_metadata" in str(node.target):
+            graph.erase_node(node)
+            continue
+        if node.op != "call_function":
+            continue
+        if any(isinstance(value, torch.dtype) for value in [*node.args, *node.kwargs.values()]):
+            node.args = tuple(_DOUBLE.get(a, a) if isinstance(a, torch.dtype) else a for a in node.args)
+            node.kwargs = {k: _DOUBLE.get(v, v) if isinstance(v, torch.dtype) else v for k, v in node.kwargs.items()}
+        elif _makes_floats(node):
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}
+
+
+def _makes_floats(node: Node) -> bool:
+    """Whether an op without tensor operands makes a tensor of the default floating dtype."""
+    value = node.meta.get("val")
+    names = {argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())}
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return "dtype" in names and not tensors and isinstance(value, torch.Tensor) and value.dtype in _DOUBLE
+
+
+def double_feed(lifted: LiftedProgram) -> LiftedProgram:
+    """The same lifted program with a feed program that computes in double precision."""
+    feed = lifted.feed_program
+
+    def convert(graph: FeedGraph | None) -> FeedGraph | None:
+        if graph is None:
+            return None
+        new = Graph()
+        new.output(new.graph_copy(graph.module.graph, {}))
+        for before, after in zip(graph.module.graph.nodes, new.nodes, strict=True):
+            after.name, after.meta = before.name, dict(before.meta)
+        to_double(new)
+        module = GraphModule(torch.nn.Module(), new)
+        module.meta.update(graph.module.meta)
+        return replace(graph, module=module)
+
+    program = FeedProgram(
+        outputs=feed.outputs,
+        axes=feed.axes,
+        input_axes=feed.input_axes,
+        input_shapes=feed.input_shapes,
+        state={fqn: doubled(value) for fqn, value in feed.state.items()},
+        natural=convert(feed.natural),
+        substituted=convert(feed.substituted),
+        hoisted=convert(feed.hoisted),
+        max_lengths=feed.max_lengths,
+    )
+    return replace(lifted, feed_program=program)
+
+
+def evaluate(graph: Graph, values: Mapping[str, Any], targets: set[str]) -> dict[str, Any]:
+    """The values of some nodes; only what they are computed from is run.
+
+    Raises:
+        KeyError: a placeholder that they need has no value.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    needed: set[Node] = set()
+    stack = [nodes[name] for name in targets]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if node.name not in values:
+                stack.extend(node.all_input_nodes)
+    env: dict[Node, Any] = {}
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node not in needed:
+                continue
+            if node.name in values:
+                env[node] = values[node.name]
+            elif node.op == "placeholder":
+                raise KeyError(node.name)
+            else:
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+                env[node] = node.target(*args, **kwargs)
+    return {name: env[nodes[name]] for name in targets}
+
+
+def example_cases(program: ExportedProgram, lifted: LiftedProgram, inputs: Any, seed: int) -> list[Case]:
+    """The inputs to verify on: those given, else the example inputs and, if dynamic, a resized copy of them.
+
+    Raises:
+        LiftingError: there are no inputs, or they have no data.
+    """
+    calls = [(tuple(args), dict(kwargs)) for args, kwargs in inputs] if inputs is not None else []
+    if not calls:
+        if program.example_inputs is None:
+            raise LiftingError("the program has no example inputs; give verify(inputs=[(args, kwargs), ...])")
+        calls = [program.example_inputs]
+    cases = [_case(program, lifted, args, kwargs) for args, kwargs in calls]
+    if any(t.device.type == "meta" for case in cases for t in case.tensors().values()):
+        raise LiftingError("the example inputs have no data; give verify(inputs=[(args, kwargs), ...])")
+    if inputs is None:
+        resized = _resized(program, lifted, cases[0], seed)
+        if resized is not None:
+            cases.append(resized)
+    return cases
+
+
+def _case(program: ExportedProgram, lifted: LiftedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Case:
+    from buffer_lifting.examples import sizes_of
+
+    named = named_inputs(program, args, kwargs)
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    batch, lengths = sizes_of(tensors, lifted.input_axes)
+    return Case(args, kwargs, named, batch, lengths)
+
+
+def _resized(program: ExportedProgram, lifted: LiftedProgram, case: Case, seed: int) -> Case | None:
+    """The example with another batch and length, where those are dynamic: its own values, drawn again."""
+    axes = lifted.axes
+    if axes.batch is not None and all(length is not None for length in axes.lengths.values()):
+        return None
+    batch = case.batch if axes.batch is not None or not axes.has_batch else max(2, case.batch - 1)
+    lengths = {}
+    for axis, length in case.lengths.items():
+        fixed = axes.lengths.get(axis)
+        # no power of two and not the table's full length: sizes at which models take another path
+        bigger = min(length + 7, lifted.feed_program.max_lengths.get(axis, length + 7) - 1)
+        lengths[axis] = length if fixed is not None else (bigger if bigger > length else max(2, length - 2))
+    generator = torch.Generator().manual_seed(seed)
+    named = {name: resize(value, name, lifted, batch, lengths, generator) for name, value in case.named.items()}
+    leaves = iter(named.values())
+    from buffer_lifting.torch_compat import tree_map
+
+    args, kwargs = tree_map(lambda _: next(leaves), (case.args, case.kwargs))
+    return Case(args, kwargs, named, batch, lengths)
+
+
+def resize(
+    value: Any, name: str, lifted: LiftedProgram, batch: int, lengths: dict[str, int], generator: torch.Generator
+) -> Any:
+    """One input at another size. Masks keep their shape (padding stays at the end), other values are redrawn."""
+    axes = lifted.input_axes.get(name)
+    if not isinstance(value, torch.Tensor) or axes is None:
+        return value
+    mask = value.dtype == torch.bool or bool(((value == 0) | (value == 1)).all()) or len(axes.seq_dims) > 1
+    wanted = {dim: lengths[axis] for dim, axis, _ in axes.seq_dims}
+    if axes.batch_dim is not None:
+        wanted[axes.batch_dim] = batch
+    for dim, size in wanted.items():
+        have = value.shape[dim]
+        if mask or have == 1:
+            index = torch.arange(size).clamp(max=have - 1)
+        else:
+            index = torch.randint(0, have, (size,), generator=generator)
+        value = value.index_select(dim, index.to(value.device))
+    return value

@@ -1,0 +1,251 @@
+"""Values: what each op on data reads equals, bitwise, what it read in the original, gathered by the order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from buffer_lifting.graph.from_fx import build_record
+from buffer_lifting.labels import BATCH, COL, Labels, has_batch
+from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.oracles.compare import difference, same_bits
+from buffer_lifting.oracles.running import Case, Runnable, evaluate, runnable
+from buffer_lifting.passes.context_parallel import user_axes
+from buffer_lifting.plan import FrontierEdge, LiftPlan
+from buffer_lifting.program import Check, PositionRead
+from buffer_lifting.scanner import scan_record
+from buffer_lifting.sharding import shard_inputs
+from buffer_lifting.torch_compat import schema_args
+
+
+class Arrangement:
+    """One way to lay out the sequence: an order per sample, position ids, and a shard."""
+
+    def __init__(self, case: Case, seed: int, permute: bool, packed: bool, shard: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        batch, length = case.batch, case.length
+        rows = [torch.randperm(length, generator=generator) for _ in range(batch)]
+        self.order = torch.stack(rows) if permute else None
+        self.positions: torch.Tensor | None = None
+        if packed and length > 3:
+            cuts = torch.randint(2, length - 1, (batch,), generator=generator)
+            self.positions = torch.stack([torch.cat([torch.arange(c), torch.arange(length - c)]) for c in cuts.tolist()])
+        self.shard = shard
+        self.name = f"{'random order' if permute else 'natural order'}, shard {shard}{', packed' if packed else ''}"
+
+    def slots(self, sample: int, length: int, role: str) -> torch.Tensor:
+        """The global slots that a sample's local slots hold."""
+        order = torch.arange(length) if self.order is None else self.order[sample]
+        if role == COL:
+            return order
+        rank, size = self.shard
+        part = length // size
+        return order[rank * part : (rank + 1) * part]
+
+
+def check_values(program: ExportedProgram, lifted: LiftedProgram, cases: list[Case], seed: int) -> Check:
+    """All frontier operands under several arrangements, the natural order first."""
+    original, changed = runnable(program), runnable(lifted.program)
+    record = build_record(program, original.graph)
+    plan = scan_record(record, user_axes(lifted), "auto")
+    oracle = _Values(plan, original, changed, lifted)
+    compared = 0
+    for case in cases:
+        arrangements = [Arrangement(case, seed, False, False, (0, 1)), Arrangement(case, seed + 1, True, False, (0, 1))]
+        if lifted.axes.has_batch:
+            arrangements.append(Arrangement(case, seed + 2, True, True, (0, 1)))
+        dynamic = all(length is None for length in lifted.axes.lengths.values())
+        divisors = [size for size in (2, 3, 5) if case.length % size == 0]
+        if dynamic and divisors:
+            arrangements.append(Arrangement(case, seed + 3, True, False, (1, divisors[0])))
+        for arrangement in arrangements:
+            for edge in plan.frontier:
+                failed = oracle.edge(edge, case, arrangement)
+                compared += 1
+                if failed:
+                    worst, why = failed
+                    where = f"operand {edge.path!r} ({edge.read.source}) {why} [{arrangement.name}]"
+                    return Check("values", False, compared, worst, edge.consumer, where)
+            for read in plan.report.reads:
+                if read.source_kind == "is_causal" and lifted.cp_size is not None:
+                    why = oracle.causal(read, case, arrangement)
+                    compared += 1
+                    if why:
+                        return Check("values", False, compared, float("inf"), read.node, why)
+    detail = f"bitwise, {len(plan.frontier)} reads" if plan.frontier else "no reads with a tensor"
+    return Check("values", True, compared, 0.0, "", detail)
+
+
+class _Values:
+    def __init__(self, plan: LiftPlan, original: Runnable, changed: Runnable, lifted: LiftedProgram) -> None:
+        self.plan, self.original, self.changed, self.lifted = plan, original, changed, lifted
+        self.nodes = {node.name: node for node in changed.graph.nodes}
+        self._original: dict[Any, dict[str, Any]] = {}
+        self._changed: dict[Any, dict[str, Any]] = {}
+
+    def edge(self, edge: FrontierEdge, case: Case, arrangement: Arrangement) -> tuple[float, str] | None:
+        """The worst difference and a reason if the operand is not what it has to be."""
+        node = self.nodes.get(edge.consumer)
+        if node is None:
+            return float("inf"), "the op is gone"
+        operand = _operand(node, edge.path)
+        if operand is None:
+            return float("inf"), "the operand is gone"
+        actual = self._lifted_value(operand.name, case, arrangement)
+        expected = self._expected(edge, case, arrangement)
+        try:
+            laid_out = self._unfold(actual, edge, case, arrangement)
+        except RuntimeError:
+            laid_out = actual
+        if laid_out.dtype != expected.dtype:
+            return float("inf"), f"has dtype {laid_out.dtype} instead of {expected.dtype}"
+        if laid_out.shape != expected.shape:
+            return float("inf"), f"has shape {tuple(actual.shape)}, which is not that of the shard"
+        if same_bits(laid_out, expected):
+            return None
+        return difference(laid_out, expected), f"differs by {difference(laid_out, expected):.2e}"
+
+    def causal(self, read: PositionRead, case: Case, arrangement: Arrangement) -> str:
+        """Why the mask that replaced ``is_causal`` is wrong, or an empty string."""
+        node = self.nodes.get(read.node)
+        named = schema_args(node) if node is not None else {}
+        if node is None or named.get("is_causal") or not hasattr(named.get("attn_mask"), "name"):
+            return "is_causal was not replaced by a mask that follows the slots"
+        mask = self._lifted_value(named["attn_mask"].name, case, arrangement)
+        expected = torch.stack(
+            [
+                arrangement.slots(b, case.length, COL)[None, :] <= arrangement.slots(b, case.length, "row")[:, None]
+                for b in range(case.batch)
+            ]
+        )
+        per_sample = mask.reshape(case.batch if self.lifted.axes.has_batch else 1, -1, *expected.shape[1:])
+        wanted = expected.unsqueeze(1).expand(-1, per_sample.shape[1], -1, -1)[: per_sample.shape[0]]
+        return "" if torch.equal(per_sample, wanted) else f"the causal mask does not follow the slots [{arrangement.name}]"
+
+    def _lifted_value(self, name: str, case: Case, arrangement: Arrangement) -> torch.Tensor:
+        key = (id(case), id(arrangement))
+        if key not in self._changed:
+            inputs = case.tensors()
+            feed = self.lifted._feed(
+                case.batch, case.lengths, inputs, arrangement.order, arrangement.positions, arrangement.shard, None
+            )
+            known = {k: v for k, v in inputs.items() if k in self.lifted.input_axes}
+            sharded = shard_inputs(self.lifted.input_axes, known, arrangement.order, arrangement.shard)
+            self._changed = {key: {**self.changed.state, **case.named, **sharded, **feed}}
+        values = self._changed[key]
+        if name not in values:
+            values.update(evaluate(self.changed.graph, values, {name}))
+        value = values[name]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def _natural(self, name: str, case: Case, iotas: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        key = (id(case), name) if iotas is None else None
+        if key is not None and key in self._original:
+            return self._original[key][name]
+        values = {**self.original.state, **case.named, **(iotas or {})}
+        result = evaluate(self.original.graph, values, {name})
+        if key is not None:
+            self._original[key] = result
+        return result[name]
+
+    def _expected(self, edge: FrontierEdge, case: Case, arrangement: Arrangement) -> torch.Tensor:
+        """The original's value, gathered: ``[batch, *dims]`` with folded dims unfolded and no batch dim of its own."""
+        programs = {self.plan.outputs[key].program for key in edge.keys}
+        streams = {key.stream for key in edge.keys}
+        samples = []
+        for sample in range(case.batch):
+            positions = None if arrangement.positions is None else arrangement.positions[sample]
+            iotas = None
+            if positions is not None and "substituted" in programs:
+                iotas = dict.fromkeys(self.plan.substituted, positions)
+            value = self._natural(edge.value, case, iotas)
+            value, roles = _unfold_own(value, edge.labels, case, sample)
+            for dim, (axis, role) in enumerate(roles):
+                if axis:
+                    slots = arrangement.slots(sample, case.lengths[axis], role)
+                    if positions is not None and streams == {"positions"}:
+                        slots = positions[slots]
+                    value = value.index_select(dim, slots)
+            samples.append(value)
+        return torch.stack(samples)
+
+    def _unfold(self, value: torch.Tensor, edge: FrontierEdge, case: Case, arrangement: Arrangement) -> torch.Tensor:
+        """The lifted operand in the layout of :meth:`_expected`."""
+        labels, batch = edge.labels, edge.batch_from_right
+        own = next((d for d, dim in enumerate(labels) if has_batch(dim)), None)
+        rank = arrangement.shard[1]
+
+        def size(axis: str, role: str) -> int:
+            return case.lengths[axis] if role == COL else case.lengths[axis] // rank
+
+        if own is None:
+            if batch is None:
+                return value.unsqueeze(0)
+            at = value.ndim - batch
+            moved = value.movedim(at, 0)
+            kept = moved.shape[moved.ndim - len(labels) :] if moved.ndim > len(labels) else None
+            if at == 0 and kept is not None:
+                return moved.reshape(moved.shape[0], *_factors(labels, kept, size))
+            result = moved.unsqueeze(at + 1)
+            return result.reshape(result.shape[0], *_factors(labels, result.shape[1:], size))
+        shape: list[int] = []
+        where = 0
+        for dim, (label, length) in enumerate(zip(labels, value.shape, strict=True)):
+            if dim == own:
+                where = len(shape)
+            shape.extend(_factor_sizes(label, length, size, case.batch))
+        return value.reshape(shape).movedim(where, 0)
+
+
+def _factor_sizes(label: Any, length: int, size: Any, batch: int) -> list[int]:
+    if not label:
+        return [length]
+    sizes = []
+    for factor in label:
+        if factor.axis == BATCH:
+            sizes.append(batch)
+        elif factor.axis:
+            sizes.append(size(factor.axis, factor.role))
+        else:
+            sizes.append(int(factor.size) if isinstance(factor.size, int) else -1)
+    return sizes if len(sizes) > 1 else [length]
+
+
+def _factors(labels: Labels, shape: Any, size: Any) -> list[int]:
+    result: list[int] = []
+    for label, length in zip(labels, shape, strict=True):
+        result.extend(_factor_sizes(label, length, size, 1))
+    return result
+
+
+def _unfold_own(
+    value: torch.Tensor, labels: Labels, case: Case, sample: int
+) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+    """One sample of an original value, its folded dims unfolded; axis and role of each remaining dim."""
+    shape: list[int] = []
+    roles: list[tuple[str, str]] = []
+    picked: int | None = None
+    for label, length in zip(labels, value.shape, strict=True):
+        sizes = _factor_sizes(label, length, lambda axis, role: case.lengths[axis], case.batch)
+        factors = label if len(label) == len(sizes) else [None] * len(sizes)
+        for factor, part in zip(factors, sizes, strict=True):
+            if factor is not None and factor.axis == BATCH:
+                picked = len(shape)
+            roles.append((factor.axis, factor.role) if factor is not None and factor.is_seq else ("", ""))
+            shape.append(part)
+    value = value.reshape(shape)
+    if picked is not None:
+        value = value.select(picked, sample if value.shape[picked] > 1 else 0)
+        del roles[picked]
+    return value, roles
+
+
+def _operand(node: Any, path: str) -> Any:
+    key, _, index = path.partition(".")
+    value = schema_args(node).get(key)
+    if index and isinstance(value, list | tuple):
+        value = value[int(index)] if int(index) < len(value) else None
+    return value if hasattr(value, "name") else None
