@@ -188,6 +188,14 @@ def _inferred(node: Node, is_main: bool, result: InputLabels) -> Labels:
                     f'pass axes={{"{node.fqn}": {{0: "batch", 1: "seq"}}}}, or export with distinct sizes or dynamic dims',
                 )
             )
+    elif len(batches) > 1:
+        result.findings.append(
+            Finding(
+                "BL103",
+                f"input {node.fqn!r} has {len(batches)} dims of the size of the batch, {batch}",
+                f'pass axes={{"{node.fqn}": {{{batches[-1]}: "batch", ...}}}}, or export with distinct sizes or dynamic dims',
+            )
+        )
     if batches:
         labels[batches[0]] = (Factor(BATCH, "", shape[batches[0]]),)
         candidates = [d for d in candidates if d != batches[0]]

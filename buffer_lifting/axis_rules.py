@@ -139,6 +139,12 @@ def _pointwise(view: OpView) -> AxisResult:
     return AxisResult((out,) * len(view.shapes_out()), operands)
 
 
+def _as_it_is(labels: Labels) -> Alignment:
+    """An operand whose dims are the result's, up to the last: user contents without parameters reach it too."""
+    batch = batch_dim(labels)
+    return Alignment(labels, None if batch is None else len(labels) - batch)
+
+
 def _same(view: OpView, path: str = "self") -> AxisResult:
     labels = view.labels(path)
     return AxisResult(None if labels is None else (labels,))
@@ -230,8 +236,9 @@ def _select(view: OpView) -> AxisResult:
         return AxisResult(None)
     dim = view.dim("dim", len(labels))
     rest = (*labels[:dim], *labels[dim + 1 :])
-    if has_seq(labels[dim]):
-        return AxisResult((rest,), mixing="one element of the sequence is picked")
+    if is_labelled(labels[dim]):
+        what = "sequence" if has_seq(labels[dim]) else "batch"
+        return AxisResult((rest,), mixing=f"one element of the {what} is picked")
     return AxisResult((rest,))
 
 
@@ -300,7 +307,8 @@ def _linear(view: OpView) -> AxisResult:
     if is_labelled(labels[-1]):
         return AxisResult(None, mixing="a learned projection runs along the sequence")
     out = (*labels[:-1], feature(shape[-1]))
-    return AxisResult((out,), {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"})
+    operands = {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"}
+    return AxisResult((out,), {"input": _as_it_is(labels), **operands})
 
 
 @_rule("matmul", "bmm", "mm", "addmm", "baddbmm")
@@ -335,6 +343,8 @@ def _matmul(view: OpView) -> AxisResult:
             mixing, handled = "attention: a sum over keys", True
         else:
             mixing = "a sum over the sequence"
+    elif any(is_labelled(dim) for dim in inner):
+        mixing = "a sum over the batch"
     operands = {left_path: Alignment(lhs, None), right_path: Alignment(rhs, None)}
     batch = batch_dim(out)
     for path, own in operands.items():
@@ -384,6 +394,8 @@ def _einsum(view: OpView) -> AxisResult:
         if letter not in target and has_seq(dim):
             handled = any(factor.role == COL for factor in dim)
             mixing = "attention: a sum over keys" if handled else "a sum over the sequence"
+        elif letter not in target and is_labelled(dim):
+            mixing = mixing or "a sum over the batch"
     operands = {}
     for (path, own), letters in zip(view.tensors(), left.split(","), strict=True):
         labels = tuple(by_letter.get(letter, feature(size)) for letter, size in zip(letters, own, strict=True))
@@ -408,12 +420,13 @@ def _norm(view: OpView) -> AxisResult:
     over = view.node.args.get("normalized_shape")
     if labels is None or not isinstance(over, tuple):
         return AxisResult(None)
-    mixed = any(has_seq(dim) for dim in labels[len(labels) - len(over) :])
+    mixed = any(is_labelled(dim) for dim in labels[len(labels) - len(over) :])
     operands = {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"}
+    operands["input"] = _as_it_is(labels)
     outs: list[Labels] = [labels]
     for shape in view.shapes_out()[1:]:
         outs.append(tuple(() if size == 1 else dim for dim, size in zip(labels, shape, strict=True)))
-    return AxisResult(tuple(outs), operands, "a norm runs along the sequence" if mixed else "")
+    return AxisResult(tuple(outs), operands, "a norm runs along the sequence or batch" if mixed else "")
 
 
 @_rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
@@ -426,6 +439,8 @@ def _softmax(view: OpView) -> AxisResult:
         handled = any(factor.role == COL for factor in dim)
         why = "attention: a softmax over keys" if handled else "a softmax along the sequence"
         return AxisResult((labels,), mixing=why, handled=handled)
+    if is_labelled(dim):
+        return AxisResult((labels,), mixing="a softmax along the batch")
     return AxisResult((labels,))
 
 
@@ -458,6 +473,8 @@ def _reduce(view: OpView) -> AxisResult:
         if has_seq(dim):
             handled = len(over) == rank  # everything is reduced: a loss, which the CP contract normalises
             mixing = "a loss: a reduction over all tokens" if handled else "a reduction over the sequence"
+        elif is_labelled(dim) and len(over) < rank:
+            mixing = mixing or "a reduction over the batch"
         if keep:
             out.append(())
     return AxisResult((tuple(out),) * len(view.shapes_out()), {}, mixing, handled)
@@ -524,7 +541,7 @@ def _along_dim(view: OpView) -> AxisResult:
     return AxisResult(outs)
 
 
-@_rule("roll", "flip", "gather", "index_select", "index", "index_put", "scatter", "scatter_add", "constant_pad_nd")
+@_rule("roll", "flip", "gather", "index_select", "index", "index_put", "scatter", "scatter_add", "constant_pad_nd", "pad")
 def _moves(view: OpView) -> AxisResult:
     labels, shape = view.labels("self"), view.shape("out")
     op = view.node.base_op
@@ -535,10 +552,12 @@ def _moves(view: OpView) -> AxisResult:
         over = {d % len(labels) for d in dims if isinstance(d, int)} if isinstance(dims, tuple) else set()
         if over and not any(is_labelled(labels[d]) for d in over):
             return AxisResult((labels,))
-    if op == "aten.constant_pad_nd":
-        source = view.shape("self") or ()
-        changed = [d for d, (a, b) in enumerate(zip(source, shape, strict=True)) if a != b]
-        if not any(is_labelled(labels[d]) for d in changed):
+    if op in ("aten.constant_pad_nd", "aten.pad"):
+        # by the widths, not by the sizes: (1, -1) shifts a dim and keeps its size
+        widths = view.node.args.get("pad")
+        widths = widths if isinstance(widths, tuple) else ()
+        changed = {len(labels) - 1 - i // 2 for i, width in enumerate(widths) if width != 0}
+        if widths and not any(is_labelled(labels[d]) for d in changed):
             return AxisResult((tuple(feature(shape[d]) if d in changed else x for d, x in enumerate(labels)),))
     if op in ("aten.gather", "aten.index_select"):
         dim = view.dim("dim", len(labels))

@@ -41,12 +41,12 @@ def is_pointwise(node: Node) -> bool:
 
 def is_view(node: Node) -> bool:
     """Whether the op only looks at the same storage in another way (or copies it unchanged: reshape, clone)."""
-    return node.base_op in VIEWS or node.base_op in ("aten.clone", "aten.to", "aten._to_copy")
+    return node.base_op in VIEWS or node.base_op in ("aten.clone", "aten.to", "aten._to_copy", "aten.detach_")
 
 
 def is_mutating(node: Node) -> bool:
-    """Whether the op writes to an operand."""
-    return node.base_op in MUTATING
+    """Whether the op writes to an operand. ``detach_`` (of ``torch.tensor([...])`` in a forward) writes no element."""
+    return node.base_op in MUTATING and node.base_op != "aten.detach_"
 
 
 def is_random(node: Node) -> bool:

@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch._export.verifier import TrainingIRVerifier  # no public name for the training dialect's verifier
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled  # operators, no alias
+from torch._ops import OpOverload as OpOverload  # the class of an op; torch.ops has only its instances
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Graph, Node

@@ -93,7 +93,10 @@ class _Values:
         operand = _operand(node, edge.path)
         if operand is None:
             return float("inf"), "the operand is gone"
-        actual = self._lifted_value(operand.name, case, arrangement)
+        try:
+            actual = self._lifted_value(operand.name, case, arrangement)
+        except (RuntimeError, IndexError) as broken:
+            return float("inf"), f"cannot be computed: {str(broken).splitlines()[0]}"
         expected = self._expected(edge, case, arrangement)
         try:
             laid_out = self._unfold(actual, edge, case, arrangement)
@@ -113,7 +116,10 @@ class _Values:
         named = schema_args(node) if node is not None else {}
         if node is None or named.get("is_causal") or not hasattr(named.get("attn_mask"), "name"):
             return "is_causal was not replaced by a mask that follows the slots"
-        mask = self._lifted_value(named["attn_mask"].name, case, arrangement)
+        try:
+            mask = self._lifted_value(named["attn_mask"].name, case, arrangement)
+        except (RuntimeError, IndexError) as broken:
+            return f"the mask cannot be computed: {str(broken).splitlines()[0]} [{arrangement.name}]"
         expected = torch.stack(
             [
                 arrangement.slots(b, case.length, COL)[None, :] <= arrangement.slots(b, case.length, "row")[:, None]

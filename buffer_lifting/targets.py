@@ -1,0 +1,111 @@
+"""The command line's targets: a ``.pt2`` file, a saved lifted program, or ``package.module:callable``.
+
+Both kinds execute code: a module is imported, and torch unpickles parts of a ``.pt2`` file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+
+class TargetError(Exception):
+    """The target cannot be loaded; the message is one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def load_program(target: str) -> Any:
+    """The ExportedProgram (or ``fx.GraphModule``) of a target.
+
+    Raises:
+        TargetError: it cannot be loaded, or is something else.
+    """
+    if target.endswith(".lifted"):
+        raise TargetError(f"{target}: a lifted program; this command takes the program before lifting")
+    with redirect_stdout(sys.stderr):  # what a module or a model prints is no finding
+        program = _load_file(Path(target)) if _is_file(target) else _call(target)
+    return _checked(target, program)
+
+
+def load_lifted(target: str) -> Any:
+    """A saved lifted program, or any target of :func:`load_program`, which is lifted.
+
+    Raises:
+        TargetError: it cannot be loaded.
+        LiftingError: it cannot be lifted.
+    """
+    if not target.endswith(".lifted"):
+        from buffer_lifting.lifting import lift
+
+        return lift(load_program(target))
+    from buffer_lifting.package import load
+
+    with redirect_stdout(sys.stderr):
+        return _read(Path(target), load, "a program that `buffer-lifting lift` wrote")
+
+
+def _is_file(target: str) -> bool:
+    return target.endswith(".pt2") or ":" not in target or Path(target).is_file()
+
+
+def _checked(target: str, program: Any) -> Any:
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule
+
+    if not isinstance(program, ExportedProgram | GraphModule):
+        raise TargetError(
+            f"{target}: returned {type(program).__name__}, not an ExportedProgram "
+            "(torch.export.export makes one) or an fx.GraphModule"
+        )
+    return program
+
+
+def _load_file(path: Path) -> Any:
+    if path.suffix != ".pt2":
+        raise TargetError(f"{path}: a target is a .pt2 file or package.module:callable")
+    from torch.export import load
+
+    return _read(path, load, "a program that torch.export.save wrote with this torch")
+
+
+def _read(path: Path, load: Callable[[Any], Any], expected: str) -> Any:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise TargetError(f"{path}: {error.strerror or error}") from error
+    try:
+        return load(str(path))
+    except Exception as error:
+        raise TargetError(f"{path}: not {expected} ({first_line(error)})") from error
+
+
+def _call(target: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise TargetError(f"{target}: a target is a .pt2 file or package.module:callable")
+    directory = str(Path.cwd())
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    try:
+        value: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise TargetError(f"{target}: cannot import {module_name} ({first_line(error)})") from error
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            raise TargetError(f"{target}: {module_name} has no {attribute!r}")
+        value = getattr(value, part)
+    if not callable(value):
+        raise TargetError(f"{target}: {attribute} is not callable")
+    try:
+        return value()
+    except Exception as error:
+        raise TargetError(f"{target}: {attribute}() failed ({first_line(error)})") from error
