@@ -27,9 +27,7 @@ class ReadmeError(Exception):
     """The README has no place for the results."""
 
 
-def record(
-    static: Sequence[Measurement], dynamic: Sequence[Measurement], stages: int, command: str
-) -> dict[str, Any]:
+def record(static: Sequence[Measurement], dynamic: Sequence[Measurement], stages: int, command: str) -> dict[str, Any]:
     """Everything that was measured, as the JSON has it."""
     exponents = {
         kind: {name: growth(results, GROWTH_FROM, name) for name in (*OURS, "total", "total_without_gc")}
@@ -66,9 +64,7 @@ def _entry(result: Measurement) -> dict[str, Any]:
     }
 
 
-def bars(
-    static: Sequence[Measurement], exponents: dict[str, dict[str, float | None]]
-) -> list[dict[str, Any]]:
+def bars(static: Sequence[Measurement], exponents: dict[str, dict[str, float | None]]) -> list[dict[str, Any]]:
     """What the results have to reach. ``passed`` is ``None`` where there is nothing to compare."""
     found = []
     for result in static:
@@ -181,8 +177,7 @@ def readme_block(results: dict[str, Any]) -> str:
         f"`{results['command']}` wrote this block ({_conditions(results)}). "
         "*Ours* is scan + lift + partition. The ratios are what to compare; the times are of one machine.",
         f"Static shapes:\n\n{markdown(rows(results, 'static'))}",
-        "Dynamic batch and sequence, which `pipeline()` does not take:\n\n"
-        + markdown(rows(results, "dynamic")),
+        "Dynamic batch and sequence, which `pipeline()` does not take:\n\n" + markdown(rows(results, "dynamic")),
         "\n".join(f"- {_verdict(bar)}" for bar in results["bars"]),
     ]
     return "\n\n".join(parts)
@@ -196,9 +191,7 @@ def find_block(readme: str, name: str) -> tuple[int, int]:
     """
     begin, end = readme.find(BEGIN), readme.find(END)
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or end < begin:
-        raise ReadmeError(
-            f"{name} needs one line {BEGIN} and, below it, one line {END}: the results go between"
-        )
+        raise ReadmeError(f"{name} needs one line {BEGIN} and, below it, one line {END}: the results go between")
     return begin + len(BEGIN), end
 
 

@@ -36,8 +36,9 @@ def as_program(program: Any) -> ExportedProgram:
 
 
 def _from_graph_module(module: GraphModule) -> ExportedProgram:
-    parameters, buffers = dict(module.named_parameters(remove_duplicate=False)), dict(
-        module.named_buffers(remove_duplicate=False)
+    parameters, buffers = (
+        dict(module.named_parameters(remove_duplicate=False)),
+        dict(module.named_buffers(remove_duplicate=False)),
     )
     persistent = set(module.state_dict())
     new = Graph()
@@ -50,7 +51,9 @@ def _from_graph_module(module: GraphModule) -> ExportedProgram:
     old_placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [n.meta["val"] for n in module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if not fakes:
-        raise TypeError("the GraphModule's nodes have no meta['val']; trace it with fake tensors (torch.export, make_fx)")
+        raise TypeError(
+            "the GraphModule's nodes have no meta['val']; trace it with fake tensors (torch.export, make_fx)"
+        )
     for node in module.graph.nodes:
         if node.op != "get_attr":
             continue
@@ -77,8 +80,8 @@ def _from_graph_module(module: GraphModule) -> ExportedProgram:
             states[target] = placeholder
         env[node] = states[target]
     for node in module.graph.nodes:
-        if node in env:
-            continue
+        if node in env or (node.op == "call_module" and node.target == "_guards_fn"):
+            continue  # ``ExportedProgram.module()`` calls its guards, which return nothing
         env[node] = new.node_copy(node, lambda n: env[n])
         if node.op == "placeholder":
             specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=env[node].name), None))

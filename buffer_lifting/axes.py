@@ -193,7 +193,7 @@ def _inferred(node: Node, is_main: bool, result: InputLabels) -> Labels:
             Finding(
                 "BL103",
                 f"input {node.fqn!r} has {len(batches)} dims of the size of the batch, {batch}",
-                f'pass axes={{"{node.fqn}": {{{batches[-1]}: "batch", ...}}}}, or export with distinct sizes or dynamic dims',
+                f'pass axes={{"{node.fqn}": {{{batches[-1]}: "batch", ...}}}}, or export with distinct sizes',
             )
         )
     if batches:

@@ -184,7 +184,10 @@ def permutation(node: Node, rank: int) -> list[int] | None:
         dims = node.args["dims"]
         return [d % rank for d in dims if isinstance(d, int)] if isinstance(dims, tuple) else None
     if node.base_op in ("aten.transpose", "aten.swapaxes"):
-        first, second = node.args.get("dim0", node.args.get("axis0")), node.args.get("dim1", node.args.get("axis1"))
+        first, second = (
+            node.args.get("dim0", node.args.get("axis0")),
+            node.args.get("dim1", node.args.get("axis1")),
+        )
         if not isinstance(first, int) or not isinstance(second, int):
             return None
         order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
@@ -335,7 +338,11 @@ def _matmul(view: OpView) -> AxisResult:
     row, col = lhs[-2], rhs[-1]
     if has_seq(row) and has_seq(col):
         col = with_role(col, COL)
-    out = (*outer, row if is_labelled(row) else feature(shape[-2]), col if is_labelled(col) else feature(shape[-1]))
+    out = (
+        *outer,
+        row if is_labelled(row) else feature(shape[-2]),
+        col if is_labelled(col) else feature(shape[-1]),
+    )
     mixing, handled = "", False
     inner = (lhs[-1], rhs[-2])
     if any(has_seq(dim) for dim in inner):
@@ -357,9 +364,7 @@ def _matmul(view: OpView) -> AxisResult:
     return AxisResult((out,), operands, mixing, handled)
 
 
-def _operand_of_matmul(
-    view: OpView, path: str, left_path: str, lhs: Labels, rhs: Labels, out: Labels
-) -> Alignment:
+def _operand_of_matmul(view: OpView, path: str, left_path: str, lhs: Labels, rhs: Labels, out: Labels) -> Alignment:
     """The alignment of a matmul operand that carries no data: its contracted dim runs along the data's."""
     shape = view.shape(path) or ()
     outer = align(out[:-2], shape[:-2]).labels
@@ -409,9 +414,7 @@ def _embedding(view: OpView) -> AxisResult:
     if labels is None or weight is None or shape is None:
         return AxisResult(None)
     out = (*labels, feature(shape[-1]))
-    return AxisResult(
-        (out,), {"indices": Alignment(labels, None), "weight": Alignment(features(weight), None)}
-    )
+    return AxisResult((out,), {"indices": Alignment(labels, None), "weight": Alignment(features(weight), None)})
 
 
 @_rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
@@ -541,7 +544,18 @@ def _along_dim(view: OpView) -> AxisResult:
     return AxisResult(outs)
 
 
-@_rule("roll", "flip", "gather", "index_select", "index", "index_put", "scatter", "scatter_add", "constant_pad_nd", "pad")
+@_rule(
+    "roll",
+    "flip",
+    "gather",
+    "index_select",
+    "index",
+    "index_put",
+    "scatter",
+    "scatter_add",
+    "constant_pad_nd",
+    "pad",
+)
 def _moves(view: OpView) -> AxisResult:
     labels, shape = view.labels("self"), view.shape("out")
     op = view.node.base_op

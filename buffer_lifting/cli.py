@@ -253,9 +253,7 @@ def scan_json(report: ScanReport, lifted: Sequence[LiftedInput], target: str) ->
 def _plain(record: Any) -> dict[str, Any]:
     plain = asdict(record)
     if "seq_dims" in plain:
-        plain["seq_dims"] = [
-            {"dim": dim, "axis": axis, "role": role} for dim, axis, role in plain["seq_dims"]
-        ]
+        plain["seq_dims"] = [{"dim": dim, "axis": axis, "role": role} for dim, axis, role in plain["seq_dims"]]
     return plain
 
 
@@ -410,9 +408,7 @@ def make_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     target = argparse.ArgumentParser(add_help=False, parents=[common])
-    target.add_argument(
-        "target", metavar="TARGET", help="a .pt2 file (one you trust) or package.module:callable"
-    )
+    target.add_argument("target", metavar="TARGET", help="a .pt2 file (one you trust) or package.module:callable")
     axes = argparse.ArgumentParser(add_help=False)
     axes.add_argument(
         "--axes",

@@ -33,7 +33,8 @@ def example_sizes(
 
 def sizes_of(tensors: dict[str, torch.Tensor], axes: dict[str, InputAxes]) -> tuple[int, dict[str, int]]:
     """Batch size (1 without a batch axis) and sequence lengths of a call's tensors."""
-    batch, lengths = 1, {}
+    batch = 1
+    lengths: dict[str, int] = {}
     for name, value in tensors.items():
         own = axes.get(name)
         if own is None:

@@ -294,7 +294,7 @@ def check_lengths(axes: AxesInfo, batch_size: int, seq_len: Lengths, maxima: Map
                 f"{length}; export with a dynamic sequence dim (torch.export.Dim) to change it"
             )
         if length > maxima.get(axis, length):
-            raise FeedError(f"a sequence of {length} is longer than the program allows on axis {axis!r}: {maxima[axis]}")
+            raise FeedError(
+                f"a sequence of {length} is longer than the program allows on axis {axis!r}: {maxima[axis]}"
+            )
     return lengths
-
-

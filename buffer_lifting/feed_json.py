@@ -27,10 +27,7 @@ GRAPHS = ("natural", "substituted", "hoisted")
 def encode_records(lifted: LiftedProgram) -> dict[str, Any]:
     """Everything but the program and the feed graphs."""
     feed = lifted.feed_program
-    shapes = {
-        name: {"shape": shape, "dtype": dtype_name(dtype)}
-        for name, (shape, dtype) in feed.input_shapes.items()
-    }
+    shapes = {name: {"shape": shape, "dtype": dtype_name(dtype)} for name, (shape, dtype) in feed.input_shapes.items()}
     return {
         "inputs": encode_record(lifted.inputs),
         "outputs": encode_record(feed.outputs),
@@ -99,6 +96,4 @@ def decode_lifted(
     inputs = decode_record(tuple[LiftedInput, ...], records["inputs"])
     report = decode_record(ScanReport, records["report"])
     cp_size = decode_record(int | None, records["cp_size"])
-    return LiftedProgram(
-        program, inputs, report, feed, cp_size, decode_record(str | None, records["mesh_dim"])
-    )
+    return LiftedProgram(program, inputs, report, feed, cp_size, decode_record(str | None, records["mesh_dim"]))

@@ -172,9 +172,7 @@ def _function(name: Any) -> Callable[..., Any]:
         function = call_operator(name)
         if isinstance(function, OpOverload):
             return function
-    raise LiftingError(
-        f"a graph in the package calls {name!r}; only aten ops and size arithmetic are allowed"
-    )
+    raise LiftingError(f"a graph in the package calls {name!r}; only aten ops and size arithmetic are allowed")
 
 
 def _decode(value: Any, env: Mapping[str, Node]) -> Any:

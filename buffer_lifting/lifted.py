@@ -91,7 +91,9 @@ class LiftedProgram:
                     f"buffer_lifting.context_parallel(lifted, size={size}) gives its attention"
                 )
             if any(length is not None for length in self.axes.lengths.values()):
-                raise FeedError(f"a static program cannot be fed a shard of size {size}; export with a dynamic sequence")
+                raise FeedError(
+                    f"a static program cannot be fed a shard of size {size}; export with a dynamic sequence"
+                )
 
     def _feed(
         self,

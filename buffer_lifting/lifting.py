@@ -20,7 +20,7 @@ from buffer_lifting.passes.assemble import assemble
 from buffer_lifting.passes.lift_buffers import LiftBuffers, LiftState
 from buffer_lifting.passes.normalize import Normalized, normalize
 from buffer_lifting.plan import LiftPlan
-from buffer_lifting.program import Axes, AxesInfo, Finding, PositionRead, ScanReport, SequenceMixing
+from buffer_lifting.program import Axes, Finding, PositionRead, ScanReport, SequenceMixing
 from buffer_lifting.scanner import FormOption, scan_record
 
 
@@ -77,9 +77,7 @@ def lift(
     LiftBuffers()(state)
     lifted_inputs = tuple(output.input for output in plan.outputs.values())
     examples = _example_feed(program, feed, plan)
-    lifted = assemble(
-        program, normalized.graph, normalized.submodules, tuple(i.name for i in lifted_inputs), examples
-    )
+    lifted = assemble(program, normalized.graph, normalized.submodules, tuple(i.name for i in lifted_inputs), examples)
     return LiftedProgram(lifted, lifted_inputs, plan.report, feed)
 
 
@@ -129,7 +127,10 @@ def feed_program(
         if node.op == "placeholder" and node.name not in states:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
-                shapes[node.name] = (tuple(s if isinstance(s, int) else None for s in value.shape), value.dtype)
+                shapes[node.name] = (
+                    tuple(s if isinstance(s, int) else None for s in value.shape),
+                    value.dtype,
+                )
     return FeedProgram(
         outputs=outputs,
         axes=info,

@@ -263,7 +263,9 @@ def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
         value = planner.rebuild(source.name, labels, context, picked=dim)
         bounds = tuple(node.args.get(key) for key in ("start", "end", "step"))
         return _unchanged(node, value) or Value(
-            Call("aten.slice.Tensor", (value.plan, dim + value.lane, *bounds), node.name), value.lane, len(labels)
+            Call("aten.slice.Tensor", (value.plan, dim + value.lane, *bounds), node.name),
+            value.lane,
+            len(labels),
         )
     return gather_rows(planner, node, labels, context)
 
@@ -277,9 +279,7 @@ def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -
     if is_labelled(labels[-1]):
         raise Refuse("the features of an embedding run along the sequence", node.name)
     value = planner.rebuild(indices.name, labels[:-1], context)
-    return _unchanged(node, value) or Value(
-        Reapply(node.name, (("indices", value.plan),)), value.lane, len(labels)
-    )
+    return _unchanged(node, value) or Value(Reapply(node.name, (("indices", value.plan),)), value.lane, len(labels))
 
 
 @_rule("index")
@@ -297,9 +297,7 @@ def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
     if any(is_labelled(dim) for dim in labels[rank:]):
         raise Refuse("the rows of an indexed table run along the sequence", node.name)
     value = planner.rebuild(indices[0].name, labels[:rank], context)
-    return _unchanged(node, value) or Value(
-        Reapply(node.name, (("indices.0", value.plan),)), value.lane, len(labels)
-    )
+    return _unchanged(node, value) or Value(Reapply(node.name, (("indices.0", value.plan),)), value.lane, len(labels))
 
 
 @_rule("index_select")
@@ -353,9 +351,7 @@ def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) ->
     return Value(Call("aten.where.ScalarOther", (keep, value.plan, 0), node.name), True, len(labels))
 
 
-def gather_rows(
-    planner: Planner, node: Node, labels: Labels, context: Context, natural: bool = False
-) -> Value:
+def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, natural: bool = False) -> Value:
     """Rows (and columns) of a table: successive slices down to the table, then one gather on all their dims.
 
     With ``natural`` the node itself is the table: a value of the whole sequence in natural order.

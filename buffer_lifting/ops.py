@@ -8,27 +8,98 @@ from buffer_lifting.ops_table import MUTATING, POINTWISE, RANDOM, VIEWS
 
 _ELEMENTWISE_UNTAGGED = frozenset(
     f"aten.{name}"
-    for name in """__and__ __or__ __xor__ to _to_copy type_as contiguous dropout polar complex real imag
-    conj resolve_conj resolve_neg abs positive square feature_alpha_dropout alpha_dropout lift_fresh_copy
-    detach_ alias detach relu6 selu softplus log_sigmoid hardtanh logical_and logical_or logical_not
-    logical_xor native_dropout _fused_rms_norm_none isin rad2deg deg2rad true_divide floor_divide
-    nan_to_num clip silu mish celu lift_fresh __iand__ __ior__ where masked_fill prelu lerp
-    """.split()
+    for name in [
+        "__and__",
+        "__or__",
+        "__xor__",
+        "to",
+        "_to_copy",
+        "type_as",
+        "contiguous",
+        "dropout",
+        "polar",
+        "complex",
+        "real",
+        "imag",
+        "conj",
+        "resolve_conj",
+        "resolve_neg",
+        "abs",
+        "positive",
+        "square",
+        "feature_alpha_dropout",
+        "alpha_dropout",
+        "lift_fresh_copy",
+        "detach_",
+        "alias",
+        "detach",
+        "relu6",
+        "selu",
+        "softplus",
+        "log_sigmoid",
+        "hardtanh",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "logical_xor",
+        "native_dropout",
+        "_fused_rms_norm_none",
+        "isin",
+        "rad2deg",
+        "deg2rad",
+        "true_divide",
+        "floor_divide",
+        "nan_to_num",
+        "clip",
+        "silu",
+        "mish",
+        "celu",
+        "lift_fresh",
+        "__iand__",
+        "__ior__",
+        "where",
+        "masked_fill",
+        "prelu",
+        "lerp",
+    ]
 )
 #: Ops whose tensor operands other than the first give only a dtype, device or shape.
 _SHAPE_ONLY = frozenset(
     f"aten.{name}"
-    for name in """new_ones new_zeros new_full new_empty new_empty_strided zeros_like ones_like full_like
-    empty_like rand_like randn_like sym_size sym_numel sym_stride size numel is_same_size""".split()
+    for name in [
+        "new_ones",
+        "new_zeros",
+        "new_full",
+        "new_empty",
+        "new_empty_strided",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "rand_like",
+        "randn_like",
+        "sym_size",
+        "sym_numel",
+        "sym_stride",
+        "size",
+        "numel",
+        "is_same_size",
+    ]
 )
 #: Fills: the same value at every index.
 FILLS = frozenset(
-    f"aten.{name}" for name in "full zeros ones new_ones new_zeros new_full zeros_like ones_like full_like".split()
+    f"aten.{name}"
+    for name in ["full", "zeros", "ones", "new_ones", "new_zeros", "new_full", "zeros_like", "ones_like", "full_like"]
 )
 ATTENTION = "aten.scaled_dot_product_attention"
 #: Checks without a value; analysis passes over them.
 ASSERTIONS = frozenset(
-    ["aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range_for_size", "aten._assert_async"]
+    [
+        "aten._assert_tensor_metadata",
+        "aten._assert_scalar",
+        "aten.sym_constrain_range_for_size",
+        "aten._assert_async",
+    ]
 )
 
 

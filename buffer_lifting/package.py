@@ -54,7 +54,9 @@ def save_lifted(lifted: LiftedProgram, path: str | os.PathLike[str]) -> None:
         torch.export.save(lifted.program, work / _PROGRAM)
         known = {**lifted.program.constants, **lifted.program.state_dict}
         with zipfile.ZipFile(work / "package", "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(_MANIFEST, _dumps({**_header(LIFTED), **encode_records(lifted)}))
+            archive.writestr(
+                _MANIFEST, _dumps({**_header(LIFTED), **encode_records(lifted), "tied": _tied(lifted.program)})
+            )
             archive.write(work / _PROGRAM, _PROGRAM)
             with (work / _TABLES).open("wb") as stream:
                 feed = encode_feed(lifted.feed_program, stream, known)
@@ -83,6 +85,8 @@ def load(path: str | os.PathLike[str]) -> LiftedProgram:
             manifest = _checked(archive.read(_MANIFEST), LIFTED, str(path))
             archive.extract(_PROGRAM, work)
             program = _load_program(Path(work) / _PROGRAM, manifest)
+            for first, *others in manifest["tied"]:  # torch.export.load makes each a parameter of its own
+                program.state_dict.update(dict.fromkeys(others, program.state_dict[first]))
             document = json.loads(archive.read(_FEED))
             with archive.open(_TABLES) as stream:
                 tables, _ = read_tensors(stream, document["tables"], own_device=True)
@@ -101,6 +105,14 @@ def _load_program(path: Path, manifest: Mapping[str, Any]) -> ExportedProgram:
             f"the program in the package cannot be read (saved by torch {manifest['torch']}, this is "
             f"{torch.__version__}): {type(error).__name__}: {error}"
         ) from error
+
+
+def _tied(program: ExportedProgram) -> list[list[str]]:
+    """Groups of FQNs that are one tensor."""
+    groups: dict[int, list[str]] = {}
+    for fqn, value in program.state_dict.items():
+        groups.setdefault(id(value), []).append(fqn)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def save_staged(staged: StagedProgram, directory: str | os.PathLike[str]) -> None:
@@ -154,8 +166,7 @@ def _save_stage(stage: Stage, package: Path) -> None:
                 value = getattr(value, part)
             if not isinstance(value, torch.Tensor):
                 raise LiftingError(
-                    f"stage {stage.index} has {node.target!r}, a {type(value).__name__}, which a package "
-                    "cannot hold"
+                    f"stage {stage.index} has {node.target!r}, a {type(value).__name__}, which a package cannot hold"
                 )
             tensors[str(node.target)] = value
     with (package / f"stage_{stage.index}.bin").open("wb") as stream:
@@ -163,15 +174,9 @@ def _save_stage(stage: Stage, package: Path) -> None:
     for entry in index:
         name = entry["name"]
         kind = (
-            StateKind.PARAMETER
-            if name in parameters
-            else StateKind.BUFFER
-            if name in buffers
-            else StateKind.CONSTANT
+            StateKind.PARAMETER if name in parameters else StateKind.BUFFER if name in buffers else StateKind.CONSTANT
         )
-        entry.update(
-            kind=kind.value, persistent=name in persistent, requires_grad=tensors[name].requires_grad
-        )
+        entry.update(kind=kind.value, persistent=name in persistent, requires_grad=tensors[name].requires_grad)
     record = {f.name: encode_record(getattr(stage, f.name)) for f in fields(stage) if f.name != "module"}
     document = {**record, "state": index, "graph": encode_graph(module.graph)}
     _write(package / f"stage_{stage.index}.json", _dumps(document))
@@ -252,9 +257,7 @@ def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
         feeder = StagedProgram((), lifted, spec, spec, positional, keywords, tied)
         stage = _load_one(directory, index, checksums)
     except (OSError, *_DAMAGED) as error:
-        raise LiftingError(
-            f"{directory} is no staged package, or damaged: {type(error).__name__}: {error}"
-        ) from error
+        raise LiftingError(f"{directory} is no staged package, or damaged: {type(error).__name__}: {error}") from error
     return LoadedStage(index, stage, count, tied, feeder)
 
 
@@ -269,17 +272,13 @@ def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stag
         source = entry.get("same", name)
         if source not in made:
             value = tensors[source]
-            made[source] = (
-                torch.nn.Parameter(value, entry["requires_grad"]) if kind is StateKind.PARAMETER else value
-            )
+            made[source] = torch.nn.Parameter(value, entry["requires_grad"]) if kind is StateKind.PARAMETER else value
         _register(root, name, made[source], kind, entry["persistent"])
     module = decode_graph(document.pop("graph"), root)
     names = {"activations", "kwargs", "outputs", "parameters"}
     values = {key: decode_record(tuple[str, ...], document[key]) for key in names}
     tied = decode_record(tuple[tuple[str, ...], ...], document["tied"])
-    return Stage(
-        index, module, **values, boundary_bytes=decode_record(int, document["boundary_bytes"]), tied=tied
-    )
+    return Stage(index, module, **values, boundary_bytes=decode_record(int, document["boundary_bytes"]), tied=tied)
 
 
 # Files --------------------------------------------------------------------------------------------------
@@ -321,9 +320,7 @@ def _read_json(path: Path, checksums: Mapping[str, str]) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(data))
 
 
-def _read_state(
-    path: Path, index: Any, checksums: Mapping[str, str], own_device: bool
-) -> dict[str, torch.Tensor]:
+def _read_state(path: Path, index: Any, checksums: Mapping[str, str], own_device: bool) -> dict[str, torch.Tensor]:
     with path.open("rb") as stream:
         tensors, digest = read_tensors(stream, index, own_device)
     _compare(path, digest, checksums)
@@ -332,9 +329,7 @@ def _read_state(
 
 def _compare(path: Path, digest: str, checksums: Mapping[str, str]) -> None:
     if checksums.get(path.name) != digest:
-        raise LiftingError(
-            f"{path} is not the file that was saved (its SHA-256 is another); save the package again"
-        )
+        raise LiftingError(f"{path} is not the file that was saved (its SHA-256 is another); save the package again")
 
 
 def _kind_of_file(path: Path) -> str | None:

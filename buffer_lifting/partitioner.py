@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch.fx import Node
 
@@ -57,6 +58,11 @@ def partition(
         raise PartitionError(f"the program writes to the buffers {names}; export the model without its cache")
     normalized = normalize(program, read_only=True)
     record = build_record(program, normalized.graph)
+    written = sorted(node.fqn for node in record.nodes.values() if node.mutated)
+    if written:
+        raise PartitionError(
+            f"the program writes to the buffers {', '.join(written)}; export the model without its cache"
+        )
     nodes = {node.name: node for node in normalized.graph.nodes}
     user = list(lifted.input_axes) or []
     check_names(lifted.input_axes, user)
@@ -88,7 +94,7 @@ class _Partition:
         self.lifted, self.record, self.nodes = lifted, record, nodes
         bounds = [0, *cuts, len(activations)]
         self.count = len(bounds) - 1
-        self.owned = [activations[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.owned = [activations[a:b] for a, b in pairwise(bounds)]
         self.stage_of = {name: index for index, names in enumerate(self.owned) for name in names}
         program = lifted.program
         self.in_spec, self.out_spec = root_spec(program)
@@ -164,7 +170,8 @@ class _Partition:
             target = next((arg.name for arg in node.args.values() if isinstance(arg, Ref)), None)
             if is_mutating(node) and target in self.stage_of and self.stage_of[target] != stage:
                 raise PartitionError(
-                    f"node {name!r} ({node.op}) writes in place to {target!r}, which stage {self.stage_of[target]} computes; "
+                    f"node {name!r} ({node.op}) writes in place to {target!r}, which stage "
+                    f"{self.stage_of[target]} computes; "
                     "split elsewhere, or use the out-of-place op"
                 )
 

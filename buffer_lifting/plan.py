@@ -7,7 +7,7 @@ size of this shard (role ``row``) or of all shards (role ``col``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.graph.record import Node

@@ -8,14 +8,12 @@ sequence is cut where that is legal, else refused.
 
 from __future__ import annotations
 
+from buffer_lifting.axes import InputLabels
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
 from buffer_lifting.labels import (
-    BATCH,
     COL,
-    ROW,
-    DimLabel,
     Factor,
     Labels,
     batch_dim,
@@ -27,7 +25,6 @@ from buffer_lifting.labels import (
 from buffer_lifting.local_rules import gather_rows, local
 from buffer_lifting.ops import is_view
 from buffer_lifting.plan import Call, Context, Cut, CutKey, Existing, Lifted, Plan, Refuse, Value
-from buffer_lifting.axes import InputLabels
 
 
 class Planner:
@@ -173,7 +170,10 @@ class Planner:
             if _axes(wanted) == _axes(has) and len([r for _, r in wanted if r]) == 1:
                 return self.cut(node, labels, context, hoisted=True)
             raise Refuse(
-                f"input {node.fqn!r} is read along other axes than it has", node.name, "BL103", "pass axes= for it"
+                f"input {node.fqn!r} is read along other axes than it has",
+                node.name,
+                "BL103",
+                "pass axes= for it",
             )
         batch = batch_dim(own)
         if batch is None:

@@ -81,9 +81,7 @@ class _Edge:
 
 
 class _Scan:
-    def __init__(
-        self, record: GraphRecord, inputs: InputLabels, form: FormOption, col_inputs: frozenset[str]
-    ) -> None:
+    def __init__(self, record: GraphRecord, inputs: InputLabels, form: FormOption, col_inputs: frozenset[str]) -> None:
         self.record, self.inputs, self.form, self.col_inputs = record, inputs, form, col_inputs
         self.deps = analyse(record, inputs.labels)
         self.planner = Planner(record, self.deps, inputs, col_inputs)
@@ -96,6 +94,15 @@ class _Scan:
         self.seq_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
         if not inputs.lengths:
             self._no_axis()
+        for node in record.nodes.values():
+            if node.kind is NodeKind.STATE and node.mutated:
+                self.findings.append(
+                    Finding(
+                        "BL101",
+                        f"the graph writes to the buffer {node.fqn!r} (a cache), so its rows are not fixed",
+                        "export the model without its cache (use_cache=False)",
+                    )
+                )
         for node in record.nodes.values():
             if node.kind is NodeKind.OP:
                 self._visit(node)
@@ -126,8 +133,8 @@ class _Scan:
             self.findings.append(
                 Finding(
                     "BL107",
-                    f"no user input has a sequence axis (inputs: {names}), yet {born.name!r} attends: the sequence axis "
-                    "is born inside the graph (image patches, a projection of a flat input)",
+                    f"no user input has a sequence axis (inputs: {names}), yet {born.name!r} attends: the sequence "
+                    "axis is born inside the graph (image patches, a projection of a flat input)",
                     "export the part of the model behind the embedding, whose input is [batch, seq, features]",
                     born.location,
                 )
@@ -177,10 +184,7 @@ class _Scan:
     def _lost(self, node: Node) -> bool:
         """Whether an operand had labels that the result lost."""
         return any(
-            is_labelled(dim)
-            for name in node.refs()
-            for labels in (self.labels.get(name) or ())
-            for dim in labels
+            is_labelled(dim) for name in node.refs() for labels in (self.labels.get(name) or ()) for dim in labels
         )
 
     def _complete(self, node: Node, outputs: tuple[Labels, ...] | None) -> tuple[Labels, ...] | None:
@@ -241,7 +245,13 @@ class _Scan:
                 continue
             if not isinstance(value.meta, TensorMeta):
                 if is_pointwise(node) and self.planner.is_length_of_sequence(name):
-                    self._refused(node, path, value, (), Refuse("the sequence length itself enters the data", name, "BL104"))
+                    self._refused(
+                        node,
+                        path,
+                        value,
+                        (),
+                        Refuse("the sequence length itself enters the data", name, "BL104"),
+                    )
                 continue
             alignment = result.operands.get(path) if result else None
             if alignment is None:
@@ -292,7 +302,7 @@ class _Scan:
         if isinstance(self.form, str):
             form = self.form
         else:
-            kind, source, aliases = self.planner.source_of(value.name)
+            _, source, aliases = self.planner.source_of(value.name)
             form = "auto"
             for pattern, chosen in self.form.items():
                 if any(fnmatch.fnmatchcase(name, pattern) for name in (source, *aliases)):
@@ -366,9 +376,20 @@ class _Scan:
         kind, source, aliases = self.planner.source_of(value.name)
         alignment = Alignment(labels or features(value.tensor.shape if value.tensor else ()), None)
         where = f" (at {refusal.node})" if refusal.node != value.name else ""
-        hint = refusal.hint or "compute the value in another way in the model, or lift with strict=False and feed it yourself"
+        hint = (
+            refusal.hint
+            or "compute the value in another way in the model, or lift with strict=False and feed it yourself"
+        )
         self._record(
-            _Edge(node, path, value, alignment), kind, source, aliases, "positions", None, f"{refusal}{where}", refusal.code, hint
+            _Edge(node, path, value, alignment),
+            kind,
+            source,
+            aliases,
+            "positions",
+            None,
+            f"{refusal}{where}",
+            refusal.code,
+            hint,
         )
 
     def _causal(self, node: Node) -> None:
@@ -396,4 +417,3 @@ class _Scan:
             hint="buffer_lifting.context_parallel replaces the flag by a mask that follows the slots",
         )
         self.reads.append(read)
-

@@ -141,10 +141,9 @@ class StageBuilder:
         """A non-view tensor: schedules detach what a stage returns in place, which a view refuses."""
         if not isinstance(self.record.nodes[name].meta, TensorMeta):
             return node
-        original = self.nodes[name]
-        if node.op == "call_function" and not returns_alias(original) and original.op == "call_function":
-            if "getitem" not in str(original.target):
-                return node
+        target = self.nodes[name].target
+        if node.op == "call_function" and not returns_alias(self.nodes[name]) and "getitem" not in str(target):
+            return node
         clone = graph.call_function(torch.ops.aten.clone.default, (node,))
         clone.meta = dict(node.meta)
         return clone

@@ -130,7 +130,9 @@ class StagedProgram:
             return value
         return value.narrow(axes.batch_dim, start, count)
 
-    def shard_inputs(self, *, order: Any = None, shard: Any = (0, 1), **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    def shard_inputs(
+        self, *, order: Any = None, shard: Any = (0, 1), **inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """User inputs in the order of the shards: see :meth:`LiftedProgram.shard_inputs`."""
         return self.lifted.shard_inputs(order=order, shard=shard, **inputs)
 
@@ -196,7 +198,9 @@ class StagedProgram:
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
 
 
 def chunk_spec(lifted: LiftedProgram, keywords: tuple[str, ...], names: Iterable[str] | None) -> dict[str, Any]:

@@ -81,11 +81,7 @@ def read_tensors(stream: IO[bytes], index: Any, own_device: bool) -> tuple[dict[
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, which must outlive the view."""
     size = tensor.numel() * tensor.element_size()
-    return (
-        memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-        if size
-        else memoryview(b"")
-    )
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
 def _read_into(stream: IO[bytes], view: memoryview) -> int:

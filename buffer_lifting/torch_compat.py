@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch._export.verifier import TrainingIRVerifier  # no public name for the training dialect's verifier
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled  # operators, no alias
@@ -89,7 +89,7 @@ def replace_operands(node: Node, replace: Mapping[str, Any]) -> tuple[tuple[Any,
         place = names.index(key)
         current = kwargs[key] if key in kwargs else args[place]
         if index:
-            items = list(current)
+            items = list(cast(Sequence[Any], current))
             items[int(index)] = value
             value = items
         if key in kwargs:
@@ -154,9 +154,7 @@ def rebuild_program(
     root = entries[0]
     call = None
     if root.signature is not None:
-        call = dataclasses.replace(
-            root.signature, in_spec=in_spec, out_spec=out_spec, forward_arg_names=arg_names
-        )
+        call = dataclasses.replace(root.signature, in_spec=in_spec, out_spec=out_spec, forward_arg_names=arg_names)
     entries = [dataclasses.replace(root, signature=call), *(copy.copy(entry) for entry in entries[1:])]
     return ExportedProgram(
         root=dict(submodules),
@@ -241,7 +239,9 @@ def mesh_shard(value: Any) -> tuple[int, int] | None:
 
 
 def _replicate() -> type:
-    from torch.distributed.pipelining.microbatch import _Replicate  # a keyword that is not chunked has no public spec
+    from torch.distributed.pipelining.microbatch import (
+        _Replicate,
+    )  # a keyword that is not chunked has no public spec
 
     return _Replicate
 

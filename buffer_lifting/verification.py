@@ -118,6 +118,3 @@ def _notes(program: ExportedProgram, lifted: LiftedProgram, cases: list[Case]) -
     if left:
         notes.append(f"{len(left)} read(s) were left as they are (strict=False): they follow no order")
     return tuple(notes)
-
-
-

@@ -363,15 +363,10 @@ def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
         result["steps"].append(
             {
                 "losses": [loss.detach().clone() for loss in losses],
-                "output": None
-                if output is None
-                else output
-                if isinstance(output, Tensor)
-                else output[0].detach(),
+                "output": None if output is None else output if isinstance(output, Tensor) else output[0].detach(),
                 "gradients": {
                     stage.stage_index: {
-                        name: None if p.grad is None else p.grad.clone()
-                        for name, p in stage.submod.named_parameters()
+                        name: None if p.grad is None else p.grad.clone() for name, p in stage.submod.named_parameters()
                     }
                     for stage in stages
                 },
@@ -460,9 +455,7 @@ def launch(cells: Sequence[Cell], directory: Path, timeout: float) -> str:
             with log.open("wb") as out:
                 command = [sys.executable, __file__, str(rank), str(port), str(directory)]
                 workers.append(
-                    subprocess.Popen(
-                        command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=TESTS.parent
-                    )
+                    subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=TESTS.parent)
                 )
         end = time.monotonic() + timeout
         while time.monotonic() < end and any(worker.poll() is None for worker in workers):
@@ -476,9 +469,7 @@ def launch(cells: Sequence[Cell], directory: Path, timeout: float) -> str:
     return "\n".join(f"--- rank {rank}\n{log.read_text(errors='replace')}" for rank, log in enumerate(logs))
 
 
-def run_cells(
-    cells: Sequence[Cell], directory: Path, budget: float
-) -> dict[Cell, list[dict[str, Any]] | str]:
+def run_cells(cells: Sequence[Cell], directory: Path, budget: float) -> dict[Cell, list[dict[str, Any]] | str]:
     """Trains the cells; a cell's result is one record a rank, or what went wrong.
 
     A pair that ends early has left at least one cell without a full result: that one has failed, and the next

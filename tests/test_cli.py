@@ -78,9 +78,7 @@ def here(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def python(*args: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that finds the package."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *args], env=environment, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, timeout=120)
 
 
 # scan
@@ -154,9 +152,7 @@ def test_lift_then_split_the_saved_program(tmp_path: Path, capsys: pytest.Captur
     assert [line.split()[0] for line in captured.out.splitlines()[1:]] == [i.name for i in lifted.inputs]
     assert f"wrote {path}" in captured.err
 
-    assert (
-        main(["split", str(path), "-o", str(tmp_path / "stages"), "--split-points", "transformer.h.1"]) == 0
-    )
+    assert main(["split", str(path), "-o", str(tmp_path / "stages"), "--split-points", "transformer.h.1"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()] == ["stage", "0", "1"]
     assert bl.load_stage(tmp_path / "stages", 1).num_stages == 2

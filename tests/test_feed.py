@@ -57,7 +57,11 @@ ORDERS = {
     "each": orders(BATCH),
     "int32": orders(BATCH).int(),
 }
-POSITIONS = {"none": None, "shared": torch.arange(SEQ) % 5, "each": torch.arange(SEQ) % torch.tensor([[3], [5], [16]])}
+POSITIONS = {
+    "none": None,
+    "shared": torch.arange(SEQ) % 5,
+    "each": torch.arange(SEQ) % torch.tensor([[3], [5], [16]]),
+}
 
 
 @pytest.mark.parametrize("shard", SHARDS, ids=str)

@@ -283,9 +283,7 @@ def test_staged_roundtrip(name: str, tmp_path: Path) -> None:
         assert one.num_stages == 2 and one.tied == dict(staged.tied)
         assert_same_feeds(staged, one, name)
         spec, expected = one.kwargs_chunk_spec(), staged.kwargs_chunk_spec()
-        assert list(spec) == list(expected) and [str(s) for s in spec.values()] == [
-            str(s) for s in expected.values()
-        ]
+        assert list(spec) == list(expected) and [str(s) for s in spec.values()] == [str(s) for s in expected.values()]
         order = torch.randperm(SEQ)
         for key, value in staged.shard_inputs(order=order, shard=(1, 2), **named).items():
             assert same(one.shard_inputs(order=order, shard=(1, 2), **named)[key], value)

@@ -185,7 +185,10 @@ LIFTS: dict[str, tuple[Read, set[str]]] = {
     "batch_first": (lambda n, x, t: x + n.table[: x.shape[1]].expand(x.shape[0], -1, -1), {"lifted_table"}),
     "sequence_first": (_sequence_first, {"lifted_first"}),
     "cat": (lambda n, x, t: x * torch.cat([n.halves[: x.shape[1]]] * 2, -1), {"lifted_halves"}),
-    "stack": (lambda n, x, t: x * torch.stack([n.halves[: x.shape[1]]] * 2, -1).flatten(-2), {"lifted_halves"}),
+    "stack": (
+        lambda n, x, t: x * torch.stack([n.halves[: x.shape[1]]] * 2, -1).flatten(-2),
+        {"lifted_halves"},
+    ),
     "in_place": (_in_place, {"lifted_table"}),
     "sinusoid": (_sinusoid, {"lifted_feature"}),
     "scale": (lambda n, x, t: x * (arange(x) + 1).to(x.dtype).log()[:, None], {"lifted_log"}),
@@ -206,7 +209,10 @@ LIFTS: dict[str, tuple[Read, set[str]]] = {
     "relative_bias": (_relative_bias, {"lifted_slots", "lifted_slots_keys"}),
     "right_aligned_mask": (_right_aligned_mask, {"lifted_slots", "lifted_slots_keys"}),
     "window_of_length": (_window_of_length, {"lifted_slots", "lifted_slots_keys"}),
-    "eye": (lambda n, x, t: attend(n, x, torch.eye(x.shape[1], dtype=x.dtype)), {"lifted_slots", "lifted_slots_keys"}),
+    "eye": (
+        lambda n, x, t: attend(n, x, torch.eye(x.shape[1], dtype=x.dtype)),
+        {"lifted_slots", "lifted_slots_keys"},
+    ),
     "padding_of_tokens": (_padding_of_tokens, set()),
     "documents": (_documents, set()),
     "buckets": (_buckets, {"lifted_lifted_tensor_0"}),
@@ -260,7 +266,9 @@ def gathered(out: Tensor, order: Tensor) -> Tensor:
     return out.gather(1, order[..., None].expand(-1, -1, out.shape[-1]))
 
 
-def check_lift(model: nn.Module, ep: ExportedProgram, x: Tensor, sensitive: bool = True, summed: tuple[str, ...] = ()) -> Any:
+def check_lift(
+    model: nn.Module, ep: ExportedProgram, x: Tensor, sensitive: bool = True, summed: tuple[str, ...] = ()
+) -> Any:
     """Identity, bitwise with gradients, and equivariance with a control; returns the lifted program."""
     batch, seq = x.shape
     lifted = bl.lift(ep)
@@ -352,21 +360,33 @@ REFUSED: dict[str, tuple[Read, str]] = {
     "last_token_select": (lambda n, x, t: x + x[:, -1][:, None], "one element of the sequence is picked"),
     "conv1d": (lambda n, x, t: n.conv(x.transpose(1, 2)).transpose(1, 2), "aten.conv1d.default is not known"),
     "gru": (lambda n, x, t: n.gru(x)[0], "aten.gru.input is not known"),
-    "batch_norm": (lambda n, x, t: n.norm(x.transpose(1, 2)).transpose(1, 2), "aten.batch_norm.default is not known"),
+    "batch_norm": (
+        lambda n, x, t: n.norm(x.transpose(1, 2)).transpose(1, 2),
+        "aten.batch_norm.default is not known",
+    ),
     "softmax": (lambda n, x, t: x.softmax(1), "a softmax along the sequence"),
     "softmax_of_queries": (lambda n, x, t: (x @ x.mT).softmax(-2) @ x, "a softmax along the sequence"),
     "token_shift": (lambda n, x, t: F.pad(x, (0, 0, 1, -1)), "aten.pad may move elements"),
     "running_mean": (_running_mean, "a sum over the sequence"),
     "mixing_matrix": (lambda n, x, t: n.bias2d[: x.shape[1], : x.shape[1]] @ x, "a sum over the sequence"),
     "first_zeroed": (_first_zeroed, "one element of the sequence is picked"),
-    "scores_of_positions": (lambda n, x, t: (x @ n.table[: x.shape[1]].t()).softmax(-1) @ x, "line up|a sum over"),
+    "scores_of_positions": (
+        lambda n, x, t: (x @ n.table[: x.shape[1]].t()).softmax(-1) @ x,
+        "line up|a sum over",
+    ),
     "pair_mask": (_pair_mask, "its sequence dim is folded with other dims"),
     "flat_positions": (
         lambda n, x, t: (x.reshape(-1, DIM) + n.table[: x.shape[1]].repeat(x.shape[0], 1)).view(x.shape),
         "its sequence dim is folded with other dims",
     ),
-    "random": (lambda n, x, t: x + torch.rand(x.shape[1], DIM, dtype=x.dtype), "aten.rand.default is not known"),
-    "projected_table": (lambda n, x, t: x + n.table[: x.shape[1]] @ n.out.weight, "aten.matmul.default is not known"),
+    "random": (
+        lambda n, x, t: x + torch.rand(x.shape[1], DIM, dtype=x.dtype),
+        "aten.rand.default is not known",
+    ),
+    "projected_table": (
+        lambda n, x, t: x + n.table[: x.shape[1]] @ n.out.weight,
+        "aten.matmul.default is not known",
+    ),
     "moe_by_arange": (_moe_by_arange, "lines up with the sequence is not known"),
     "batch_mean": (lambda n, x, t: x + x.mean(0, keepdim=True), "a reduction over the batch"),
     "batch_softmax": (lambda n, x, t: x.softmax(0), "a softmax along the batch"),

@@ -68,9 +68,7 @@ STATIC = (
     Cell("hf_llama_labels", "Schedule1F1B", "static"),
 )
 #: Exported with a microbatch's sizes: ``boundary_bytes`` is then what is sent.
-MEASURED = tuple(
-    Cell(model, s, "same") for model in ("llama_pr1797", "hf_llama", "llama_masked") for s in THREE
-)
+MEASURED = tuple(Cell(model, s, "same") for model in ("llama_pr1797", "hf_llama", "llama_masked") for s in THREE)
 PERMUTED = (
     Cell("llama_pr1797", "Schedule1F1B", order="permuted"),
     Cell("llama_pr1797", "Schedule1F1B", "static", order="permuted"),
@@ -79,9 +77,7 @@ PERMUTED = (
     Cell("llama_masked", "Schedule1F1B", order="permuted"),
     Cell("hf_llama_labels", "Schedule1F1B", order="permuted"),
 )
-CONTROLS = tuple(
-    Cell(model, "Schedule1F1B", order="feed left natural") for model in ("llama_pr1797", "hf_llama")
-)
+CONTROLS = tuple(Cell(model, "Schedule1F1B", order="feed left natural") for model in ("llama_pr1797", "hf_llama"))
 MESH = Cell("llama_pr1797", "Schedule1F1B", mesh=True)
 PLAIN_LOSS = Cell("llama_pr1797", "Schedule1F1B", plain_loss=True)
 TRAINED = (*ALL_SCHEDULES, *ALL_MODELS, *STATIC, *MEASURED, *PERMUTED, MESH, PLAIN_LOSS)
@@ -184,13 +180,9 @@ def test_the_measure_tells_one_step_from_another(model: str) -> None:
 
 def test_every_schedule_of_torch_is_tried() -> None:
     """A schedule that torch adds has to be added here."""
-    assert {cell.schedule for cell in ALL_SCHEDULES} == {
-        n for n in pipelining.__all__ if n.startswith("Schedule")
-    }
+    assert {cell.schedule for cell in ALL_SCHEDULES} == {n for n in pipelining.__all__ if n.startswith("Schedule")}
     assert set(WITHOUT_CHUNK_SPEC) == {
-        name
-        for name in SEVEN
-        if "kwargs_chunk_spec" not in inspect.signature(getattr(pipelining, name)).parameters
+        name for name in SEVEN if "kwargs_chunk_spec" not in inspect.signature(getattr(pipelining, name)).parameters
     }
 
 
@@ -250,9 +242,7 @@ def test_only_hidden_states_and_their_gradients_are_sent(cell: Cell, results: Re
         record = run[rank]["steps"][STEPS - 1]
         sent = Counter(tuple(sorted(message.items())) for message in record["sends"])
         expected = Counter(
-            tuple(
-                sorted({"direction": direction, "stage": stage, "microbatch": microbatch, **hidden}.items())
-            )
+            tuple(sorted({"direction": direction, "stage": stage, "microbatch": microbatch, **hidden}.items()))
             for hop in cell.hops
             for direction, stage in (("forward", hop), ("backward", hop + 1))
             if places[stage] == rank
@@ -292,15 +282,11 @@ def test_a_mesh_gives_the_group_by_its_pp_dim(cell: Cell, results: Results) -> N
 
 def test_a_cell_that_fails_is_named_and_the_next_one_runs(tmp_path: Path) -> None:
     """The harness itself: a rank that ends inside a cell takes its peer along, and a new pair goes on."""
-    broken, good, late = (
-        Cell("sinusoid", name) for name in ("ScheduleNothing", "ScheduleGPipe", "Schedule1F1B")
-    )
+    broken, good, late = (Cell("sinusoid", name) for name in ("ScheduleNothing", "ScheduleGPipe", "Schedule1F1B"))
     results = run_cells([broken, good], tmp_path, BUDGET)
     assert set(results) == {broken, good}
     assert "has no attribute 'ScheduleNothing'" in str(results[broken])
-    error, name = worst(
-        gradients(run_of(good, results), 0, "sinusoid"), reference("sinusoid")[0]["gradients"]
-    )
+    error, name = worst(gradients(run_of(good, results), 0, "sinusoid"), reference("sinusoid")[0]["gradients"])
     assert error <= TOLERANCE, f"{name} is off by {error:.1e}"
     assert run_cells([late], tmp_path, budget=0.0) == {}
     with pytest.raises(pytest.fail.Exception, match="no result"):

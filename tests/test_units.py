@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
@@ -29,7 +29,18 @@ def value(size: Size, b: int, s: int) -> int:
     return total
 
 
-SIZES: list[Size] = [0, 1, 2, 6, B, S, multiply(B, S), add(S, 1), add(multiply(2, S), -3), multiply(4, multiply(B, B))]
+SIZES: list[Size] = [
+    0,
+    1,
+    2,
+    6,
+    B,
+    S,
+    multiply(B, S),
+    add(S, 1),
+    add(multiply(2, S), -3),
+    multiply(4, multiply(B, B)),
+]
 
 
 @pytest.mark.parametrize("left, right", product(SIZES, SIZES), ids=str)
@@ -91,7 +102,7 @@ def test_balance_is_optimal() -> None:
 
         def worst(starts: list[int], costs: list[float] = costs) -> float:
             bounds = [0, *starts, len(costs)]
-            return max(sum(costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+            return max(sum(costs[a:b]) for a, b in pairwise(bounds))
 
         found = balance(costs, count)
         assert len(found) == count - 1 and found == sorted(set(found)) and 0 not in found

@@ -205,7 +205,9 @@ def test_a_wrong_role_is_caught(model: str, fault: str) -> None:
     elif fault == "rows_not_cut":
         mutant = m.with_roles(lifted, "row", "col")
     else:
-        pair = ("lifted_index_2", "lifted_index_3_keys") if model == "hf_llama" else ("lifted_slots", "lifted_slots_keys")
+        pair = (
+            ("lifted_index_2", "lifted_index_3_keys") if model == "hf_llama" else ("lifted_slots", "lifted_slots_keys")
+        )
         mutant = m.swap_inputs(lifted, *pair)
     inputs = [_call(model, 2, 12), _call(model, 2, 14)]
     with pytest.raises(bl.VerificationError, match="shard"):
@@ -266,7 +268,9 @@ def test_a_rotation_the_other_way_is_caught() -> None:
     assert named(caught(program, mutant, "identity"))
 
 
-@pytest.mark.parametrize(("model", "batch_swap"), [("llama_pr1797", "lifted_freqs_cis"), ("nanogpt", "lifted_positions")])
+@pytest.mark.parametrize(
+    ("model", "batch_swap"), [("llama_pr1797", "lifted_freqs_cis"), ("nanogpt", "lifted_positions")]
+)
 def test_batch_and_sequence_swapped_are_caught(model: str, batch_swap: str) -> None:
     """The same elements, in the other order."""
     program = program_of(model)
@@ -298,7 +302,9 @@ def test_a_wrong_comparison_is_caught(model: str, old: str, new: str) -> None:
     assert named(caught(program, lifted, "values")) == masks[0]
 
 
-@pytest.mark.parametrize(("model", "table"), [("hf_gpt2", "p_transformer_wpe_weight"), ("nanogpt", "p_transformer_wpe_weight")])
+@pytest.mark.parametrize(
+    ("model", "table"), [("hf_gpt2", "p_transformer_wpe_weight"), ("nanogpt", "p_transformer_wpe_weight")]
+)
 def test_a_learned_table_without_gradient_is_caught(model: str, table: str) -> None:
     """The values are right; only the gradient of the table is gone, and the error names the table."""
     program = program_of(model)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,7 @@ def _run(say: _Clock, steps: int, layers: int, seed: int, timeout: float) -> int
         return FINDINGS
     worst = max(row.error for row in rows)
     control = min(row.control_error for row in rows)
-    print(
-        f"PASS: {steps} steps; gradient errors up to {worst:.1e}, and from {control:.1e} on without the feed"
-    )
+    print(f"PASS: {steps} steps; gradient errors up to {worst:.1e}, and from {control:.1e} on without the feed")
     print("  gradient error: the worst parameter's max|difference| / max(max|g|, 1e-4 * largest gradient)")
     return CLEAN
 
@@ -124,7 +122,7 @@ def _title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
-def train(say: _Clock, model: Any, staged: Any, steps: int, seed: int, timeout: float) -> list[Any]:
+def train(say: Callable[[str], None], model: Any, staged: Any, steps: int, seed: int, timeout: float) -> list[Any]:
     """Trains the model here and the stages in two processes, and prints a row a step.
 
     Raises:
@@ -149,7 +147,7 @@ def train(say: _Clock, model: Any, staged: Any, steps: int, seed: int, timeout: 
             loss = loss_fn(model(input_ids=tokens).logits, labels)
             loss.backward()
             gradients = {fqn: p.grad for fqn, p in model.named_parameters() if p.grad is not None}
-            rows.append(_row(step, float(loss), gradients, ranks.results(step)))
+            rows.append(_row(step, loss.item(), gradients, ranks.results(step)))
             if step == 0:
                 print(HEADER)
             row = rows[-1]
@@ -209,9 +207,7 @@ class _Ranks:
         for rank in range(WORLD):
             command = [sys.executable, "-m", "buffer_lifting.demo.worker", str(rank), str(self.directory)]
             with self._log(rank).open("wb") as log:
-                self.processes.append(
-                    subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-                )
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
 
     def results(self, step: int) -> list[dict[str, Any]]:
         """Both ranks' results of a step, as soon as they are there."""
@@ -239,9 +235,7 @@ class _Ranks:
             logs = {rank: self._log(rank).read_text(errors="replace").strip() for rank in failed}
             for rank, log in logs.items():
                 print(f"--- rank {rank}\n{log}", file=sys.stderr)
-            raise DemoError(
-                f"rank {failed[0]} failed: {(logs[failed[0]].splitlines() or ['no message'])[-1]}"
-            )
+            raise DemoError(f"rank {failed[0]} failed: {(logs[failed[0]].splitlines() or ['no message'])[-1]}")
         if time.monotonic() > self.end:
             raise DemoError(f"the processes took more than {self.timeout:.0f} s")
 

@@ -65,8 +65,7 @@ def judge(rows: Sequence[Row], steps: int) -> list[str]:
             wrong.append(f"step {row.step}: the losses differ by {loss_error:.1e}, more than {TOLERANCE:.0e}")
         if not row.error <= TOLERANCE:
             wrong.append(
-                f"step {row.step}: the gradient of {row.parameter} is off by {row.error:.1e}, "
-                f"more than {TOLERANCE:.0e}"
+                f"step {row.step}: the gradient of {row.parameter} is off by {row.error:.1e}, more than {TOLERANCE:.0e}"
             )
         if not row.control_error >= CONTROL:
             wrong.append(

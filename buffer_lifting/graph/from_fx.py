@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx import Graph
 from torch.fx import Node as FxNode
 
+from buffer_lifting.dataflow import written_storage
 from buffer_lifting.graph.record import (
     Arg,
     GraphRecord,
@@ -77,7 +78,11 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
     for name, bounds in program.range_constraints.items():
         upper = int(bounds.upper) if bounds.upper.is_Integer else None
         ranges[str(name)] = (int(bounds.lower), upper)
-    return GraphRecord(nodes, ranges, _hints(program, nodes))
+    record = GraphRecord(nodes, ranges, _hints(program, nodes))
+    for name in written_storage(record):  # the training dialect writes in the graph, not by the signature
+        if nodes[name].kind is NodeKind.STATE:
+            nodes[name].mutated = True
+    return record
 
 
 def _hints(program: ExportedProgram, nodes: dict[str, Node]) -> dict[str, int]:
@@ -204,5 +209,5 @@ def _storage_key(value: torch.Tensor, fqn: str) -> Any:
 def _digest(value: torch.Tensor) -> str:
     data = value.detach().cpu().contiguous()
     raw = data.reshape(-1).view(torch.uint8) if data.numel() else data
-    digest = hashlib.blake2b(raw.numpy(), digest_size=16)
+    digest = hashlib.blake2b(raw.numpy().tobytes(), digest_size=16)
     return f"{digest.hexdigest()}:{value.dtype}:{tuple(value.shape)}"

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.graph.from_fx import build_record
-from buffer_lifting.labels import Labels, has_batch, has_seq
+from buffer_lifting.labels import BATCH, Factor, Labels, has_batch, has_seq
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.compare import difference, gradient_error, gradients, loss_weights
 from buffer_lifting.oracles.running import Case, Runnable, double_feed, doubled, runnable
@@ -183,38 +183,33 @@ class _Pair:
 
     def _permute(self, value: torch.Tensor, name: str, order: torch.Tensor) -> torch.Tensor:
         """A value of the original with its sequence dims in the order of the shards."""
-        labels = self._labels_of(name)
         shape: list[int] = []
-        batch, seq = None, []
-        for dim, size in zip(labels, value.shape, strict=True):
-            rest = size
-            for factor in dim if len(dim) > 1 else dim[:1]:
-                part = order.shape[1] if factor.is_seq else self._batch(order, value, labels) if has_batch((factor,)) else 0
-                if len(dim) == 1:
-                    part = size
-                if has_batch((factor,)):
+        batch: int | None = None
+        sequences: list[int] = []
+        for label, size in zip(self._labels_of(name), value.shape, strict=True):
+            for factor in label or (None,):
+                if factor is not None and factor.axis == BATCH:
                     batch = len(shape)
-                elif factor.is_seq:
-                    seq.append(len(shape))
-                shape.append(part or int(factor.size) if isinstance(factor.size, int) else part)
-                rest = rest // max(shape[-1], 1)
-            if not dim:
-                shape.append(size)
+                elif factor is not None and factor.is_seq:
+                    sequences.append(len(shape))
+                shape.append(size if len(label) <= 1 else self._factor_size(factor, order))
         laid = value.reshape(shape)
-        for dim in seq:
+        for dim in sequences:
             if batch is None:
                 laid = laid.index_select(dim, order[0])
-            else:
-                moved = laid.movedim((batch, dim), (0, 1))
-                index = order.expand(moved.shape[0], -1)
-                index = index.view(*index.shape, *[1] * (moved.ndim - 2)).expand_as(moved)
-                laid = moved.gather(1, index).movedim((0, 1), (batch, dim))
+                continue
+            moved = laid.movedim((batch, dim), (0, 1))
+            index = order.expand(moved.shape[0], -1)
+            index = index.view(*index.shape, *[1] * (moved.ndim - 2)).expand_as(moved)
+            laid = moved.gather(1, index).movedim((0, 1), (batch, dim))
         return laid.reshape(value.shape)
 
     @staticmethod
-    def _batch(order: torch.Tensor, value: torch.Tensor, labels: Labels) -> int:
-        """The batch size of a value whose batch is folded with the sequence: the rows of the order."""
-        return order.shape[0]
+    def _factor_size(factor: Factor | None, order: torch.Tensor) -> int:
+        """The run-time size of a factor of a folded dim; -1 for what a reshape can infer."""
+        if factor is None or not factor.axis:
+            return factor.size if factor is not None and isinstance(factor.size, int) else -1
+        return order.shape[1] if factor.is_seq else order.shape[0]
 
 
 def perturbed(value: torch.Tensor, dim: int) -> torch.Tensor:

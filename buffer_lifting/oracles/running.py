@@ -244,7 +244,12 @@ def _resized(program: ExportedProgram, lifted: LiftedProgram, case: Case, seed: 
 
 
 def resize(
-    value: Any, name: str, lifted: LiftedProgram, batch: int, lengths: dict[str, int], generator: torch.Generator
+    value: Any,
+    name: str,
+    lifted: LiftedProgram,
+    batch: int,
+    lengths: dict[str, int],
+    generator: torch.Generator,
 ) -> Any:
     """One input at another size. Masks keep their shape (padding stays at the end), other values are redrawn."""
     axes = lifted.input_axes.get(name)

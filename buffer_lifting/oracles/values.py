@@ -31,7 +31,9 @@ class Arrangement:
         self.positions: torch.Tensor | None = None
         if packed and length > 3:
             cuts = torch.randint(2, length - 1, (batch,), generator=generator)
-            self.positions = torch.stack([torch.cat([torch.arange(c), torch.arange(length - c)]) for c in cuts.tolist()])
+            self.positions = torch.stack(
+                [torch.cat([torch.arange(c), torch.arange(length - c)]) for c in cuts.tolist()]
+            )
         self.shard = shard
         self.name = f"{'random order' if permute else 'natural order'}, shard {shard}{', packed' if packed else ''}"
 
@@ -53,7 +55,10 @@ def check_values(program: ExportedProgram, lifted: LiftedProgram, cases: list[Ca
     oracle = _Values(plan, original, changed, lifted)
     compared = 0
     for case in cases:
-        arrangements = [Arrangement(case, seed, False, False, (0, 1)), Arrangement(case, seed + 1, True, False, (0, 1))]
+        arrangements = [
+            Arrangement(case, seed, False, False, (0, 1)),
+            Arrangement(case, seed + 1, True, False, (0, 1)),
+        ]
         if lifted.axes.has_batch:
             arrangements.append(Arrangement(case, seed + 2, True, True, (0, 1)))
         dynamic = all(length is None for length in lifted.axes.lengths.values())
@@ -128,14 +133,22 @@ class _Values:
         )
         per_sample = mask.reshape(case.batch if self.lifted.axes.has_batch else 1, -1, *expected.shape[1:])
         wanted = expected.unsqueeze(1).expand(-1, per_sample.shape[1], -1, -1)[: per_sample.shape[0]]
-        return "" if torch.equal(per_sample, wanted) else f"the causal mask does not follow the slots [{arrangement.name}]"
+        return (
+            "" if torch.equal(per_sample, wanted) else f"the causal mask does not follow the slots [{arrangement.name}]"
+        )
 
     def _lifted_value(self, name: str, case: Case, arrangement: Arrangement) -> torch.Tensor:
         key = (id(case), id(arrangement))
         if key not in self._changed:
             inputs = case.tensors()
             feed = self.lifted._feed(
-                case.batch, case.lengths, inputs, arrangement.order, arrangement.positions, arrangement.shard, None
+                case.batch,
+                case.lengths,
+                inputs,
+                arrangement.order,
+                arrangement.positions,
+                arrangement.shard,
+                None,
             )
             known = {k: v for k, v in inputs.items() if k in self.lifted.input_axes}
             sharded = shard_inputs(self.lifted.input_axes, known, arrangement.order, arrangement.shard)

@@ -62,7 +62,7 @@ def broadcast_batch(
         last = node
         result.placeholders[lifted.name] = node
         added.append((key, lifted, node))
-    sizes = AxisSizes(graph, carriers, last)
+    sizes = AxisSizes(graph, carriers, last, stack)
     if existing:
         sizes.last = max([last, *existing.values()])
     for key, lifted, node in added:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import Graph, Node
 
 from buffer_lifting.axis_rules import Alignment
@@ -71,7 +72,7 @@ class FollowSlots(GraphPass[AttentionState]):
         landed: dict[int, Node] = {}
         for read in causal:
             node = emitter.nodes[read.node]
-            query = state.plan.data_labels[node.args[0].name]  # type: ignore[union-attr]
+            query = state.plan.data_labels[node.args[0].name]
             assert query is not None
             labels = query[0]
             plan = masks.setdefault((read.seq_dims[0][1], labels), self._mask(read, labels, outputs))
@@ -201,12 +202,10 @@ def context_parallel(
     if result.modified:
         examples = _examples(lifted, state.added)
         program = assemble(lifted.program, normalized.graph, normalized.submodules, names, examples)
-    return LiftedProgram(
-        program, tuple(o.input for o in outputs), lifted.report, feed, cp_size=size, mesh_dim=mesh_dim
-    )
+    return LiftedProgram(program, tuple(o.input for o in outputs), lifted.report, feed, cp_size=size, mesh_dim=mesh_dim)
 
 
-def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, object] | None:
+def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:
     from buffer_lifting.examples import example_sizes
     from buffer_lifting.streams import Streams
 
@@ -217,4 +216,3 @@ def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str,
     length = next(iter(lengths.values()), 1)
     feed = replace(lifted.feed_program, outputs=added).feed(batch, lengths, None, Streams(batch, length), None)
     return {name: value.contiguous() for name, value in feed.items()}
-

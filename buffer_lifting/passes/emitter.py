@@ -55,9 +55,7 @@ class Emitter:
         if dim[0].axis != BATCH:
             raise UnsupportedReadError(f"{anchor}: the batch is folded behind another dim")
         if own:
-            node = self._op(
-                "aten.permute.default", (node, (*range(1, own + 1), 0, *range(own + 1, rank + 1))), anchor
-            )
+            node = self._op("aten.permute.default", (node, (*range(1, own + 1), 0, *range(own + 1, rank + 1))), anchor)
         return self._op("aten.flatten.using_ints", (node, own, own + 1), anchor)
 
     def emit(self, plan: Plan) -> Node:
@@ -118,9 +116,11 @@ class Emitter:
         key = (target, _identity(values))
         if key not in self._fakes:
             fakes = [n.meta["val"] for n in _operands(args, kwargs) if isinstance(n.meta["val"], torch.Tensor)]
-            symbols = [size for fake in fakes for size in fake.shape if isinstance(size, torch.SymInt)]
+            sizes: list[Any] = [size for fake in fakes for size in fake.shape]
+            symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
             before = replacements(symbols[0]) if symbols else 0
-            with fakes[0].fake_mode, torch.no_grad():
+            mode: Any = fakes[0]
+            with mode.fake_mode, torch.no_grad():
                 result = target(*values[0], **values[1])
             if symbols and replacements(symbols[0]) != before:
                 raise UnsupportedReadError(
@@ -133,8 +133,11 @@ class Emitter:
 class AxisSizes:
     """Nodes for the run-time sizes of the axes, made on demand at the top of the graph."""
 
-    def __init__(self, graph: Graph, carriers: dict[tuple[str, str], tuple[Node, int]], last: Node) -> None:
-        self.graph, self.carriers, self.last = graph, carriers, last
+    def __init__(
+        self, graph: Graph, carriers: dict[tuple[str, str], tuple[Node, int]], last: Node, stack: dict[str, Any]
+    ) -> None:
+        """``last``: the node to insert behind; ``stack``: the root's module stack, for the new nodes."""
+        self.graph, self.carriers, self.last, self.stack = graph, carriers, last, stack
         self._made: dict[tuple[str, str], Node] = {}
 
     def node(self, axis: str, role: str) -> Node:
@@ -146,7 +149,7 @@ class AxisSizes:
             source, dim = self.carriers[key]
             with self.graph.inserting_after(self.last):
                 node = self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim))
-            node.meta = {**{k: v for k, v in self.last.meta.items() if k != "val"}}
+            node.meta = {"nn_module_stack": self.stack}
             node.meta["val"] = source.meta["val"].shape[dim]
             self.last = node
             self._made[key] = node

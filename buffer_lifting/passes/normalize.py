@@ -37,14 +37,14 @@ def normalize(program: ExportedProgram, read_only: bool = False) -> Normalized:
     ``read_only`` promises that the caller does not edit the graph: it is the program's own if nothing is to inline.
     """
     if read_only and not any(_inlinable(node, program.graph_module) for node in program.graph.nodes):
-        return Normalized(program.graph, dict(program.graph_module.named_children()), ())  # type: ignore[arg-type]
+        return Normalized(program.graph, dict(program.graph_module.named_children()), ())
     inliner = _Inliner()
     new = Graph()
     inliner.copy_into(new, program.graph_module, {}, prefix="")
     new.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     used = {str(node.target) for node in new.nodes if node.op == "get_attr"}
     modules = {name: module for name, module in program.graph_module.named_children() if name in used}
-    return Normalized(new, modules, tuple(inliner.inlined))  # type: ignore[arg-type]
+    return Normalized(new, modules, tuple(inliner.inlined))
 
 
 class _Inliner:

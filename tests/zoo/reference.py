@@ -75,9 +75,7 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor, read: Read = "slice") ->
     return freqs_cis.view(1, freqs_cis.shape[0], 1, freqs_cis.shape[1])
 
 
-def apply_rotary_emb(
-    xq: Tensor, xk: Tensor, freqs_cis: Tensor, read: Read = "slice"
-) -> tuple[Tensor, Tensor]:
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor, read: Read = "slice") -> tuple[Tensor, Tensor]:
     """Rotate queries and keys (``[B, S, H, D]``) by the positions of their tokens."""
     xq_ = torch.view_as_complex(xq.float().reshape(*xq.shape[:-1], -1, 2))
     xk_ = torch.view_as_complex(xk.float().reshape(*xk.shape[:-1], -1, 2))
@@ -395,9 +393,7 @@ class EncoderLayer(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         s, b, c = x.shape
         head_dim = c // self.nhead
-        q, k, v = (
-            p.reshape(s, b * self.nhead, head_dim).transpose(0, 1) for p in self.in_proj(x).chunk(3, dim=-1)
-        )
+        q, k, v = (p.reshape(s, b * self.nhead, head_dim).transpose(0, 1) for p in self.in_proj(x).chunk(3, dim=-1))
         weights = F.softmax(torch.bmm(q * head_dim**-0.5, k.transpose(1, 2)), dim=-1)
         out = torch.bmm(weights, v).transpose(0, 1).reshape(s, b, c)
         return self.out_proj(out)

@@ -1,0 +1,102 @@
+"""What the documents say is true: snippets run, tables are those of a run, links exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language in the README."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_python_snippets_run_as_written(tmp_path: Path) -> None:
+    """Each in a process of its own."""
+    snippets = blocks("python")
+    assert snippets
+    for snippet in snippets:
+        result = subprocess.run(
+            [sys.executable, "-c", snippet],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "torch.Size([4, 16, 64])" in result.stdout and "ok   composition" in result.stdout
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    """make targets, subcommands and files that the README names."""
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
+        if target in ("demo", "test", "bench"):
+            assert f"{target}:" in makefile
+    commands = set(re.findall(r"^buffer-lifting +([a-z]+)", "\n".join(blocks("bash")), flags=re.M))
+    assert commands == {"scan", "lift", "split", "verify"}
+    from buffer_lifting.cli import build_parser
+
+    help_text = build_parser().format_help()
+    assert all(command in help_text for command in commands | {"demo"})
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+def test_the_tables_are_filled() -> None:
+    """Each block between markers holds a table."""
+    for name in ("models", "benchmark"):
+        body = README.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0]
+        assert body.count("\n|") > 3, f"run the command that fills the {name} table"
+
+
+@pytest.mark.slow
+def test_the_table_of_models_is_that_of_a_run() -> None:
+    """The README's table, made again."""
+    result = subprocess.run(
+        [sys.executable, "tools/model_table.py", "--check"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+
+
+@pytest.mark.multiprocess
+def test_the_example_trains() -> None:
+    """The whole program of the README, on 2 processes."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--standalone",
+            "examples/train_pipeline.py",
+        ],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    losses = [float(x) for x in re.findall(r"loss ([0-9.]+)", result.stdout)]
+    assert len(losses) == 3 and losses[-1] < losses[0]
