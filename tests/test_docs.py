@@ -49,9 +49,9 @@ def test_the_commands_of_the_readme_exist() -> None:
             assert f"{target}:" in makefile
     commands = set(re.findall(r"^buffer-lifting +([a-z]+)", "\n".join(blocks("bash")), flags=re.M))
     assert commands == {"scan", "lift", "split", "verify"}
-    from buffer_lifting.cli import build_parser
+    from buffer_lifting.cli import make_parser
 
-    help_text = build_parser().format_help()
+    help_text = make_parser().format_help()
     assert all(command in help_text for command in commands | {"demo"})
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if not link.startswith("http"):

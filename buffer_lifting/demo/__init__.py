@@ -75,10 +75,10 @@ def quiet() -> Iterator[None]:
 
 def _run(say: _Clock, steps: int, layers: int, seed: int, timeout: float) -> int:
     import buffer_lifting as bl
-    from buffer_lifting.cli import render_scan
     from buffer_lifting.demo import data
     from buffer_lifting.demo.compare import judge
     from buffer_lifting.demo.model import build_model, export_model, make_stages
+    from buffer_lifting.render import render_scan
 
     tokens, _ = data.batch(0, seed)
     model = build_model(layers, seed)
