@@ -98,8 +98,8 @@ def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result:
                 result.findings.append(
                     Finding(
                         "BL103",
-                        f"dim {dim} of input {node.fqn!r} has size {hint} in the example inputs, which is both the batch "
-                        "size and the sequence length",
+                        f"dim {dim} of input {node.fqn!r} has size {hint} in the example inputs, which is both the "
+                        "batch size and the sequence length",
                         f'pass axes={{"{node.fqn}": {{0: "batch", 1: "seq"}}}}, or export with distinct sizes',
                     )
                 )
@@ -184,8 +184,10 @@ def _inferred(node: Node, is_main: bool, result: InputLabels) -> Labels:
             result.findings.append(
                 Finding(
                     "BL103",
-                    f"input {node.fqn!r} has dims of size {length}, which is both the batch size and the sequence length",
-                    f'pass axes={{"{node.fqn}": {{0: "batch", 1: "seq"}}}}, or export with distinct sizes or dynamic dims',
+                    f"input {node.fqn!r} has dims of size {length}, which is both the batch size and the "
+                    "sequence length",
+                    f'pass axes={{"{node.fqn}": {{0: "batch", 1: "seq"}}}}, or export with distinct sizes or dynamic '
+                    "dims",
                 )
             )
     elif len(batches) > 1:

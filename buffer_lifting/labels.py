@@ -136,4 +136,5 @@ def broadcast(parts: list[Labels], shape: tuple[Size, ...]) -> Labels | None:
                 continue
             found = dim
         result.append(found if found is not None else feature(shape[-offset]))
-    return tuple(result)
+    sequences = [(factor.axis, factor.role) for dim in result for factor in dim if factor.is_seq]
+    return tuple(result) if len(sequences) == len(set(sequences)) else None

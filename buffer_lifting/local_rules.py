@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import permutation
+from buffer_lifting.gathering import gather, gather_rows, operand_of
 from buffer_lifting.graph.record import Node, Ref, TensorMeta
 from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import BATCH, COL, ROW, DimLabel, Factor, Labels, has_seq, is_labelled, regroup
@@ -48,16 +49,6 @@ def local(planner: Planner, node: Node, labels: Labels, context: Context) -> Val
     if rule is None:
         raise Refuse(f"{node.op or node.kind.value} is not known to be local along the sequence", node.name)
     return rule(planner, node, labels, context)
-
-
-def _operand(planner: Planner, node: Node, key: str = "self") -> tuple[Node, tuple[Size, ...]]:
-    arg = node.args.get(key)
-    if not isinstance(arg, Ref):
-        raise Refuse(f"operand {key!r} of {node.op} is not a value", node.name)
-    source = planner.record.nodes[arg.name]
-    if not isinstance(source.meta, TensorMeta):
-        raise Refuse(f"operand {key!r} of {node.op} is not a tensor", node.name)
-    return source, source.meta.shape
 
 
 def axis_size(factor: Factor) -> AxisSize:
@@ -149,7 +140,7 @@ def _fill(planner: Planner, node: Node, labels: Labels, context: Context) -> Val
 
 @_rule("unsqueeze")
 def _unsqueeze(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, shape = _operand(planner, node)
+    source, shape = operand_of(planner, node)
     dim = int(node.args["dim"]) % (len(shape) + 1)  # type: ignore[arg-type]
     value = planner.rebuild(source.name, (*labels[:dim], *labels[dim + 1 :]), context)
     return _unchanged(node, value) or Value(
@@ -159,7 +150,7 @@ def _unsqueeze(planner: Planner, node: Node, labels: Labels, context: Context) -
 
 @_rule("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
 def _permute(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, shape = _operand(planner, node)
+    source, shape = operand_of(planner, node)
     order = permutation(node, len(shape))
     if order is None:
         raise Refuse(f"the permutation of {node.op} is not known", node.name)
@@ -177,7 +168,7 @@ def _permute(planner: Planner, node: Node, labels: Labels, context: Context) -> 
 
 @_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as", "reshape_as")
 def _view(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, shape = _operand(planner, node)
+    source, shape = operand_of(planner, node)
     assert node.tensor is not None
     own = regroup(_with_sizes(labels, node.tensor.shape), shape)
     if own is None:
@@ -206,7 +197,7 @@ def _with_sizes(labels: Labels, shape: tuple[Size, ...]) -> Labels:
 
 @_rule("expand", "expand_as", "broadcast_to")
 def _expand(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, shape = _operand(planner, node)
+    source, shape = operand_of(planner, node)
     assert node.tensor is not None
     missing = len(labels) - len(shape)
     own = tuple(() if size == 1 else dim for size, dim in zip(shape, labels[missing:], strict=True))
@@ -230,14 +221,14 @@ def _expand(planner: Planner, node: Node, labels: Labels, context: Context) -> V
 
 @_rule("alias", "contiguous", "clone", "detach")
 def _copy(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, _ = _operand(planner, node)
+    source, _ = operand_of(planner, node)
     value = planner.rebuild(source.name, labels, context)
     return _unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
 
 
 @_rule("select")
 def _select(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, shape = _operand(planner, node)
+    source, shape = operand_of(planner, node)
     dim, index = int(node.args["dim"]) % len(shape), node.args["index"]  # type: ignore[arg-type]
     if not isinstance(index, int):
         raise Refuse("an element picked at a computed index", node.name)
@@ -249,7 +240,7 @@ def _select(planner: Planner, node: Node, labels: Labels, context: Context) -> V
 
 @_rule("slice", "narrow")
 def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, shape = _operand(planner, node)
+    source, shape = operand_of(planner, node)
     assert node.tensor is not None
     dim = int(node.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
     if node.tensor.shape[dim] == shape[dim]:
@@ -272,8 +263,8 @@ def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
 
 @_rule("embedding")
 def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    _operand(planner, node, "weight")
-    indices, _ = _operand(planner, node, "indices")
+    operand_of(planner, node, "weight")
+    indices, _ = operand_of(planner, node, "indices")
     if not planner.is_table(str(getattr(node.args["weight"], "name", ""))):
         raise Refuse("an embedding whose table follows the sequence", node.name)
     if is_labelled(labels[-1]):
@@ -284,7 +275,7 @@ def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -
 
 @_rule("index")
 def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, _ = _operand(planner, node)
+    source, _ = operand_of(planner, node)
     indices = node.args.get("indices")
     if not isinstance(indices, tuple) or len(indices) != 1 or not isinstance(indices[0], Ref):
         raise Refuse("an index over several dims", node.name)
@@ -302,15 +293,15 @@ def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
 
 @_rule("index_select")
 def _index_select(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, shape = _operand(planner, node)
-    index, _ = _operand(planner, node, "index")
+    source, shape = operand_of(planner, node)
+    index, _ = operand_of(planner, node, "index")
     dim = int(node.args["dim"]) % len(shape)  # type: ignore[arg-type]
     if not planner.is_table(source.name) or any(is_labelled(x) for d, x in enumerate(labels) if d != dim):
         raise Refuse("a gather from a value that follows the sequence", node.name)
     value = planner.rebuild(index.name, (labels[dim],), context)
     if not value.lane:
         raise Refuse("an index that does not follow the sequence", node.name)
-    return _gather(node.name, Existing(source.name), len(shape), [(dim, value.plan)], len(labels))
+    return gather(node.name, Existing(source.name), len(shape), [(dim, value.plan)], len(labels))
 
 
 @_rule("cat", "stack")
@@ -332,7 +323,7 @@ def _cat(planner: Planner, node: Node, labels: Labels, context: Context) -> Valu
 
 @_rule("tril", "triu")
 def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, _ = _operand(planner, node)
+    source, _ = operand_of(planner, node)
     diagonal = node.args.get("diagonal", 0)
     row, col = labels[-2], labels[-1]
     if len(row) != 1 or len(col) != 1 or row[0].role != ROW or col[0].role != COL or not isinstance(diagonal, int):
@@ -349,58 +340,3 @@ def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) ->
     if node.tensor.dtype == "bool":
         return Value(Call("aten.logical_and.default", (value.plan, keep), node.name), True, len(labels))
     return Value(Call("aten.where.ScalarOther", (keep, value.plan, 0), node.name), True, len(labels))
-
-
-def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, natural: bool = False) -> Value:
-    """Rows (and columns) of a table: successive slices down to the table, then one gather on all their dims.
-
-    With ``natural`` the node itself is the table: a value of the whole sequence in natural order.
-    """
-    base, starts = node, {dim: 0 for dim, label in enumerate(labels) if has_seq(label)}
-    for dim in starts:
-        if len(labels[dim]) != 1:
-            raise Refuse("the rows of a table are folded with other dims", node.name)
-    while not natural and base.base_op in ("aten.slice", "aten.narrow") and base.tensor is not None:
-        source, shape = _operand(planner, base)
-        dim = int(base.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
-        if base.tensor.shape[dim] != shape[dim]:
-            if dim not in starts:
-                break
-            start = base.args.get("start") or 0
-            step = base.args.get("step", 1)
-            if not isinstance(start, int) or start < 0 or step != 1:
-                raise Refuse("a slice whose start is computed", base.name)
-            starts[dim] += start
-        base = source
-    if any(is_labelled(labels[d]) and d not in starts for d in range(len(labels))):
-        raise Refuse("a table with a batch dim", node.name)
-    if not (planner.is_table(base.name) or natural) or base.tensor is None:
-        raise Refuse("a slice along the sequence of a value that is no table", node.name)
-    indices: list[tuple[int, Plan]] = []
-    for dim, start in starts.items():
-        index = planner.iota(labels[dim][0], context)
-        if start:
-            index = Call("aten.add.Scalar", (index, start), node.name)
-        indices.append((dim, index))
-    return _gather(node.name, Existing(base.name), len(base.tensor.shape), indices, len(labels))
-
-
-def _gather(anchor: str, table: Plan, rank: int, indices: list[tuple[int, Plan]], out_rank: int) -> Value:
-    """``table[..., idx, ...]`` on one or two dims with ``[lane, seq]`` indices, the lane in front."""
-    dims = [dim for dim, _ in indices]
-    rest = [dim for dim in range(rank) if dim not in dims]
-    plan = table
-    if [*dims, *rest] != list(range(rank)):
-        plan = Call("aten.permute.default", (plan, (*dims, *rest)), anchor)
-    if len(indices) == 1:
-        plan = Call("aten.index.Tensor", (plan, (indices[0][1],)), anchor)
-    elif len(indices) == 2:
-        rows = Call("aten.unsqueeze.default", (indices[0][1], 2), anchor)
-        cols = Call("aten.unsqueeze.default", (indices[1][1], 1), anchor)
-        plan = Call("aten.index.Tensor", (plan, (rows, cols)), anchor)
-    else:
-        raise Refuse("a table read along more than two sequence dims", anchor)
-    order = [0] + [1 + [*dims, *rest].index(dim) for dim in range(rank)]
-    if order != list(range(rank + 1)):
-        plan = Call("aten.permute.default", (plan, tuple(order)), anchor)
-    return Value(plan, True, out_rank)

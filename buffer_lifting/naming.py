@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from buffer_lifting.graph.record import GraphRecord, NodeKind, StateKind
 from buffer_lifting.labels import COL
+from buffer_lifting.ops import content_operands
 from buffer_lifting.plan import Cut, CutKey
 from buffer_lifting.program import FeedOutput, Form, LiftedInput, Stream
 
@@ -75,11 +76,23 @@ def _wanted(planner: Planner, record: GraphRecord, cut: Cut) -> str:
     states.sort(key=lambda node: node.state_kind is StateKind.PARAMETER)
     if states:
         base = states[0].fqn
-    elif cut.hoisted and cut.node.kind is NodeKind.INPUT:
-        base = cut.node.fqn
+    elif cut.hoisted:
+        base = "_".join(sorted(record.nodes[n].fqn for n in contents_read(record, cut)))
     else:
         base = cut.node.name
     return f"lifted_{re.sub(r'[^0-9a-zA-Z_]', '_', base)}{suffix}"
+
+
+def contents_read(record: GraphRecord, cut: Cut) -> list[str]:
+    """The user inputs whose contents, not only sizes, a hoisted value is computed from."""
+    read = {
+        name
+        for ancestor in cut.ancestors
+        for name in content_operands(record.nodes[ancestor])
+        if record.nodes[name].kind is NodeKind.INPUT
+    }
+    assert cut.node is not None
+    return sorted(read or {cut.node.name})
 
 
 def _unique(name: str, taken: set[str]) -> str:

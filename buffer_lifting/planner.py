@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from buffer_lifting.axes import InputLabels
 from buffer_lifting.dataflow import Dep
+from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
 from buffer_lifting.labels import (
@@ -22,7 +23,7 @@ from buffer_lifting.labels import (
     is_labelled,
     seq_axes,
 )
-from buffer_lifting.local_rules import gather_rows, local
+from buffer_lifting.local_rules import local
 from buffer_lifting.ops import is_view
 from buffer_lifting.plan import Call, Context, Cut, CutKey, Existing, Lifted, Plan, Refuse, Value
 

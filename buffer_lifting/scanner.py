@@ -13,22 +13,21 @@ from dataclasses import dataclass
 
 from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
+from buffer_lifting.completion import Completion
 from buffer_lifting.dataflow import Dep, analyse
+from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
-from buffer_lifting.graph.sizes import Expr, Size, atoms, divide
+from buffer_lifting.graph.sizes import atoms
 from buffer_lifting.labels import (
     BATCH,
     COL,
     ROW,
-    Factor,
     Labels,
-    feature,
     features,
     has_seq,
     is_labelled,
     seq_axes,
 )
-from buffer_lifting.local_rules import gather_rows
 from buffer_lifting.naming import name_outputs
 from buffer_lifting.ops import ATTENTION, is_pointwise
 from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
@@ -91,6 +90,7 @@ class _Scan:
         self.findings: list[Finding] = list(inputs.findings)
         self.replacements: list[Replacement] = []
         self.frontier: list[FrontierEdge] = []
+        self.completion = Completion(inputs)
         self.seq_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
         if not inputs.lengths:
             self._no_axis()
@@ -106,6 +106,8 @@ class _Scan:
         for node in record.nodes.values():
             if node.kind is NodeKind.OP:
                 self._visit(node)
+            elif node.kind is NodeKind.OUTPUT:
+                self._returned(node)
 
     def result(self) -> LiftPlan:
         outputs, substituted = name_outputs(self.planner, self.record)
@@ -125,6 +127,17 @@ class _Scan:
             axes,
             substituted,
         )
+
+    def _returned(self, node: Node) -> None:
+        """A position value that the program returns stays in natural order."""
+        lengths = set(self.inputs.lengths.values())
+        for path, name in node.named_refs():
+            value, dep = self.record.nodes[name], self.deps[name]
+            shape = value.tensor.shape if value.tensor else ()
+            if dep & (Dep.USER | Dep.DATA) or value.kind is NodeKind.STATE or not lengths & set(shape):
+                continue
+            why = "it is returned: the caller gets it in natural order, whatever the order of the tokens"
+            self._refused(node, path, value, (), Refuse(why, name, hint="do not return it from the model's forward"))
 
     def _no_axis(self) -> None:
         born = next((node for node in self.record.nodes.values() if node.base_op == ATTENTION), None)
@@ -158,7 +171,7 @@ class _Scan:
         result = apply_rule(view)
         if Dep.DATA not in dep:
             outputs = result.outputs if result else None
-            self.labels[node.name] = self._complete(node, outputs)
+            self.labels[node.name] = self.completion.complete(node, outputs)
             return
         carries = any(
             any(is_labelled(dim) for labels in known for dim in labels)
@@ -166,7 +179,7 @@ class _Scan:
             if (known := self.labels.get(name))
         )
         if result is None:
-            self.labels[node.name] = self._complete(node, None)
+            self.labels[node.name] = self.completion.complete(node, None)
             if carries:
                 self._mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
         else:
@@ -176,7 +189,7 @@ class _Scan:
         self._operands(node, result)
 
     def _outputs(self, node: Node, result: AxisResult) -> tuple[Labels, ...] | None:
-        completed = self._complete(node, result.outputs)
+        completed = self.completion.complete(node, result.outputs)
         if result.outputs is None and not result.mixing and self.inputs.lengths and self._lost(node):
             self._mix(node, f"the batch and sequence dims of {node.op} are not known", False, "BL202")
         return completed
@@ -187,50 +200,10 @@ class _Scan:
             is_labelled(dim) for name in node.refs() for labels in (self.labels.get(name) or ()) for dim in labels
         )
 
-    def _complete(self, node: Node, outputs: tuple[Labels, ...] | None) -> tuple[Labels, ...] | None:
-        """Fills in, from symbolic sizes, labels that a rule did not find."""
-        metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
-        tensors = [meta for meta in metas if isinstance(meta, TensorMeta)]
-        if outputs is None:
-            found = tuple(self._by_symbol(meta.shape) for meta in tensors)
-            return found if any(is_labelled(dim) for labels in found for dim in labels) else None
-        if not self.seq_atoms:
-            return outputs
-        fixed = []
-        for labels, meta in zip(outputs, tensors, strict=False):
-            by_symbol = None
-            merged = []
-            for index, (dim, size) in enumerate(zip(labels, meta.shape, strict=False)):
-                if isinstance(size, Expr) and atoms(size) & self.seq_atoms and not has_seq(dim):
-                    by_symbol = by_symbol or self._by_symbol(meta.shape)
-                    dim = by_symbol[index]
-                merged.append(dim)
-            fixed.append(tuple(merged))
-        return tuple(fixed)
-
-    def _by_symbol(self, shape: tuple[Size, ...]) -> Labels:
-        result = []
-        seen: set[str] = set()
-        for size in shape:
-            dim = feature(size)
-            if isinstance(size, Expr):
-                for axis, length in self.inputs.lengths.items():
-                    if size == length:
-                        dim = (Factor(axis, COL if axis in seen else ROW, length),)
-                        seen.add(axis)
-                batch = self.inputs.batch
-                if isinstance(batch, Expr) and size == batch:
-                    dim = (Factor(BATCH, "", batch),)
-                elif isinstance(batch, Expr):
-                    rest = divide(size, batch)
-                    for axis, length in self.inputs.lengths.items():
-                        if rest == length and isinstance(length, Expr):
-                            dim = (Factor(BATCH, "", batch), Factor(axis, ROW, length))
-            result.append(dim)
-        return tuple(result)
-
     def _mix(self, node: Node, reason: str, handled: bool, code: str) -> None:
         hint = "" if handled else "lift with strict=False if the sequence is never reordered or sharded"
+        if not handled and "batch" in reason:
+            hint = "microbatches change what it computes; lift with strict=False if the batch is never cut"
         modules = (node.module,) if node.module else ()
         self.mixing.append(SequenceMixing(node.name, node.op, reason, node.location, modules, handled, code, hint))
 

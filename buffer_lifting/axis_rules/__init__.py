@@ -1,0 +1,11 @@
+"""How batch and sequence labels pass through each kind of op, forward, for values that carry data.
+
+``core.py`` has the record types and the pointwise rule, ``views.py`` and ``compute.py`` one function an op. An op
+without a rule is unknown, never assumed to be local.
+"""
+
+from buffer_lifting.axis_rules import compute, views
+from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, apply_rule
+from buffer_lifting.axis_rules.views import permutation
+
+__all__ = ["Alignment", "AxisResult", "OpView", "align", "apply_rule", "compute", "permutation", "views"]

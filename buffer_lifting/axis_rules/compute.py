@@ -1,0 +1,308 @@
+"""Rules for ops that compute: products, norms, reductions, attention, losses, moves along a dim."""
+
+from __future__ import annotations
+
+from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, as_it_is, pointwise, rule
+from buffer_lifting.labels import (
+    COL,
+    DimLabel,
+    Labels,
+    batch_dim,
+    broadcast,
+    feature,
+    features,
+    has_seq,
+    is_labelled,
+    with_role,
+)
+from buffer_lifting.ops import ATTENTION
+
+
+@rule("linear")
+def _linear(view: OpView) -> AxisResult:
+    labels, shape = view.labels("input"), view.shape("out")
+    if labels is None or shape is None:
+        return AxisResult(None)
+    if is_labelled(labels[-1]):
+        return AxisResult(None, mixing="a learned projection runs along the sequence")
+    out = (*labels[:-1], feature(shape[-1]))
+    operands = {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"}
+    return AxisResult((out,), {"input": as_it_is(labels), **operands})
+
+
+@rule("matmul", "bmm", "mm", "addmm", "baddbmm")
+def _matmul(view: OpView) -> AxisResult:
+    added = view.node.base_op in ("aten.addmm", "aten.baddbmm")
+    left_path, right_path = {
+        "aten.matmul": ("self", "other"),
+        "aten.bmm": ("self", "mat2"),
+        "aten.mm": ("self", "mat2"),
+        "aten.addmm": ("mat1", "mat2"),
+        "aten.baddbmm": ("batch1", "batch2"),
+    }[view.node.base_op]
+    left_shape, right_shape, shape = view.shape(left_path), view.shape(right_path), view.shape("out")
+    if left_shape is None or right_shape is None or shape is None:
+        return AxisResult(None)
+    if len(left_shape) < 2 or len(right_shape) < 2:
+        return AxisResult(None, mixing="a matrix-vector product whose axes are not known")
+    left, right = view.labels(left_path), view.labels(right_path)
+    lhs = left if left is not None else features(left_shape)
+    rhs = right if right is not None else features(right_shape)
+    outer = broadcast([lhs[:-2], rhs[:-2]], shape[:-2])
+    if outer is None:
+        return AxisResult(None, mixing="elements at different sequence positions meet")
+    row, col = lhs[-2], rhs[-1]
+    if has_seq(row) and has_seq(col):
+        col = with_role(col, COL)
+    out = (
+        *outer,
+        row if is_labelled(row) else feature(shape[-2]),
+        col if is_labelled(col) else feature(shape[-1]),
+    )
+    mixing, handled = "", False
+    inner = (lhs[-1], rhs[-2])
+    if any(has_seq(dim) for dim in inner):
+        if any(factor.role == COL for dim in inner for factor in dim):
+            mixing, handled = "attention: a sum over keys", True
+        else:
+            mixing = "a sum over the sequence"
+    elif any(is_labelled(dim) for dim in inner):
+        mixing = "a sum over the batch"
+    operands = {left_path: Alignment(lhs, None), right_path: Alignment(rhs, None)}
+    batch = batch_dim(out)
+    for path, own in operands.items():
+        operands[path] = Alignment(own.labels, None if batch is None else len(out) - batch)
+    if added:
+        operands["self"] = align(out, view.shape("self") or ())
+    if left is None or right is None:
+        unknown = left_path if left is None else right_path
+        operands[unknown] = _operand_of_matmul(view, unknown, left_path, lhs, rhs, out)
+    return AxisResult((out,), operands, mixing, handled)
+
+
+def _operand_of_matmul(view: OpView, path: str, left_path: str, lhs: Labels, rhs: Labels, out: Labels) -> Alignment:
+    """The alignment of a matmul operand that carries no data: its contracted dim runs along the data's."""
+    shape = view.shape(path) or ()
+    outer = align(out[:-2], shape[:-2]).labels
+    if path == left_path:
+        matrix = (feature(shape[-2]), rhs[-2])
+    else:
+        matrix = (lhs[-1], feature(shape[-1]))
+    batch = batch_dim(out)
+    return Alignment((*outer, *matrix), None if batch is None else len(out) - batch)
+
+
+@rule("einsum")
+def _einsum(view: OpView) -> AxisResult:
+    equation, shape = view.node.args.get("equation"), view.shape("out")
+    if not isinstance(equation, str) or shape is None or "." in equation or "->" not in equation:
+        return AxisResult(None)
+    left, target = equation.replace(" ", "").split("->")
+    by_letter: dict[str, DimLabel] = {}
+    for (path, _), letters in zip(view.tensors(), left.split(","), strict=True):
+        for letter, dim in zip(letters, view.labels(path) or (), strict=False):
+            if is_labelled(dim) and by_letter.setdefault(letter, dim) != dim:
+                return AxisResult(None, mixing="elements at different sequence positions meet")
+    out: list[DimLabel] = []
+    for letter, size in zip(target, shape, strict=True):
+        dim = by_letter.get(letter, feature(size))
+        if has_seq(dim) and any(has_seq(previous) for previous in out):
+            dim = with_role(dim, COL)
+        out.append(dim)
+    mixing, handled = "", False
+    for letter, dim in by_letter.items():
+        if letter not in target and has_seq(dim):
+            handled = any(factor.role == COL for factor in dim)
+            mixing = "attention: a sum over keys" if handled else "a sum over the sequence"
+        elif letter not in target and is_labelled(dim):
+            mixing = mixing or "a sum over the batch"
+    operands = {}
+    for (path, own), letters in zip(view.tensors(), left.split(","), strict=True):
+        labels = tuple(by_letter.get(letter, feature(size)) for letter, size in zip(letters, own, strict=True))
+        operands[path] = Alignment(labels, None)
+    return AxisResult((tuple(out),), operands, mixing, handled)
+
+
+@rule("embedding")
+def _embedding(view: OpView) -> AxisResult:
+    labels, weight, shape = view.labels("indices"), view.shape("weight"), view.shape("out")
+    if labels is None or weight is None or shape is None:
+        return AxisResult(None)
+    out = (*labels, feature(shape[-1]))
+    return AxisResult((out,), {"indices": Alignment(labels, None), "weight": Alignment(features(weight), None)})
+
+
+@rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
+def _norm(view: OpView) -> AxisResult:
+    labels = view.labels("input")
+    over = view.node.args.get("normalized_shape")
+    if labels is None or not isinstance(over, tuple):
+        return AxisResult(None)
+    mixed = any(is_labelled(dim) for dim in labels[len(labels) - len(over) :])
+    operands = {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"}
+    operands["input"] = as_it_is(labels)
+    outs: list[Labels] = [labels]
+    for shape in view.shapes_out()[1:]:
+        outs.append(tuple(() if size == 1 else dim for dim, size in zip(labels, shape, strict=True)))
+    return AxisResult(tuple(outs), operands, "a norm runs along the sequence or batch" if mixed else "")
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
+def _softmax(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    if labels is None:
+        return AxisResult(None)
+    dim = labels[view.dim("dim", len(labels), -1)]
+    if has_seq(dim):
+        handled = any(factor.role == COL for factor in dim)
+        why = "attention: a softmax over keys" if handled else "a softmax along the sequence"
+        return AxisResult((labels,), mixing=why, handled=handled)
+    if is_labelled(dim):
+        return AxisResult((labels,), mixing="a softmax along the batch")
+    return AxisResult((labels,))
+
+
+_REDUCTIONS = """sum mean amax amin prod var std logsumexp norm linalg_vector_norm all any argmax argmin max min
+nansum median var_mean std_mean count_nonzero"""
+
+
+@rule(*_REDUCTIONS.split())
+def _reduce(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    if labels is None:
+        return AxisResult(None)
+    if view.node.op in ("aten.max.other", "aten.min.other"):
+        return pointwise(view)
+    dims = view.node.args.get("dim", view.node.args.get("dims"))
+    rank = len(labels)
+    if isinstance(dims, int):
+        over = {dims % max(rank, 1)}
+    elif isinstance(dims, tuple) and dims:
+        over = {d % rank for d in dims if isinstance(d, int)}
+    else:
+        over = set(range(rank))
+    keep = bool(view.node.args.get("keepdim"))
+    out: list[DimLabel] = []
+    mixing, handled = "", False
+    for index, dim in enumerate(labels):
+        if index not in over:
+            out.append(dim)
+            continue
+        if has_seq(dim):
+            handled = len(over) == rank  # everything is reduced: a loss, which the CP contract normalises
+            mixing = "a loss: a reduction over all tokens" if handled else "a reduction over the sequence"
+        elif is_labelled(dim) and len(over) < rank:
+            mixing = mixing or "a reduction over the batch"
+        if keep:
+            out.append(())
+    return AxisResult((tuple(out),) * len(view.shapes_out()), {}, mixing, handled)
+
+
+@rule("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d")
+def _loss(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    if labels is None:
+        return AxisResult(None)
+    rest = (labels[0], *labels[2:]) if len(labels) > 1 else ()
+    batch = batch_dim(rest)
+    target = Alignment(rest, None if batch is None else len(rest) - batch)
+    weight = view.shape("weight")
+    operands = {"target": target}
+    if weight is not None:
+        operands["weight"] = Alignment(features(weight), None)
+    if len(labels) > 1 and is_labelled(labels[1]):
+        return AxisResult(None, operands, "the classes of a loss run along the sequence")
+    if view.node.args.get("reduction") == 0:
+        return AxisResult((rest,), operands)
+    return AxisResult(((),), operands, "a loss: a reduction over all tokens", True)
+
+
+@rule(ATTENTION)
+def _attention(view: OpView) -> AxisResult:
+    query, key, value = (view.labels(path) for path in ("query", "key", "value"))
+    shape = view.shape("out")
+    if query is None or key is None or value is None or shape is None:
+        return AxisResult(None, mixing="attention whose keys or queries are not known to follow the sequence")
+    out = (*query[:-1], feature(shape[-1]))
+    operands = {}
+    mask = view.shape("attn_mask")
+    if mask is not None:
+        scores = (*query[:-1], with_role(key[-2], COL))
+        operands["attn_mask"] = align(scores, mask)
+    if not has_seq(query[-2]) or not has_seq(key[-2]):
+        over_features = not has_seq(key[-2])
+        return AxisResult((out,), operands, "" if over_features else "attention: a sum over keys", True)
+    return AxisResult((out,), operands, "attention: a sum over keys", True)
+
+
+@rule("view_as_complex")
+def _view_as_complex(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    return AxisResult(None if labels is None or is_labelled(labels[-1]) else (labels[:-1],))
+
+
+@rule("view_as_real")
+def _view_as_real(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    return AxisResult(None if labels is None else ((*labels, feature(2)),))
+
+
+@rule("topk", "sort", "argsort", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff")
+def _along_dim(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    if labels is None:
+        return AxisResult(None)
+    dim = view.dim("dim", len(labels), -1)
+    if is_labelled(labels[dim]):
+        return AxisResult(None, mixing=f"{view.node.base_op} runs along the sequence or batch")
+    outs = tuple((*labels[:dim], feature(s[dim]), *labels[dim + 1 :]) for s in view.shapes_out())
+    return AxisResult(outs)
+
+
+@rule(
+    "roll",
+    "flip",
+    "gather",
+    "index_select",
+    "index",
+    "index_put",
+    "scatter",
+    "scatter_add",
+    "constant_pad_nd",
+    "pad",
+)
+def _moves(view: OpView) -> AxisResult:
+    labels, shape = view.labels("self"), view.shape("out")
+    op = view.node.base_op
+    if labels is None or shape is None:
+        return AxisResult(None)
+    if op in ("aten.roll", "aten.flip"):
+        dims = view.node.args.get("dims")
+        over = {d % len(labels) for d in dims if isinstance(d, int)} if isinstance(dims, tuple) else set()
+        if over and not any(is_labelled(labels[d]) for d in over):
+            return AxisResult((labels,))
+    if op in ("aten.constant_pad_nd", "aten.pad"):
+        # by the widths, not by the sizes: (1, -1) shifts a dim and keeps its size
+        widths = view.node.args.get("pad")
+        widths = widths if isinstance(widths, tuple) else ()
+        changed = {len(labels) - 1 - i // 2 for i, width in enumerate(widths) if width != 0}
+        if widths and not any(is_labelled(labels[d]) for d in changed):
+            return AxisResult((tuple(feature(shape[d]) if d in changed else x for d, x in enumerate(labels)),))
+    if op in ("aten.gather", "aten.index_select"):
+        dim = view.dim("dim", len(labels))
+        if not is_labelled(labels[dim]):
+            out = (*labels[:dim], feature(shape[dim]), *labels[dim + 1 :])
+            operands = {"index": align(out, view.shape("index") or ())} if op == "aten.gather" else {}
+            return AxisResult((out,), operands)
+    return AxisResult(None, mixing=f"{op} may move elements along the sequence")
+
+
+@rule("glu")
+def _glu(view: OpView) -> AxisResult:
+    labels, shape = view.labels("self"), view.shape("out")
+    if labels is None or shape is None:
+        return AxisResult(None)
+    dim = view.dim("dim", len(labels), -1)
+    if is_labelled(labels[dim]):
+        return AxisResult(None, mixing="the sequence is split")
+    return AxisResult(((*labels[:dim], feature(shape[dim]), *labels[dim + 1 :]),))

@@ -1,0 +1,144 @@
+"""How batch and sequence labels pass through each kind of op, forward, for values that carry data.
+
+A rule also says how the op's other operands line up with the data (that is where position values are read), and
+whether the op mixes the sequence. An op without a rule is unknown, never assumed to be local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
+from buffer_lifting.graph.sizes import Size
+from buffer_lifting.labels import (
+    DimLabel,
+    Labels,
+    batch_dim,
+    broadcast,
+)
+from buffer_lifting.ops import ASSERTIONS, is_pointwise
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """How an operand lines up with the data at one op.
+
+    ``labels`` are those of the operand's own dims. ``batch_from_right`` is the data's batch dim counted from the
+    right, to which a broadcasting operand is aligned; ``None`` when the operand does not broadcast.
+    """
+
+    labels: Labels
+    batch_from_right: int | None
+
+
+@dataclass(slots=True)
+class AxisResult:
+    """What a rule finds. ``outputs`` is ``None`` where the labels are lost."""
+
+    outputs: tuple[Labels, ...] | None
+    operands: dict[str, Alignment] = field(default_factory=dict)
+    mixing: str = ""  # why the op moves information along the sequence; "" if it does not
+    handled: bool = False  # the context-parallel pass takes care of it
+
+
+class OpView:
+    """One node with what is known of its operands."""
+
+    def __init__(self, record: GraphRecord, node: Node, known: dict[str, tuple[Labels, ...] | None]) -> None:
+        self.record, self.node, self.known = record, node, known
+
+    def shape(self, path: str) -> tuple[Size, ...] | None:
+        """The shape of a tensor operand (or of ``"out"``, the first output)."""
+        meta = self.node.meta if path == "out" else self._meta(path)
+        if isinstance(meta, tuple):
+            meta = meta[0]
+        return meta.shape if isinstance(meta, TensorMeta) else None
+
+    def shapes_out(self) -> list[tuple[Size, ...]]:
+        """The shapes of all tensor outputs."""
+        metas = self.node.meta if isinstance(self.node.meta, tuple) else (self.node.meta,)
+        return [meta.shape for meta in metas if isinstance(meta, TensorMeta)]
+
+    def _meta(self, path: str) -> object:
+        name = dict(self.node.named_refs()).get(path)
+        return self.record.nodes[name].meta if name else None
+
+    def labels(self, path: str) -> Labels | None:
+        """The labels of a data operand; ``None`` for anything else."""
+        name = dict(self.node.named_refs()).get(path)
+        known = self.known.get(name) if name else None
+        return known[0] if known else None
+
+    def dim(self, key: str, rank: int, default: int = 0) -> int:
+        """A dim argument, made non-negative."""
+        value = self.node.args.get(key, default)
+        return (value if isinstance(value, int) else default) % max(rank, 1)
+
+    def tensors(self) -> list[tuple[str, tuple[Size, ...]]]:
+        """Path and shape of every tensor operand."""
+        pairs = []
+        for path, name in self.node.named_refs():
+            meta = self.record.nodes[name].meta
+            if isinstance(meta, TensorMeta):
+                pairs.append((path, meta.shape))
+        return pairs
+
+
+Rule = Callable[[OpView], AxisResult]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for ops, by their name without overload."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            _RULES[name if "." in name or name == "getitem" else f"aten.{name}"] = function
+        return function
+
+    return register
+
+
+def apply_rule(view: OpView) -> AxisResult | None:
+    """The axis result of an op, or ``None`` if no rule knows the op."""
+    node = view.node
+    if node.base_op in ASSERTIONS:
+        return AxisResult(())
+    known = _RULES.get(node.base_op) or _RULES.get(node.op)
+    if known is None and is_pointwise(node):
+        known = pointwise
+    return known(view) if known else None
+
+
+def align(out: Labels, shape: tuple[Size, ...]) -> Alignment:
+    """How an operand of ``shape`` broadcasts against a result with labels ``out``."""
+    batch = batch_dim(out)
+    labels: list[DimLabel] = []
+    for offset in range(len(shape), 0, -1):
+        dim = out[-offset] if offset <= len(out) else ()
+        labels.append(() if shape[-offset] == 1 else dim)
+    return Alignment(tuple(labels), None if batch is None else len(out) - batch)
+
+
+def pointwise(view: OpView) -> AxisResult:
+    shape = view.shape("out")
+    if shape is None:
+        return AxisResult(None)
+    known = [labels for path, _ in view.tensors() if (labels := view.labels(path)) is not None]
+    out = broadcast(known, shape)
+    if out is None:
+        return AxisResult(None, mixing="elements at different sequence positions meet")
+    operands = {path: align(out, s) for path, s in view.tensors()}
+    return AxisResult((out,) * len(view.shapes_out()), operands)
+
+
+def as_it_is(labels: Labels) -> Alignment:
+    """An operand whose dims are the result's, up to the last: user contents without parameters reach it too."""
+    batch = batch_dim(labels)
+    return Alignment(labels, None if batch is None else len(labels) - batch)
+
+
+def _same(view: OpView, path: str = "self") -> AxisResult:
+    labels = view.labels(path)
+    return AxisResult(None if labels is None else (labels,))

@@ -1,0 +1,168 @@
+"""Rules for ops that look at data in another way: reshapes, permutations, slices, joins."""
+
+from __future__ import annotations
+
+from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, rule
+from buffer_lifting.graph.record import Node, Ref
+from buffer_lifting.labels import (
+    DimLabel,
+    Labels,
+    batch_dim,
+    broadcast,
+    feature,
+    has_seq,
+    is_labelled,
+    regroup,
+)
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as", "reshape_as")
+def _view(view: OpView) -> AxisResult:
+    labels, shape = view.labels("self"), view.shape("out")
+    if labels is None or shape is None:
+        return AxisResult(None)
+    out = regroup(labels, shape)
+    return AxisResult(None if out is None else (out,), mixing="" if out else "a sequence or batch axis is split up")
+
+
+@rule("unsqueeze")
+def _unsqueeze(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    if labels is None:
+        return AxisResult(None)
+    dim = view.dim("dim", len(labels) + 1)
+    return AxisResult(((*labels[:dim], (), *labels[dim:]),))
+
+
+@rule("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
+def _permute(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    order = None if labels is None else permutation(view.node, len(labels))
+    if labels is None or order is None:
+        return AxisResult(None)
+    return AxisResult((tuple(labels[d] for d in order),))
+
+
+def permutation(node: Node, rank: int) -> list[int] | None:
+    """For each output dim of a permuting op the input dim it comes from."""
+    order = list(range(rank))
+    if node.base_op == "aten.permute":
+        dims = node.args["dims"]
+        return [d % rank for d in dims if isinstance(d, int)] if isinstance(dims, tuple) else None
+    if node.base_op in ("aten.transpose", "aten.swapaxes"):
+        first, second = (
+            node.args.get("dim0", node.args.get("axis0")),
+            node.args.get("dim1", node.args.get("axis1")),
+        )
+        if not isinstance(first, int) or not isinstance(second, int):
+            return None
+        order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
+        return order
+    if node.base_op in ("aten.t", "aten.numpy_T"):
+        return order[::-1]
+    if node.base_op == "aten.mT":
+        return [*order[:-2], order[-1], order[-2]]
+    source, target = node.args.get("source"), node.args.get("destination")
+    if isinstance(source, int) and isinstance(target, int):
+        moved = order.pop(source % rank)
+        order.insert(target % rank, moved)
+        return order
+    return None
+
+
+@rule("expand", "expand_as", "broadcast_to", "repeat")
+def _expand(view: OpView) -> AxisResult:
+    labels, shape, source = view.labels("self"), view.shape("out"), view.shape("self")
+    if labels is None or shape is None or source is None:
+        return AxisResult(None)
+    missing = len(shape) - len(labels)
+    out: list[DimLabel] = [feature(size) for size in shape[:missing]]
+    for label, before, after in zip(labels, source, shape[missing:], strict=True):
+        if before != after and is_labelled(label) and before != 1:
+            return AxisResult(None, mixing="the sequence is repeated")
+        out.append(label if before == after else feature(after))
+    return AxisResult((tuple(out),))
+
+
+@rule("slice", "narrow")
+def _slice(view: OpView) -> AxisResult:
+    labels, shape, source = view.labels("self"), view.shape("out"), view.shape("self")
+    if labels is None or shape is None or source is None:
+        return AxisResult(None)
+    dim = view.dim("dim", len(labels))
+    if shape[dim] == source[dim]:
+        return AxisResult((labels,))
+    if is_labelled(labels[dim]):
+        what = "sequence" if has_seq(labels[dim]) else "batch"
+        return AxisResult(None, mixing=f"a part of the {what} is cut out")
+    return AxisResult(((*labels[:dim], feature(shape[dim]), *labels[dim + 1 :]),))
+
+
+@rule("select")
+def _select(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    if labels is None:
+        return AxisResult(None)
+    dim = view.dim("dim", len(labels))
+    rest = (*labels[:dim], *labels[dim + 1 :])
+    if is_labelled(labels[dim]):
+        what = "sequence" if has_seq(labels[dim]) else "batch"
+        return AxisResult((rest,), mixing=f"one element of the {what} is picked")
+    return AxisResult((rest,))
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split")
+def _split(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    if labels is None:
+        return AxisResult(None)
+    dim = view.dim("dim", len(labels))
+    if is_labelled(labels[dim]):
+        return AxisResult(None, mixing="the sequence is split")
+    return AxisResult(tuple((*labels[:dim], feature(s[dim]), *labels[dim + 1 :]) for s in view.shapes_out()))
+
+
+@rule("unbind")
+def _unbind(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    if labels is None:
+        return AxisResult(None)
+    dim = view.dim("dim", len(labels))
+    if is_labelled(labels[dim]):
+        return AxisResult(None, mixing="the sequence is split")
+    return AxisResult(((*labels[:dim], *labels[dim + 1 :]),) * len(view.shapes_out()))
+
+
+@rule("getitem")
+def _getitem(view: OpView) -> AxisResult:
+    source = view.node.args.get("0")
+    index = view.node.args.get("1")
+    known = view.known.get(source.name) if isinstance(source, Ref) else None
+    if not known or not isinstance(index, int) or index >= len(known):
+        return AxisResult(None)
+    return AxisResult((known[index],))
+
+
+@rule("cat", "stack")
+def _cat(view: OpView) -> AxisResult:
+    shape = view.shape("out")
+    if shape is None:
+        return AxisResult(None)
+    stacked = view.node.base_op == "aten.stack"
+    dim = view.dim("dim", len(shape))
+    parts: list[Labels] = []
+    for path, _ in view.tensors():
+        labels = view.labels(path)
+        if labels is not None:
+            if not stacked and is_labelled(labels[dim]):
+                return AxisResult(None, mixing="values are joined along the sequence or batch")
+            parts.append((*labels[:dim], (), *labels[dim if stacked else dim + 1 :]))
+    out = broadcast(parts, shape)
+    if out is None:
+        return AxisResult(None, mixing="elements at different sequence positions meet")
+    batch = batch_dim(out)
+    operands = {}
+    for path, _ in view.tensors():
+        own = (*out[:dim], *out[dim + 1 :]) if stacked else (*out[:dim], (), *out[dim + 1 :])
+        operands[path] = Alignment(own, None if batch is None else len(out) - batch)
+    return AxisResult((out,), operands)

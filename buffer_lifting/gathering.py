@@ -1,0 +1,79 @@
+"""Reads of a table: rows (and columns) gathered by lifted indices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from buffer_lifting.graph.record import Node, Ref, TensorMeta
+from buffer_lifting.graph.sizes import Size
+from buffer_lifting.labels import Labels, has_seq, is_labelled
+from buffer_lifting.plan import Call, Context, Existing, Plan, Refuse, Value
+
+if TYPE_CHECKING:
+    from buffer_lifting.planner import Planner
+
+
+def operand_of(planner: Planner, node: Node, key: str = "self") -> tuple[Node, tuple[Size, ...]]:
+    """A tensor operand and its shape; refuses anything else."""
+    arg = node.args.get(key)
+    if not isinstance(arg, Ref):
+        raise Refuse(f"operand {key!r} of {node.op} is not a value", node.name)
+    source = planner.record.nodes[arg.name]
+    if not isinstance(source.meta, TensorMeta):
+        raise Refuse(f"operand {key!r} of {node.op} is not a tensor", node.name)
+    return source, source.meta.shape
+
+
+def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, natural: bool = False) -> Value:
+    """Rows (and columns) of a table: successive slices down to the table, then one gather on all their dims.
+
+    With ``natural`` the node itself is the table: a value of the whole sequence in natural order.
+    """
+    base, starts = node, {dim: 0 for dim, label in enumerate(labels) if has_seq(label)}
+    for dim in starts:
+        if len(labels[dim]) != 1:
+            raise Refuse("the rows of a table are folded with other dims", node.name)
+    while not natural and base.base_op in ("aten.slice", "aten.narrow") and base.tensor is not None:
+        source, shape = operand_of(planner, base)
+        dim = int(base.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+        if base.tensor.shape[dim] != shape[dim]:
+            if dim not in starts:
+                break
+            start = base.args.get("start") or 0
+            step = base.args.get("step", 1)
+            if not isinstance(start, int) or start < 0 or step != 1:
+                raise Refuse("a slice whose start is computed", base.name)
+            starts[dim] += start
+        base = source
+    if any(is_labelled(labels[d]) and d not in starts for d in range(len(labels))):
+        raise Refuse("a table with a batch dim", node.name)
+    if not (planner.is_table(base.name) or natural) or base.tensor is None:
+        raise Refuse("a slice along the sequence of a value that is no table", node.name)
+    indices: list[tuple[int, Plan]] = []
+    for dim, start in starts.items():
+        index = planner.iota(labels[dim][0], context)
+        if start:
+            index = Call("aten.add.Scalar", (index, start), node.name)
+        indices.append((dim, index))
+    return gather(node.name, Existing(base.name), len(base.tensor.shape), indices, len(labels))
+
+
+def gather(anchor: str, table: Plan, rank: int, indices: list[tuple[int, Plan]], out_rank: int) -> Value:
+    """``table[..., idx, ...]`` on one or two dims with ``[lane, seq]`` indices, the lane in front."""
+    dims = [dim for dim, _ in indices]
+    rest = [dim for dim in range(rank) if dim not in dims]
+    plan = table
+    if [*dims, *rest] != list(range(rank)):
+        plan = Call("aten.permute.default", (plan, (*dims, *rest)), anchor)
+    if len(indices) == 1:
+        plan = Call("aten.index.Tensor", (plan, (indices[0][1],)), anchor)
+    elif len(indices) == 2:
+        rows = Call("aten.unsqueeze.default", (indices[0][1], 2), anchor)
+        cols = Call("aten.unsqueeze.default", (indices[1][1], 1), anchor)
+        plan = Call("aten.index.Tensor", (plan, (rows, cols)), anchor)
+    else:
+        raise Refuse("a table read along more than two sequence dims", anchor)
+    order = [0] + [1 + [*dims, *rest].index(dim) for dim in range(rank)]
+    if order != list(range(rank + 1)):
+        plan = Call("aten.permute.default", (plan, tuple(order)), anchor)
+    return Value(plan, True, out_rank)
