@@ -43,7 +43,7 @@ SIZES: list[Size] = [
 ]
 
 
-@pytest.mark.parametrize("left, right", product(SIZES, SIZES), ids=str)
+@pytest.mark.parametrize("left, right", list(product(SIZES, SIZES)), ids=str)
 def test_sizes_are_numbers(left: Size, right: Size) -> None:
     for b, s in ((2, 5), (3, 7), (1, 1)):
         assert value(add(left, right), b, s) == value(left, b, s) + value(right, b, s)
