@@ -7,7 +7,7 @@ of global slot ``p``. One-axis values follow ``positions[order]``, everything el
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,19 +217,25 @@ def _place(value: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     return value if device is None else value.to(device)
 
 
+def above(nodes: Mapping[str, Node], targets: Iterable[str], known: Container[str]) -> set[Node]:
+    """The nodes that ``targets`` are computed from, themselves included; it stops at ``known`` nodes."""
+    found: set[Node] = set()
+    stack = [nodes[name] for name in targets]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node.name not in known:
+                stack.extend(node.all_input_nodes)
+    return found
+
+
 def extract(graph: Graph, targets: list[str], states: Mapping[str, str], iotas: frozenset[str]) -> FeedGraph | None:
     """The part of ``graph`` above ``targets``. ``iotas`` become placeholders."""
     if not targets:
         return None
     nodes = {node.name: node for node in graph.nodes}
-    needed: set[Node] = set()
-    stack = [nodes[name] for name in targets]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node.name not in iotas:
-                stack.extend(node.all_input_nodes)
+    needed = above(nodes, targets, iotas)
     new = Graph()
     env: dict[Node, Node] = {}
     found_states, carriers, found_iotas, contents = {}, [], [], set()

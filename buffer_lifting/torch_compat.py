@@ -115,6 +115,16 @@ def set_arguments(node: Node, values: Mapping[str, Any]) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
+def schema_names(node: Node) -> set[str]:
+    """The argument names of a call's schema; none for what is no aten op. Private as in :func:`schema_args`."""
+    return {argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())}
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The fake mode of a fake tensor. Private: FakeTensor and its ``fake_mode`` have no public name."""
+    return value.fake_mode
+
+
 def returns_alias(node: Node) -> bool:
     """Whether a call returns a view of, or the same tensor as, one of its arguments (the schema's alias marks)."""
     schema = getattr(node.target, "_schema", None)

@@ -28,7 +28,7 @@ from buffer_lifting.graph.record import (
     TensorMeta,
 )
 from buffer_lifting.graph.sizes import is_symbol
-from buffer_lifting.torch_compat import Symbolic, schema_args, size_of, tree_flatten
+from buffer_lifting.torch_compat import OpOverload, Symbolic, schema_args, size_of, tree_flatten
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n(?:\s*([^\n]*))?')
 _STATE_KINDS = {
@@ -107,7 +107,7 @@ def _class_name(value: Any) -> str:
 def _op_name(node: FxNode) -> str:
     if node.op == "get_attr":
         return "get_attr"
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target)
     name = getattr(node.target, "__name__", str(node.target))
     return _OPERATORS.get(name, f"hop.{name}" if "Operator" in type(node.target).__name__ else f"sym.{name}")

@@ -12,10 +12,10 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.examples import named_inputs
-from buffer_lifting.feed import FeedGraph, FeedProgram
+from buffer_lifting.feed import FeedGraph, FeedProgram, above
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.normalize import Normalized, normalize
-from buffer_lifting.torch_compat import tree_flatten
+from buffer_lifting.torch_compat import schema_names, tree_flatten
 
 _DOUBLE = {
     torch.float32: torch.float64,
@@ -127,7 +127,7 @@ def to_double(graph: Graph) -> None:
 def _makes_floats(node: Node) -> bool:
     """Whether an op without tensor operands makes a tensor of the default floating dtype."""
     value = node.meta.get("val")
-    names = {argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())}
+    names = schema_names(node)
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     return "dtype" in names and not tensors and isinstance(value, torch.Tensor) and value.dtype in _DOUBLE
 
@@ -169,14 +169,7 @@ def evaluate(graph: Graph, values: Mapping[str, Any], targets: set[str]) -> dict
         KeyError: a placeholder that they need has no value.
     """
     nodes = {node.name: node for node in graph.nodes}
-    needed: set[Node] = set()
-    stack = [nodes[name] for name in targets]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node.name not in values:
-                stack.extend(node.all_input_nodes)
+    needed = above(nodes, targets, values)
     env: dict[Node, Any] = {}
     with torch.no_grad():
         for node in graph.nodes:

@@ -18,6 +18,7 @@ from buffer_lifting.labels import BATCH, COL, ROW
 from buffer_lifting.passes.emitter import AxisSizes
 from buffer_lifting.plan import CutKey
 from buffer_lifting.program import FeedOutput, InputAxes, LiftedInput
+from buffer_lifting.torch_compat import fake_mode_of
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -124,7 +125,7 @@ def _fake(lifted: LiftedInput, carriers: dict[tuple[str, str], tuple[Node, int]]
     if lifted.batched:
         source, batch_dim = carriers[(BATCH, "")]
         sizes.insert(0, source.meta["val"].shape[batch_dim])
-    with value.fake_mode:
+    with fake_mode_of(value):
         return torch.empty(sizes, dtype=DTYPES[lifted.dtype], device=value.device)
 
 

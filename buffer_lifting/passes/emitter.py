@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from buffer_lifting.errors import UnsupportedReadError
 from buffer_lifting.labels import BATCH, COL, DimLabel, has_batch
 from buffer_lifting.plan import AxisSize, Call, CutKey, Existing, Lifted, Plan, Reapply, Replacement
-from buffer_lifting.torch_compat import call_operator, replace_operands, replacements
+from buffer_lifting.torch_compat import call_operator, fake_mode_of, replace_operands, replacements
 
 _COPIED = ("stack_trace", "nn_module_stack", "torch_fn", "custom", "source_fn_stack")
 
@@ -119,8 +119,7 @@ class Emitter:
             sizes: list[Any] = [size for fake in fakes for size in fake.shape]
             symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
             before = replacements(symbols[0]) if symbols else 0
-            mode: Any = fakes[0]
-            with mode.fake_mode, torch.no_grad():
+            with fake_mode_of(fakes[0]), torch.no_grad():
                 result = target(*values[0], **values[1])
             if symbols and replacements(symbols[0]) != before:
                 raise UnsupportedReadError(
