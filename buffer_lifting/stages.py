@@ -193,14 +193,23 @@ class StagedProgram:
                     str(stage.index),
                     f"{count:,}",
                     f"{stage.boundary_bytes:,}",
-                    ", ".join(stage.activations) or "-",
-                    ", ".join(stage.kwargs) or "-",
+                    _shortened(stage.activations),
+                    _shortened(stage.kwargs),
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
+
+
+def _shortened(names: tuple[str, ...], width: int = 60) -> str:
+    """Names for a table: as many as fit, and how many more there are."""
+    text = ", ".join(names)
+    if len(text) <= width:
+        return text or "-"
+    kept = text[:width].rsplit(", ", 1)[0]
+    return f"{kept}, +{len(names) - kept.count(', ') - 1} more"
 
 
 def chunk_spec(lifted: LiftedProgram, keywords: tuple[str, ...], names: Iterable[str] | None) -> dict[str, Any]:
