@@ -21,6 +21,7 @@ class InputLabels:
     batch: Size | None = None
     lengths: dict[str, Size] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    hints: dict[str, int] = field(default_factory=dict)
 
     def info(self) -> AxesInfo:
         """The axes as the public record."""
@@ -40,7 +41,7 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
     Raises:
         AxesError: ``axes`` names an input or dim that does not exist, or two sizes for one axis.
     """
-    result = InputLabels()
+    result = InputLabels(hints=record.hints)
     inputs = [node for node in record.inputs() if isinstance(node.meta, TensorMeta)]
     if axes is not None:
         _check_axes(axes, inputs)
@@ -111,6 +112,12 @@ def _check_axes(axes: Axes, inputs: list[Node]) -> None:
     known = {node.fqn: node for node in inputs}
     for name, dims in axes.items():
         node = known.get(name)
+        if not isinstance(dims, dict):
+            raise AxesError(f'axes= of {name!r} is a mapping from dim to axis, {{0: "batch", 1: "seq"}}, not {dims!r}')
+        for axis in dims.values():
+            base, _, role = axis.partition(":") if isinstance(axis, str) else ("", "", "")
+            if not base or role not in ("", ROW, COL) or (base == BATCH and role):
+                raise AxesError(f'axes= of {name!r}: an axis is "batch", "seq", "seq:row" or "seq:col", not {axis!r}')
         if node is None or node.tensor is None:
             raise AxesError(f"axes= names {name!r}, which is not a tensor input; the inputs are {sorted(known)}")
         rank = len(node.tensor.shape)
@@ -123,7 +130,8 @@ def _claim(result: InputLabels, axis: str, size: Size, name: str, names: dict[st
     """Gives an axis its size; a second symbol for the same axis is renamed to the first."""
     known = result.batch if axis == BATCH else result.lengths.get(axis)
     if known is not None and known != size:
-        if is_symbol(known) and is_symbol(size):
+        hints = result.hints.get(str(known)), result.hints.get(str(size))
+        if is_symbol(known) and is_symbol(size) and (None in hints or hints[0] == hints[1]):
             names[str(size)] = str(known)
             size = known
         elif known == 1 or size == 1:

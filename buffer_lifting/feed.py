@@ -98,13 +98,17 @@ class FeedProgram:
                 "give them with lifted.bind_tables(module_or_dict)"
             )
 
+    def _probe(self) -> int:
+        """The batch that position values are evaluated at: two samples show whether they differ between samples."""
+        return 2 if self.axes.has_batch else 1
+
     def _natural_tables(self, lengths: dict[str, int], device: torch.device | None) -> dict[str, torch.Tensor]:
         """Position values on the whole sequence, ``[seq, *row]``; computed once a length and device."""
         assert self.natural is not None
         key = ("natural", tuple(sorted(lengths.items())), device)
         if key not in self._tables:
             self._check_state(self.natural)
-            raw = self.natural.run(self._values(self.natural, 1, lengths))
+            raw = self.natural.run(self._values(self.natural, self._probe(), lengths))
             self._tables[key] = {
                 out.node: _place(canonical(raw[out.node], out)[0], device)
                 for out in self.outputs
@@ -127,7 +131,7 @@ class FeedProgram:
         rows = streams.position_rows(length)
         samples = []
         for row in rows:
-            values = self._values(graph, 1, lengths)
+            values = self._values(graph, self._probe(), lengths)
             values.update(dict.fromkeys(graph.iotas, row))
             samples.append(graph.run(values))
         result = {
@@ -206,6 +210,11 @@ def canonical(value: torch.Tensor, output: FeedOutput, batched: bool = False) ->
     lead = [output.batch_dim] if output.batch_dim is not None else []
     rest = [d for d in dims if d not in (*lead, output.seq_dim, *output.drop_dims)]
     moved = value.permute(*lead, output.seq_dim, *rest, *output.drop_dims)
+    if lead and not batched and not bool((moved == moved[:1]).all()):
+        raise FeedError(
+            f"node {output.node!r}, which {output.input.name!r} is cut at, has other values for each sample although "
+            "it depends on no input: microbatches would change it"
+        )
     for _ in output.drop_dims:
         moved = moved.squeeze(-1)
     if not lead:

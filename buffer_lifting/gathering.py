@@ -49,6 +49,10 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
         raise Refuse("a table with a batch dim", node.name)
     if not (planner.is_table(base.name) or natural) or base.tensor is None:
         raise Refuse("a slice along the sequence of a value that is no table", node.name)
+    for dim in starts:
+        size = base.tensor.shape[dim]
+        if not isinstance(size, int) and size != labels[dim][0].size:
+            raise Refuse(f"a dim of size {size} that does not run along the whole sequence", node.name)
     indices: list[tuple[int, Plan]] = []
     for dim, start in starts.items():
         index = planner.iota(labels[dim][0], context)

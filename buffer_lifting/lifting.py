@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from buffer_lifting.adapter import as_program
 from buffer_lifting.axes import label_inputs
-from buffer_lifting.errors import AxesError, UnsupportedReadError
+from buffer_lifting.errors import AxesError, FeedError, UnsupportedReadError
 from buffer_lifting.feed import FeedProgram, extract
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.record import GraphRecord, NodeKind
@@ -76,7 +76,10 @@ def lift(
     state = LiftState(normalized.graph, plan)
     LiftBuffers()(state)
     lifted_inputs = tuple(output.input for output in plan.outputs.values())
-    examples = _example_feed(program, feed, plan)
+    try:
+        examples = _example_feed(program, feed, plan)
+    except FeedError as error:
+        raise UnsupportedReadError(f"BL105 {error}") from error
     lifted = assemble(program, normalized.graph, normalized.submodules, tuple(i.name for i in lifted_inputs), examples)
     return LiftedProgram(lifted, lifted_inputs, plan.report, feed)
 

@@ -12,7 +12,7 @@ from buffer_lifting.axes import InputLabels
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
-from buffer_lifting.graph.sizes import atoms
+from buffer_lifting.graph.sizes import Size, atoms
 from buffer_lifting.labels import (
     COL,
     Factor,
@@ -24,7 +24,7 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.local_rules import local
-from buffer_lifting.ops import is_view
+from buffer_lifting.ops import is_random, is_view
 from buffer_lifting.plan import Call, Context, Cut, CutKey, Existing, Lifted, Plan, Refuse, Value
 
 
@@ -121,6 +121,8 @@ class Planner:
             return self._rebuild_user(node, labels, context)
         if not follows:
             return local(self, node, labels, context)
+        if node.kind is NodeKind.OP and is_random(node):
+            raise Refuse("it draws random numbers, once for all samples", name, hint="draw them on data instead")
         legal = len(seq_axes(labels)) == 1 and not dep & (Dep.PARAM | Dep.RANDOM)
         if legal and not self._climbs(node, labels, context):
             return self.cut(node, labels, context)
@@ -224,6 +226,10 @@ class Planner:
         if len(seq) != 1 or len(labels[seq[0]]) != 1 or (batch is not None and len(labels[batch]) != 1):
             raise Refuse("its sequence dim is folded with other dims", node.name)
         factor = labels[seq[0]][0]
+        if node.tensor.shape[seq[0]] != factor.size:
+            raise Refuse(
+                f"its dim of size {node.tensor.shape[seq[0]]} does not run along the whole sequence", node.name
+            )
         number = "iota" if hoisted is False and self.is_iota(node.name) else self.number(node.name)
         drop: list[int] = []
         row: list[int] = []
@@ -287,10 +293,18 @@ class Planner:
             return self.is_iota(node.args["self"].name)  # type: ignore[union-attr]
         if node.base_op in ("aten.unsqueeze", "aten.expand", "aten.alias", "aten.detach", "aten.view"):
             source = node.args.get("self")
-            return isinstance(source, Ref) and self.is_iota(source.name)
+            if not isinstance(source, Ref) or not self.is_iota(source.name):
+                return False
+            return node.base_op != "aten.view" or self._long_dims(node) == self._long_dims(
+                self.record.nodes[source.name]
+            )
         if node.base_op != "aten.arange" or node.tensor is None or node.tensor.dtype != "int64":
             return False
         return node.args.get("start", 0) in (0, None) and node.args.get("step", 1) in (1, None)
+
+    @staticmethod
+    def _long_dims(node: Node) -> list[Size]:
+        return [size for size in node.tensor.shape if size != 1] if node.tensor else []
 
     def number(self, name: str) -> str:
         """A value number: equal for nodes that compute the same from the same state."""

@@ -29,7 +29,7 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.naming import name_outputs
-from buffer_lifting.ops import ATTENTION, is_pointwise
+from buffer_lifting.ops import ATTENTION, content_operands, is_pointwise
 from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (
@@ -90,6 +90,8 @@ class _Scan:
         self.findings: list[Finding] = list(inputs.findings)
         self.replacements: list[Replacement] = []
         self.frontier: list[FrontierEdge] = []
+        self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
+        self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.completion = Completion(inputs)
         self.seq_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
         if not inputs.lengths:
@@ -110,6 +112,17 @@ class _Scan:
                 self._returned(node)
 
     def result(self) -> LiftPlan:
+        """The plan; cuts that no accepted replacement reads are dropped.
+
+        Raises:
+            ValueError: a pattern of a form mapping names no source.
+        """
+        unmatched = [] if isinstance(self.form, str) else sorted(set(self.form) - self.matched - {"*"})
+        if unmatched:
+            sources = sorted({read.source for read in self.reads})
+            raise ValueError(f"form= names {unmatched}, which match none of the sources {sources}")
+        used = {key for edge in self.frontier for key in edge.keys}
+        self.planner.cuts = {key: cut for key, cut in self.planner.cuts.items() if key in used}
         outputs, substituted = name_outputs(self.planner, self.record)
         axes = {
             node.name: as_input_axes(node, self.inputs.labels[node.name], node.name in self.col_inputs)
@@ -128,12 +141,37 @@ class _Scan:
             substituted,
         )
 
+    def _visit_user(self, node: Node, result: AxisResult | None) -> None:
+        """A value of user inputs alone. One that mixed the sequence is only right if it is hoisted: it is marked."""
+        operands = content_operands(node)
+        labelled = self._lost(node)
+        lost = result is None or result.outputs is None
+        mixes = result is not None and bool(result.mixing) and not result.handled
+        if any(name in self.mixed for name in operands) or (labelled and (lost or mixes)):
+            self.mixed.add(node.name)
+        outputs = result.outputs if result else None
+        self.labels[node.name] = self.completion.complete(node, outputs) or self._same_shape(node)
+
+    def _same_shape(self, node: Node) -> tuple[Labels, ...] | None:
+        """Labels of an op that keeps an operand's shape (roll, cumsum): slot i of the result is still slot i."""
+        for name in node.refs():
+            known, source = self.labels.get(name), self.record.nodes[name].tensor
+            metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
+            shapes = [meta.shape for meta in metas if isinstance(meta, TensorMeta)]
+            if known and source is not None and shapes and all(shape == source.shape for shape in shapes):
+                return (known[0],) * len(shapes)
+        return None
+
     def _returned(self, node: Node) -> None:
         """A position value that the program returns stays in natural order."""
         lengths = set(self.inputs.lengths.values())
         for path, name in node.named_refs():
             value, dep = self.record.nodes[name], self.deps[name]
             shape = value.tensor.shape if value.tensor else ()
+            if name in self.mixed and Dep.DATA not in dep:
+                why = "it is returned, and computed from user inputs by an op that mixes the sequence"
+                self._refused(node, path, value, (), Refuse(why, name, hint="compute it outside the model"))
+                continue
             if dep & (Dep.USER | Dep.DATA) or value.kind is NodeKind.STATE or not lengths & set(shape):
                 continue
             why = "it is returned: the caller gets it in natural order, whatever the order of the tokens"
@@ -170,8 +208,7 @@ class _Scan:
         view = OpView(self.record, node, self.labels)
         result = apply_rule(view)
         if Dep.DATA not in dep:
-            outputs = result.outputs if result else None
-            self.labels[node.name] = self.completion.complete(node, outputs)
+            self._visit_user(node, result)
             return
         carries = any(
             any(is_labelled(dim) for labels in known for dim in labels)
@@ -202,7 +239,7 @@ class _Scan:
 
     def _mix(self, node: Node, reason: str, handled: bool, code: str) -> None:
         hint = "" if handled else "lift with strict=False if the sequence is never reordered or sharded"
-        if not handled and "batch" in reason:
+        if not handled and "batch" in reason and "sequence" not in reason:
             hint = "microbatches change what it computes; lift with strict=False if the batch is never cut"
         modules = (node.module,) if node.module else ()
         self.mixing.append(SequenceMixing(node.name, node.op, reason, node.location, modules, handled, code, hint))
@@ -227,6 +264,9 @@ class _Scan:
                     )
                 continue
             alignment = result.operands.get(path) if result else None
+            if name in self.mixed and not (alignment and any(has_seq(dim) for dim in alignment.labels)):
+                self._refused(node, path, value, (), self._mixed_refusal(name))
+                continue
             if alignment is None:
                 if Dep.IOTA in self.deps[name] or self._runs_along(value.meta):
                     why = f"how operand {path!r} of {node.op} lines up with the sequence is not known"
@@ -234,9 +274,25 @@ class _Scan:
                 continue
             if any(has_seq(dim) for dim in alignment.labels):
                 self._read(_Edge(node, path, value, alignment))
+            elif self._varies_along_batch(value, alignment):
+                why = "it varies along the batch, which microbatches cut: every microbatch would read the first rows"
+                self._refused(node, path, value, (), Refuse(why, name))
             elif self._runs_along(value.meta) and Dep.USER not in self.deps[name]:
                 why = "it has the size of the sequence, but does not line up with the data's sequence dim"
                 self._refused(node, path, value, (), Refuse(why, name))
+
+    def _mixed_refusal(self, name: str) -> Refuse:
+        why = "it is computed from user inputs by an op that mixes the sequence, and has no sequence dim to gather"
+        return Refuse(why, name, "BL105", "compute it outside the model and give it as an input")
+
+    def _varies_along_batch(self, value: Node, alignment: Alignment) -> bool:
+        """Whether a value without user contents is made from an index over the batch."""
+        if Dep.USER in self.deps[value.name] or not any(f.axis == BATCH for dim in alignment.labels for f in dim):
+            return False
+        ancestors = (self.record.nodes[name] for name in self.planner.ancestors(value.name))
+        return any(
+            n.base_op == "aten.arange" and n.tensor and n.tensor.shape == (self.inputs.batch,) for n in ancestors
+        )
 
     def _runs_along(self, meta: TensorMeta) -> bool:
         return any(atoms(size) & self.seq_atoms for size in meta.shape)
@@ -256,6 +312,9 @@ class _Scan:
                 return
             rebuilt, form = natural, "natural"
         used = list(dict.fromkeys(self.planner.trail))
+        if value.name in self.mixed and not any(key.stream == "inputs" for key in used):
+            self._refused(edge.consumer, edge.path, value, labels, self._mixed_refusal(value.name))
+            return
         if not used or not rebuilt.changed:
             return
         self._accept(edge, rebuilt, used, form)
@@ -280,6 +339,7 @@ class _Scan:
             for pattern, chosen in self.form.items():
                 if any(fnmatch.fnmatchcase(name, pattern) for name in (source, *aliases)):
                     form = chosen
+                    self.matched.add(pattern)
                     break
         if form == "auto":
             return "positions" if two_axis else "values"
@@ -367,7 +427,12 @@ class _Scan:
 
     def _causal(self, node: Node) -> None:
         query = self.labels.get(node.args["query"].name)  # type: ignore[union-attr]
+        key = self.labels.get(node.args["key"].name)  # type: ignore[union-attr]
         if not query or not has_seq(query[0][-2]):
+            return
+        axes = [{f.axis for f in side[0][-2] if f.is_seq} if side else set() for side in (query, key)]
+        if axes[0] != axes[1]:
+            self._mix(node, "causal attention whose keys run along another axis than its queries", False, "BL201")
             return
         rank = len(query[0])
         factor = next(f for f in query[0][-2] if f.is_seq)

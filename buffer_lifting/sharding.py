@@ -29,6 +29,12 @@ def shard_inputs(
         if value.ndim != own.rank:
             raise FeedError(f"input {name!r} has {value.ndim} dims, the program's has {own.rank}")
         batch = value.shape[own.batch_dim] if own.batch_dim is not None else 1
+        per_sample = isinstance(order, torch.Tensor) and order.ndim == 2 and order.shape[0] > 1
+        if own.seq_dims and own.batch_dim is None and per_sample:
+            raise FeedError(
+                f"input {name!r} {tuple(value.shape)} has no batch dim: an order per sample cannot be applied; "
+                "export with it expanded to the batch, or give one order for all samples"
+            )
         for dim, _, role in own.seq_dims:
             streams = Streams(batch, value.shape[dim], order, None, shard)
             value = _along(value, dim, own.batch_dim, streams, role)

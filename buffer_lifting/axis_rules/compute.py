@@ -189,7 +189,11 @@ def _reduce(view: OpView) -> AxisResult:
             out.append(dim)
             continue
         if has_seq(dim):
-            handled = len(over) == rank  # everything is reduced: a loss, which the CP contract normalises
+            handled = len(over) == rank and view.node.base_op in (
+                "aten.sum",
+                "aten.mean",
+                "aten.nansum",
+            )  # everything is reduced: a loss, which the CP contract normalises
             mixing = "a loss: a reduction over all tokens" if handled else "a reduction over the sequence"
         elif is_labelled(dim) and len(over) < rank:
             mixing = mixing or "a reduction over the batch"

@@ -16,7 +16,7 @@ from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.labels import BATCH, Factor, Labels, has_batch, has_seq
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.compare import difference, gradient_error, gradients, loss_weights
-from buffer_lifting.oracles.running import Case, Runnable, double_feed, doubled, runnable
+from buffer_lifting.oracles.running import Case, Runnable, double_feed, doubled, per_sample, runnable
 from buffer_lifting.passes.context_parallel import context_parallel, user_axes
 from buffer_lifting.program import Check
 from buffer_lifting.scanner import scan_record
@@ -39,6 +39,9 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
         result = pair.compare(case, seed)
         compared += result.compared
         worst = max(worst, result.worst)
+        if result.unknown:
+            detail = f"how the output {result.unknown[0]!r} follows the sequence is not known: it cannot be compared"
+            return Check("equivariance", False, compared, worst, result.unknown[0], detail)
         if not result.compared:
             detail = "no output of the program is known to follow the sequence; there was nothing to compare"
             return Check("equivariance", False, 0, 0.0, "", detail)
@@ -47,16 +50,19 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
             detail = f"{result.where} is off by {result.worst:.2e} (relative), tolerance {TOLERANCE:.0e}"
             return Check("equivariance", False, compared, result.worst, node, detail)
     silent = pair.controls(cases[0], seed)
-    if silent:
+    if silent and len(silent) == len(follows.inputs):
         detail = f"perturbing {', '.join(silent)} moves no output and no gradient: the check proves nothing for them"
         return Check("equivariance", False, compared, worst, silent[0], detail)
-    note = f"float64, {len(follows.inputs)} controls move it"
+    note = f"float64, {len(follows.inputs) - len(silent)} controls move it"
+    if silent:
+        note += f"; it proves nothing for {', '.join(silent)}, which move no output and no gradient here"
     return Check("equivariance", True, compared, worst, "", note)
 
 
 class _Result:
     def __init__(self) -> None:
         self.compared, self.worst, self.where = 0, 0.0, ""
+        self.unknown: list[str] = []
 
     def add(self, error: float, where: str) -> None:
         """Counts one comparison."""
@@ -78,7 +84,7 @@ class _Pair:
     def order(self, case: Case, seed: int) -> torch.Tensor:
         """A random permutation per sample (one for all without a batch axis)."""
         generator = torch.Generator().manual_seed(seed)
-        rows = case.batch if self.lifted.axes.has_batch else 1
+        rows = case.batch if per_sample(self.lifted) else 1
         return torch.stack([torch.randperm(case.length, generator=generator) for _ in range(rows)])
 
     def _inputs(self, case: Case, order: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -99,7 +105,8 @@ class _Pair:
     def _run_original(self, whole: dict[str, Any], order: torch.Tensor, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
         outputs, parameters, _ = self.original.run(whole)
-        chosen = [i for i, name in enumerate(self.original.outputs) if self._known(name, outputs[i])]
+        tensors = [i for i, value in enumerate(outputs) if isinstance(value, torch.Tensor)]
+        chosen = [i for i in tensors if self._known(self.original.outputs[i], outputs[i])]
         kept = [outputs[i] for i in chosen]
         weights = loss_weights(kept, seed)
         names = [self.original.outputs[i] for i in chosen]
@@ -109,6 +116,7 @@ class _Pair:
             "outputs": [self._permute(value.detach(), name, order) for value, name in zip(kept, names, strict=True)],
             "weights": [self._permute(weight, name, order) for weight, name in zip(weights, names, strict=True)],
             "gradients": gradients(kept, weights, parameters),
+            "unknown": [self.original.outputs[i] for i in tensors if i not in chosen],
             "seed": seed,
         }
 
@@ -124,10 +132,13 @@ class _Pair:
         for name, left, right in zip(expected["names"], expected["outputs"], actual["outputs"], strict=True):
             scale = float(left.abs().max()) if left.numel() else 0.0
             gap = difference(left, right)
-            result.add(gap / scale if scale else gap, name)
+            exact = not (left.is_floating_point() or left.is_complex())
+            result.add((float("inf") if gap else 0.0) if exact else gap / scale if scale else gap, name)
         error, where = gradient_error(expected["gradients"], actual["gradients"])
-        for _ in expected["gradients"]:
-            result.add(0.0, "")
+        for gradient in expected["gradients"].values():
+            if gradient is not None:
+                result.add(0.0, "")
+        result.unknown = expected["unknown"]
         if error > result.worst:
             result.worst, result.where = error, f"the gradient of {where}"
         return result
@@ -176,8 +187,6 @@ class _Pair:
         return all(len(dim) <= 1 for dim in self._labels_of(name) if has_seq(dim))
 
     def _known(self, name: str, value: Any) -> bool:
-        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
-            return False
         known = self.labels.get(name)
         return bool(known) and len(self._labels_of(name)) == value.ndim
 

@@ -14,11 +14,16 @@ from buffer_lifting.program import Check
 from buffer_lifting.torch_compat import tree_flatten
 
 TOLERANCE = 1e-5
+#: A learned table that is gathered per sample gets its gradient by scatter-add, whose order of summation is not the
+#: original's: these gradients, and no others, are compared relative to the precision of their dtype.
+TABLE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def check_identity(program: ExportedProgram, lifted: LiftedProgram, cases: list[Case], seed: int) -> Check:
     """Both programs as modules, on each case; the random generator is set alike before each run."""
     exact = not (lifted.cp_size is not None and any(r.source_kind == "is_causal" for r in lifted.report.reads))
+    reads = [read for read in lifted.report.reads if read.source_kind == "parameter"]
+    tables = {name for read in reads for name in (read.source, *read.aliases)}
     compared, worst, node, detail = 0, 0.0, "", ""
     original, changed = program.module(), lifted.program.module()
     for case in cases:
@@ -47,6 +52,8 @@ def check_identity(program: ExportedProgram, lifted: LiftedProgram, cases: list[
             if gradient is None or other is None or not same_bits(gradient, other):
                 error, _ = gradient_error({name: gradient}, {name: other})
                 worst = max(worst, error)
+                if name in tables and gradient is not None and error <= TABLE_TOLERANCE.get(gradient.dtype, TOLERANCE):
+                    continue
                 if not node:
                     node, detail = name, f"its gradient differs by {error:.2e} (relative) {_at(case)}"
     if not compared:

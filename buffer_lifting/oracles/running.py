@@ -15,7 +15,7 @@ from buffer_lifting.examples import named_inputs
 from buffer_lifting.feed import FeedGraph, FeedProgram, above
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.normalize import Normalized, normalize
-from buffer_lifting.torch_compat import schema_names, tree_flatten
+from buffer_lifting.torch_compat import schema_names, set_arguments, tree_flatten
 
 _DOUBLE = {
     torch.float32: torch.float64,
@@ -117,6 +117,11 @@ def to_double(graph: Graph) -> None:
             continue
         if node.op != "call_function":
             continue
+        names = schema_names(node)
+        if names & {"train", "dropout_p"} and "dropout" in f"{node.target}{sorted(names)}":
+            set_arguments(
+                node, {key: {"train": False, "dropout_p": 0.0}[key] for key in names & {"train", "dropout_p"}}
+            )
         if any(isinstance(value, torch.dtype) for value in [*node.args, *node.kwargs.values()]):
             node.args = tuple(_DOUBLE.get(a, a) if isinstance(a, torch.dtype) else a for a in node.args)
             node.kwargs = {k: _DOUBLE.get(v, v) if isinstance(v, torch.dtype) else v for k, v in node.kwargs.items()}
@@ -160,6 +165,12 @@ def double_feed(lifted: LiftedProgram) -> LiftedProgram:
         max_lengths=feed.max_lengths,
     )
     return replace(lifted, feed_program=program)
+
+
+def per_sample(lifted: LiftedProgram) -> bool:
+    """Whether samples can have orders of their own: every input along the sequence has a batch dim."""
+    along = [axes for axes in lifted.input_axes.values() if axes.seq_dims]
+    return lifted.axes.has_batch and all(axes.batch_dim is not None for axes in along)
 
 
 def evaluate(graph: Graph, values: Mapping[str, Any], targets: set[str]) -> dict[str, Any]:

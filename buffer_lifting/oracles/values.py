@@ -11,7 +11,7 @@ from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.labels import BATCH, COL, Labels, has_batch
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.compare import difference, same_bits
-from buffer_lifting.oracles.running import Case, Runnable, evaluate, runnable
+from buffer_lifting.oracles.running import Case, Runnable, evaluate, per_sample, runnable
 from buffer_lifting.passes.context_parallel import user_axes
 from buffer_lifting.plan import FrontierEdge, LiftPlan
 from buffer_lifting.program import Check, PositionRead
@@ -23,11 +23,14 @@ from buffer_lifting.torch_compat import schema_args
 class Arrangement:
     """One way to lay out the sequence: an order per sample, position ids, and a shard."""
 
-    def __init__(self, case: Case, seed: int, permute: bool, packed: bool, shard: tuple[int, int]) -> None:
+    def __init__(
+        self, case: Case, seed: int, permute: bool, packed: bool, shard: tuple[int, int], own_orders: bool = True
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         batch, length = case.batch, case.length
         rows = [torch.randperm(length, generator=generator) for _ in range(batch)]
-        self.order = torch.stack(rows) if permute else None
+        rows = rows if own_orders else rows[:1] * batch
+        self.order = torch.stack(rows if own_orders else rows[:1]) if permute else None
         self.positions: torch.Tensor | None = None
         if packed and length > 3:
             cuts = torch.randint(2, length - 1, (batch,), generator=generator)
@@ -39,7 +42,7 @@ class Arrangement:
 
     def slots(self, sample: int, length: int, role: str) -> torch.Tensor:
         """The global slots that a sample's local slots hold."""
-        order = torch.arange(length) if self.order is None else self.order[sample]
+        order = torch.arange(length) if self.order is None else self.order[sample if self.order.shape[0] > 1 else 0]
         if role == COL:
             return order
         rank, size = self.shard
@@ -55,18 +58,21 @@ def check_values(program: ExportedProgram, lifted: LiftedProgram, cases: list[Ca
     oracle = _Values(plan, original, changed, lifted)
     compared = 0
     for case in cases:
+        own = per_sample(lifted)
         arrangements = [
             Arrangement(case, seed, False, False, (0, 1)),
-            Arrangement(case, seed + 1, True, False, (0, 1)),
+            Arrangement(case, seed + 1, True, False, (0, 1), own),
         ]
         if lifted.axes.has_batch:
-            arrangements.append(Arrangement(case, seed + 2, True, True, (0, 1)))
+            arrangements.append(Arrangement(case, seed + 2, True, True, (0, 1), own))
         dynamic = all(length is None for length in lifted.axes.lengths.values())
         divisors = [size for size in (2, 3, 5) if case.length % size == 0]
         if dynamic and divisors:
-            arrangements.append(Arrangement(case, seed + 3, True, False, (1, divisors[0])))
+            arrangements.append(Arrangement(case, seed + 3, True, False, (1, divisors[0]), own))
         for arrangement in arrangements:
             for edge in plan.frontier:
+                if arrangement.shard[1] > 1 and _keys_unknown(edge):
+                    continue
                 failed = oracle.edge(edge, case, arrangement)
                 compared += 1
                 if failed:
@@ -260,6 +266,12 @@ def _unfold_own(
         value = value.select(picked, sample if value.shape[picked] > 1 else 0)
         del roles[picked]
     return value, roles
+
+
+def _keys_unknown(edge: FrontierEdge) -> bool:
+    """A value along keys without a lifted input that carries their number: it has the shape of one rank only."""
+    along_keys = any(factor.role == COL for dim in edge.labels for factor in dim)
+    return along_keys and not any(key.role == COL for key in edge.keys)
 
 
 def _operand(node: Any, path: str) -> Any:
