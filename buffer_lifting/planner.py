@@ -126,11 +126,13 @@ class Planner:
         legal = len(seq_axes(labels)) == 1 and not dep & (Dep.PARAM | Dep.RANDOM)
         if legal and not self._climbs(node, labels, context):
             return self.cut(node, labels, context)
+        mark = len(self.trail)
         try:
             if node.kind is NodeKind.STATE:
                 return gather_rows(self, node, labels, context)
             return local(self, node, labels, context)
         except Refuse:
+            del self.trail[mark:]  # what the refused attempt has used
             if legal:
                 return self.cut(node, labels, context)
             raise
@@ -151,9 +153,11 @@ class Planner:
         return True
 
     def _rebuild_user(self, node: Node, labels: Labels, context: Context) -> Value:
+        mark = len(self.trail)
         try:
             return local(self, node, labels, context)
         except Refuse as refusal:
+            del self.trail[mark:]  # what the refused attempt has used
             if not context.hoist or refusal.code in ("BL104",):
                 raise
             if len(seq_axes(labels)) != 1 or self.deps[node.name] & (Dep.PARAM | Dep.RANDOM):

@@ -382,7 +382,7 @@ REFUSED: dict[str, tuple[Read, str]] = {
     ),
     "random": (
         lambda n, x, t: x + torch.rand(x.shape[1], DIM, dtype=x.dtype),
-        "aten.rand.default is not known",
+        "draws random numbers",
     ),
     "projected_table": (
         lambda n, x, t: x + n.table[: x.shape[1]] @ n.out.weight,

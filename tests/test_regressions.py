@@ -1,0 +1,196 @@
+"""Faults that a review found, each by name: a program either lifts and verifies, or is refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+import buffer_lifting as bl
+
+VOCAB, WIDTH, LENGTH = 17, 8, 10
+Body = Callable[["Net", Tensor], Any]
+
+
+class Net(nn.Module):
+    """An embedding, a position table and a head around the op under test."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.pe, self.h = nn.Embedding(VOCAB, WIDTH), nn.Embedding(64, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.body = body
+
+    def forward(self, ids: Tensor) -> Any:
+        """The body's."""
+        return self.body(self, ids)
+
+
+def program(body: Body, dynamic: bool) -> torch.export.ExportedProgram:
+    """The exported net."""
+    ids = torch.randint(1, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    shapes = {"ids": {0: Dim.AUTO, 1: Dim.AUTO}} if dynamic else None
+    return export(Net(body), (ids,), dynamic_shapes=shapes)
+
+
+HOISTED: dict[str, Body] = {
+    "flip": lambda n, i: n.h(n.e(i.flip(1))),
+    "cummax": lambda n, i: n.h(n.e(i.cummax(1)[0])),
+    "positions_from_mask": lambda n, i: n.h(n.e(i) + n.pe((i > 3).cumsum(1))),
+    "roll": lambda n, i: n.h(n.e(i) + n.e(i.roll(1, 1))),
+    "running_sum": lambda n, i: n.h(n.e(i.cumsum(1) % VOCAB)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", HOISTED)
+def test_integer_inputs_that_mix_the_sequence_are_hoisted(name: str, dynamic: bool) -> None:
+    """They were read from the shard, silently, in static programs."""
+    ep = program(HOISTED[name], dynamic)
+    lifted = bl.lift(ep)
+    assert [item.stream for item in lifted.inputs] == ["inputs"]
+    assert bl.verify(ep, lifted).passed
+
+
+REFUSED: dict[str, tuple[Body, str]] = {
+    "first_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, :1])), "mixes the sequence"),
+    "last_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, -1])[:, None]), "mixes the sequence"),
+    "argmax_of_ids": (lambda n, i: n.h(n.e(i) + n.pe(i.argmax(1))[:, None]), "mixes the sequence"),
+    "argmax_of_data": (lambda n, i: n.h(n.e(i) + (n.e(i).argmax() % 7).float()), "a reduction over the sequence"),
+    "flattened_positions": (
+        lambda n, i: n.h(n.e(i) + n.pe(torch.arange(i.numel()).view(i.shape))),
+        "other values for each sample|folded|cut|cannot be lifted",
+    ),
+    "values_of_the_sample": (
+        lambda n, i: n.h(
+            n.e(i)
+            + torch.sin((torch.arange(i.shape[0])[:, None] * 3 + torch.arange(i.shape[1])[None]).float())[..., None]
+        ),
+        "other values for each sample",
+    ),
+    "index_over_the_batch": (
+        lambda n, i: n.h(n.e(i) + n.pe(torch.arange(i.shape[0]))[:, None]),
+        "varies along the batch",
+    ),
+    "dropout_on_positions": (
+        lambda n, i: n.h(n.e(i) + F.dropout(n.pe(torch.arange(i.shape[1])), 0.1, True)),
+        "draws random numbers",
+    ),
+    "returned_running_count": (lambda n, i: (n.h(n.e(i)), (i > 3).cumsum(1)), "it is returned"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_follow_is_refused(name: str, dynamic: bool) -> None:
+    """Each of these lifted without a finding, and was wrong."""
+    body, reason = REFUSED[name]
+    with pytest.raises(bl.UnsupportedReadError, match=reason):
+        bl.lift(program(body, dynamic))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_cut_that_no_read_kept_leaves_no_placeholder(dynamic: bool) -> None:
+    """A refused length mask crashed the pass with an assertion."""
+    ep = program(
+        lambda n, i: n.h(n.e(i) * (torch.arange(i.shape[1])[None] < (i > 3).sum(1, keepdim=True))[..., None]), dynamic
+    )
+    try:
+        lifted = bl.lift(ep)
+    except bl.UnsupportedReadError:
+        lifted = bl.lift(ep, strict=False)
+    assert bl.verify(ep, lifted, checks=("identity",)).passed
+
+
+def test_causal_cross_attention_is_refused() -> None:
+    """The mask would have had the queries' length on both sides."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.h = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+
+        def forward(self, ids: Tensor, src: Tensor) -> Tensor:
+            keys = self.e(src)
+            return self.h(F.scaled_dot_product_attention(self.e(ids), keys, keys, is_causal=True))
+
+    ep = export(Cross(), (torch.zeros(3, 10, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)))
+    axes = {"ids": {0: "batch", 1: "seq"}, "src": {0: "batch", 1: "enc"}}
+    with pytest.raises(bl.UnsupportedReadError, match="another axis"):
+        bl.lift(ep, axes=axes)
+
+
+def test_equivariance_compares_integer_and_unknown_outputs() -> None:
+    """Outputs that were left out made the oracle pass."""
+    ep = program(lambda n, i: (n.h(n.e(i)), (i > 3).cumsum(1)), True)
+    lifted = bl.lift(ep, strict=False)
+    with pytest.raises(bl.VerificationError, match="equivariance"):
+        bl.verify(ep, lifted, checks=("equivariance",))
+    ep = program(lambda n, i: n.h(n.e(i)).argmax(-1), True)
+    assert bl.verify(ep, bl.lift(ep), checks=("equivariance",)).passed
+
+
+def test_dropout_and_low_precision_verify() -> None:
+    """Equivariance switches dropout off; scatter-add gradients of a table are compared by its dtype."""
+
+    def body(net: Net, ids: Tensor) -> Tensor:
+        return net.h(F.dropout(net.e(ids) + net.pe(torch.arange(ids.shape[1])), 0.1, True))
+
+    ep = program(body, True)
+    report = bl.verify(ep, bl.lift(ep))
+    assert report.passed and any("dropout" in note for note in report.notes)
+    relative = program(
+        lambda n, i: n.h(
+            n.e(i) + n.pe((torch.arange(i.shape[1])[None] - torch.arange(i.shape[1])[:, None]).clamp(-4, 4) + 4).mean(1)
+        ),
+        True,
+    )
+    assert any(read.refusal for read in bl.scan(relative).reads)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"ids": {0: "seq", 1: "seq"}},
+        {"ids": {0: "batch", 1: "seq:query"}},
+        {"ids": {0: "batch", 1: ""}},
+        {"ids": {0: "batch:row", 1: "seq"}},
+        {"ids": "batch"},
+    ],
+)
+def test_axes_that_do_not_fit_are_refused(axes: Any) -> None:
+    """Two sizes for one axis, a role or name that does not exist, no mapping."""
+    with pytest.raises(bl.AxesError, match="axes="):
+        bl.scan(program(lambda n, i: n.h(n.e(i)), True), axes=axes)
+
+
+def test_a_form_pattern_that_matches_nothing_is_refused() -> None:
+    """A typo in a pattern would have changed nothing."""
+    ep = program(lambda n, i: n.h(n.e(i) + n.pe(torch.arange(i.shape[1]))), True)
+    with pytest.raises(ValueError, match="zzz"):
+        bl.lift(ep, form={"zzz*": "values"})
+    assert bl.lift(ep, form={"pe.*": "positions"}).inputs
+
+
+def test_position_ids_without_a_batch_dim() -> None:
+    """``[1, S]``: one order for all samples; an order per sample is refused by the input's name."""
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.pe, self.h = nn.Embedding(VOCAB, WIDTH), nn.Embedding(64, WIDTH), nn.Linear(WIDTH, VOCAB)
+
+        def forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
+            return self.h(self.e(ids) + self.pe(position_ids))
+
+    ep = export(Given(), (torch.ones(3, LENGTH, dtype=torch.long), torch.arange(LENGTH)[None]))
+    lifted = bl.lift(ep)
+    assert bl.verify(ep, lifted).passed
+    order = torch.stack([torch.randperm(LENGTH) for _ in range(3)])
+    with pytest.raises(bl.FeedError, match="position_ids"):
+        lifted.shard_inputs(order=order, position_ids=torch.arange(LENGTH)[None])
