@@ -106,6 +106,9 @@ class LiftedProgram:
         device: torch.device | str | None,
         names: frozenset[str] | None = None,
     ) -> dict[str, torch.Tensor]:
+        unknown = sorted(set(inputs or ()) - set(self.feed_program.input_shapes))
+        if unknown:
+            raise FeedError(f"inputs= names {unknown}, which are no inputs of the program ({sorted(self.input_axes)})")
         lengths = check_lengths(self.axes, batch_size, seq_len, self.feed_program.max_lengths)
         length = next(iter(lengths.values()), 1)
         streams = Streams(batch_size, length, order, positions, shard)

@@ -194,3 +194,10 @@ def test_position_ids_without_a_batch_dim() -> None:
     order = torch.stack([torch.randperm(LENGTH) for _ in range(3)])
     with pytest.raises(bl.FeedError, match="position_ids"):
         lifted.shard_inputs(order=order, position_ids=torch.arange(LENGTH)[None])
+
+
+def test_feed_refuses_inputs_that_the_program_does_not_have() -> None:
+    """A misspelt input was ignored."""
+    lifted = bl.lift(program(HOISTED["flip"], True))
+    with pytest.raises(bl.FeedError, match="idz"):
+        lifted.feed(3, LENGTH, inputs={"idz": torch.ones(3, LENGTH, dtype=torch.long)})
