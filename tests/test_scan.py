@@ -380,6 +380,7 @@ REFUSED: dict[str, tuple[Read, str]] = {
         lambda n, x, t: (x.reshape(-1, DIM) + n.table[: x.shape[1]].repeat(x.shape[0], 1)).view(x.shape),
         "its sequence dim is folded with other dims",
     ),
+    "batch_iota": (lambda n, x, t: x + torch.arange(x.shape[0])[:, None, None], "varies along the batch"),
     "random": (
         lambda n, x, t: x + torch.rand(x.shape[1], DIM, dtype=x.dtype),
         "draws random numbers",
@@ -435,7 +436,6 @@ DISTRACTORS: dict[str, Read] = {
     "transposed": lambda n, x, t: (x.transpose(1, 2) + n.feature[:, None]).transpose(1, 2),
     "feature_mask": lambda n, x, t: x * torch.tril(torch.ones(DIM, DIM)).sum(0),
     "moe_by_gather": _moe_by_gather,
-    "batch_iota": lambda n, x, t: x + torch.arange(x.shape[0])[:, None, None],
     "feature_cumsum": lambda n, x, t: x.cumsum(-1),
 }
 
