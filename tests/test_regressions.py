@@ -201,3 +201,10 @@ def test_feed_refuses_inputs_that_the_program_does_not_have() -> None:
     lifted = bl.lift(program(HOISTED["flip"], True))
     with pytest.raises(bl.FeedError, match="idz"):
         lifted.feed(3, LENGTH, inputs={"idz": torch.ones(3, LENGTH, dtype=torch.long)})
+
+
+def test_a_check_in_which_no_control_moves_anything_fails() -> None:
+    """A table of zeros: the only lifted input is multiplied away, so equivariance holds for nothing."""
+    ep = program(lambda n, i: n.h(n.e(i) + 0.0 * torch.arange(i.shape[1]).float()[:, None]), True)
+    with pytest.raises(bl.VerificationError, match="proves nothing"):
+        bl.verify(ep, bl.lift(ep, form="positions"), checks=("equivariance",))

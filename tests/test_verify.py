@@ -336,13 +336,14 @@ def test_labels_that_are_not_shifted_are_caught() -> None:
 
 
 def test_a_control_that_moves_nothing_is_reported() -> None:
-    """A lifted input that nothing reads would make equivariance hold for nothing."""
+    """Two lifted inputs that nothing reads: the report names them, and the values oracle finds the fault."""
     program = program_of("hf_gpt2")
-    lifted = bl.lift(program)
-    mutant = m.at_input(lifted, "lifted_index", m.zeroed)
+    mutant = m.at_input(bl.lift(program), "lifted_index", m.zeroed)
     mutant = m.at_input(mutant, "lifted_index_1_keys", m.zeroed)
-    error = caught(program, mutant, "equivariance")
-    assert "proves nothing" in str(error) and named(error).startswith("lifted_index")
+    report = bl.verify(program, mutant, checks=("equivariance",))
+    assert "3 controls move it" in report["equivariance"].detail
+    assert "proves nothing for lifted_index, lifted_index_1_keys" in report["equivariance"].detail
+    assert named(caught(program, mutant, "values"))
 
 
 # -- composition -------------------------------------------------------------------------------------------------
