@@ -93,7 +93,6 @@ class _Scan:
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.completion = Completion(inputs)
-        self.seq_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
         if not inputs.lengths:
             self._no_axis()
         for node in record.nodes.values():
@@ -144,7 +143,7 @@ class _Scan:
     def _visit_user(self, node: Node, result: AxisResult | None) -> None:
         """A value of user inputs alone. One that mixed the sequence is only right if it is hoisted: it is marked."""
         operands = content_operands(node)
-        labelled = self._lost(node)
+        labelled = self._carries(node)
         lost = result is None or result.outputs is None
         mixes = result is not None and bool(result.mixing) and not result.handled
         if any(name in self.mixed for name in operands) or (labelled and (lost or mixes)):
@@ -210,11 +209,7 @@ class _Scan:
         if Dep.DATA not in dep:
             self._visit_user(node, result)
             return
-        carries = any(
-            any(is_labelled(dim) for labels in known for dim in labels)
-            for name in node.refs()
-            if (known := self.labels.get(name))
-        )
+        carries = self._carries(node)
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
             if carries:
@@ -227,12 +222,12 @@ class _Scan:
 
     def _outputs(self, node: Node, result: AxisResult) -> tuple[Labels, ...] | None:
         completed = self.completion.complete(node, result.outputs)
-        if result.outputs is None and not result.mixing and self.inputs.lengths and self._lost(node):
+        if result.outputs is None and not result.mixing and self.inputs.lengths and self._carries(node):
             self._mix(node, f"the batch and sequence dims of {node.op} are not known", False, "BL202")
         return completed
 
-    def _lost(self, node: Node) -> bool:
-        """Whether an operand had labels that the result lost."""
+    def _carries(self, node: Node) -> bool:
+        """Whether an operand has a batch or sequence label."""
         return any(
             is_labelled(dim) for name in node.refs() for labels in (self.labels.get(name) or ()) for dim in labels
         )
@@ -295,7 +290,7 @@ class _Scan:
         )
 
     def _runs_along(self, meta: TensorMeta) -> bool:
-        return any(atoms(size) & self.seq_atoms for size in meta.shape)
+        return any(atoms(size) & self.completion.seq_atoms for size in meta.shape)
 
     def _read(self, edge: _Edge) -> None:
         value, labels = edge.value, edge.alignment.labels
