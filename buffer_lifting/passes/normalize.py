@@ -6,6 +6,8 @@ Cases handled:
 3. ``wrap_with_autocast(device, dtype, False, ...)``: inlined (autocast was off while it was traced as well).
 4. Bodies inside bodies: likewise.
 
+5. Writes in place become values (:mod:`buffer_lifting.passes.functionalize`).
+
 Case left alone: ``wrap_with_autocast`` that switches autocast on, and every other higher-order op.
 """
 
@@ -19,6 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from buffer_lifting.passes.functionalize import functionalize, writes_in_place
 from buffer_lifting.torch_compat import AUTOCAST_HOP, GRAD_MODE_HOP
 
 
@@ -36,15 +39,24 @@ def normalize(program: ExportedProgram, read_only: bool = False) -> Normalized:
 
     ``read_only`` promises that the caller does not edit the graph: it is the program's own if nothing is to inline.
     """
-    if read_only and not any(_inlinable(node, program.graph_module) for node in program.graph.nodes):
+    inline = any(_inlinable(node, program.graph_module) for node in program.graph.nodes)
+    if read_only and not inline and not writes_in_place(program.graph):
         return Normalized(program.graph, dict(program.graph_module.named_children()), ())
     inliner = _Inliner()
     new = Graph()
     inliner.copy_into(new, program.graph_module, {}, prefix="")
+    functionalize(new, _not_in_checkpoints(program))
     new.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     used = {str(node.target) for node in new.nodes if node.op == "get_attr"}
     modules = {name: module for name, module in program.graph_module.named_children() if name in used}
     return Normalized(new, modules, tuple(inliner.inlined))
+
+
+def _not_in_checkpoints(program: ExportedProgram) -> frozenset[str]:
+    signature = program.graph_signature
+    transient = set(signature.non_persistent_buffers) | set(signature.lifted_tensor_constants)
+    states = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    return frozenset(name for name, fqn in states.items() if fqn in transient)
 
 
 class _Inliner:
