@@ -127,6 +127,18 @@ def _pad(planner: Planner, node: Node, labels: Labels, context: Context) -> Valu
     return unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
 
 
+@local_rule("repeat_interleave")
+def _repeat_interleave(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = operand_of(planner, node)
+    times, dim = node.args.get("repeats"), node.args.get("dim")
+    if not isinstance(times, int) or not isinstance(dim, int) or is_labelled(labels[dim % len(shape)]):
+        raise Refuse("a value repeated along the sequence", node.name)
+    dim %= len(shape)
+    value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim + 1 :]), context, picked=dim)
+    call = Call("aten.repeat_interleave.self_int", (value.plan, times, dim + value.lane), node.name)
+    return unchanged(node, value) or Value(call, value.lane, len(labels))
+
+
 @local_rule("gather")
 def _gather(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """Rows of a table, expanded to the index's shape, picked by an index that follows the sequence."""

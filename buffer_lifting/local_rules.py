@@ -426,7 +426,7 @@ def _index_select(planner: Planner, node: Node, labels: Labels, context: Context
     return gather(node.name, Existing(source.name), len(shape), [(dim, value.plan)], len(labels))
 
 
-@local_rule("cat", "stack")
+@local_rule("cat", "concat", "concatenate", "stack")
 def _cat(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     dim = int(node.args.get("dim", 0)) % len(labels)  # type: ignore[arg-type]
     if is_labelled(labels[dim]):
@@ -437,10 +437,18 @@ def _cat(planner: Planner, node: Node, labels: Labels, context: Context) -> Valu
     same = unchanged(node, *(value for _, value in values))
     if same:
         return same
-    if not all(value.lane for _, value in values):
-        raise Refuse("values that follow the sequence joined with values that do not", node.name)
-    parts = tuple(value.plan for _, value in values)
-    return Value(Call(f"{node.base_op}.default", (parts, dim + 1), node.name), True, len(labels))
+    first = next((value.plan for _, value in values if value.lane), None)
+    if first is None:
+        raise Refuse("changed values without a batch are joined", node.name)
+    lane = Call("aten.sym_size.int", (first, 0), node.name)
+    parts = tuple(value.plan if value.lane else _spread(value, lane, node.name) for _, value in values)
+    return Value(Call(f"aten.{'stack' if stacked else 'cat'}.default", (parts, dim + 1), node.name), True, len(labels))
+
+
+def _spread(value: Value, lane: Plan, anchor: str) -> Plan:
+    """A value that is the same for all samples, repeated for each."""
+    lifted = Call("aten.unsqueeze.default", (value.plan, 0), anchor)
+    return Call("aten.expand.default", (lifted, (lane, *[-1] * value.rank)), anchor)
 
 
 @local_rule("tril", "triu")

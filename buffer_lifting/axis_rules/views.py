@@ -151,7 +151,7 @@ def _getitem(view: OpView) -> AxisResult:
     return AxisResult((known[index],))
 
 
-@rule("cat", "stack")
+@rule("cat", "concat", "concatenate", "stack")
 def _cat(view: OpView) -> AxisResult:
     shape = view.shape("out")
     if shape is None:
@@ -182,6 +182,34 @@ def _cat(view: OpView) -> AxisResult:
         own_dims = (*out[:dim], *out[dim + 1 :]) if stacked else (*out[:dim], (), *out[dim + 1 :])
         operands[path] = Alignment(own_dims, None if batch is None else len(out) - batch)
     return AxisResult((out,), operands)
+
+
+@rule("slice_scatter", "select_scatter")
+def _scatter_part(view: OpView) -> AxisResult:
+    """A part of a dim replaced: keys assembled from two halves."""
+    shape, dim = view.shape("out"), view.dim("dim", len(view.shape("self") or ()))
+    if shape is None:
+        return AxisResult(None)
+    selects = view.node.base_op == "aten.select_scatter"
+    parts = []
+    for path in ("self", "src"):
+        labels = view.labels(path)
+        if labels is None:
+            if view.is_lost(path):
+                return AxisResult(None)
+            continue
+        if path == "src" and selects:
+            labels = (*labels[:dim], (), *labels[dim:])
+        if is_labelled(labels[dim]):
+            return AxisResult(None, mixing="a part of the sequence or batch is replaced")
+        parts.append((*labels[:dim], (), *labels[dim + 1 :]))
+    out = broadcast(parts, shape)
+    if out is None or is_labelled(out[dim]):
+        return AxisResult(None, mixing="elements at different sequence positions meet")
+    batch = batch_dim(out)
+    from_right = None if batch is None else len(out) - batch
+    part = (*out[:dim], *out[dim + 1 :]) if selects else (*out[:dim], (), *out[dim + 1 :])
+    return AxisResult((out,), {"self": Alignment(out, from_right), "src": Alignment(part, from_right)})
 
 
 def _joined(view: OpView, label: DimLabel, dim: int, shape: tuple[Size, ...]) -> DimLabel | None:
