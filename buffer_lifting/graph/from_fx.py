@@ -13,6 +13,7 @@ from torch.fx import Graph
 from torch.fx import Node as FxNode
 
 from buffer_lifting.dataflow import written_storage
+from buffer_lifting.graph.choices import resolve_choices
 from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.graph.record import (
     Arg,
@@ -27,7 +28,7 @@ from buffer_lifting.graph.record import (
     StateKind,
     TensorMeta,
 )
-from buffer_lifting.graph.sizes import is_symbol
+from buffer_lifting.graph.sizes import Ranges, is_symbol
 from buffer_lifting.torch_compat import OpOverload, Symbolic, schema_args, size_of, tree_flatten
 
 _STATE_KINDS = {
@@ -50,9 +51,13 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
     mutated = set(program.graph_signature.buffers_to_mutate.values())
     locations: dict[str, Location | None] = {}
     names = _user_names(program)
+    ranges: dict[str, tuple[int, int | None]] = {}
+    for name, bounds in program.range_constraints.items():
+        upper = int(bounds.upper) if bounds.upper.is_Integer else None
+        ranges[str(name)] = (int(bounds.lower) if bounds.lower.is_Integer else 0, upper)
     nodes: dict[str, Node] = {}
     for fx_node in graph.nodes:
-        node = Node(name=fx_node.name, kind=NodeKind.OP, meta=_meta(fx_node.meta.get("val")))
+        node = Node(name=fx_node.name, kind=NodeKind.OP, meta=_meta(fx_node.meta.get("val"), ranges))
         if fx_node.op == "placeholder":
             spec = specs.get(fx_node.name)
             if spec is not None and spec.kind in _STATE_KINDS and spec.target is not None:
@@ -73,11 +78,8 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
                 locations[trace] = innermost_location(trace)
             node.location = locations[trace]
         nodes[node.name] = node
-    ranges = {}
-    for name, bounds in program.range_constraints.items():
-        upper = int(bounds.upper) if bounds.upper.is_Integer else None
-        ranges[str(name)] = (int(bounds.lower), upper)
     record = GraphRecord(nodes, ranges, _hints(program, nodes))
+    resolve_choices(record)
     for name in written_storage(record):  # the training dialect writes in the graph, not by the signature
         if nodes[name].kind is NodeKind.STATE:
             nodes[name].mutated = True
@@ -128,13 +130,13 @@ def _arg(value: Any) -> Arg:
     return Opaque(str(value))
 
 
-def _meta(value: Any) -> Meta:
+def _meta(value: Any, ranges: Ranges) -> Meta:
     if isinstance(value, torch.Tensor):
-        return TensorMeta(tuple(size_of(size) for size in value.shape), str(value.dtype).removeprefix("torch."))
+        return TensorMeta(tuple(size_of(size, ranges) for size in value.shape), str(value.dtype).removeprefix("torch."))
     if isinstance(value, Symbolic):
-        return ScalarMeta(size_of(value) if isinstance(value, torch.SymInt) else None)
+        return ScalarMeta(size_of(value, ranges) if isinstance(value, torch.SymInt) else None)
     if isinstance(value, tuple | list):
-        return tuple(_meta(item) for item in value)
+        return tuple(_meta(item, ranges) for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return ScalarMeta(value)
     return None
@@ -184,12 +186,19 @@ class _StateTable:
         node.mutated = fqn in mutated
         node.content = self.contents.get(fqn, fqn)
         if isinstance(value, torch.Tensor):
+            node.uniform = not (spec.kind is InputKind.BUFFER and node.persistent) and _is_uniform(value)
             group = self.aliases[_storage_key(value, fqn)]
             node.aliases = tuple(name for name in group if name != fqn)
 
 
 def _has_data(value: torch.Tensor) -> bool:
     return type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and value.device.type != "meta"
+
+
+def _is_uniform(value: torch.Tensor) -> bool:
+    if not _has_data(value) or value.is_floating_point() or value.is_complex() or not value.numel():
+        return False
+    return bool((value == value.flatten()[0]).all())
 
 
 def _storage_key(value: torch.Tensor, fqn: str) -> Any:
