@@ -354,16 +354,15 @@ class _Scan:
         try:
             rebuilt = self.planner.rebuild(value.name, labels, context)
             form: Form | None = None
-        except Refuse as refusal:
+        except Refuse as refused:
             natural = self._natural(edge, context)
             if natural is None:
+                lost = value.name in self.mixed and not has_seq_dims(labels)
+                refusal = self._mixed_refusal(value.name) if lost else refused
                 self._refused(edge.consumer, edge.path, value, labels, refusal)
                 return
             rebuilt, form = natural, "natural"
         used = list(dict.fromkeys(self.planner.trail))
-        if value.name in self.mixed and not any(key.stream == "inputs" for key in used):
-            self._refused(edge.consumer, edge.path, value, labels, self._mixed_refusal(value.name))
-            return
         if not used or not rebuilt.changed:
             return
         self._accept(edge, rebuilt, used, form)
