@@ -61,6 +61,17 @@ _ELEMENTWISE_UNTAGGED = frozenset(
         "masked_fill",
         "prelu",
         "lerp",
+        "subtract",
+        "multiply",
+        "divide",
+        "negative",
+        "absolute",
+        "greater",
+        "greater_equal",
+        "less",
+        "less_equal",
+        "not_equal",
+        "fix",
     ]
 )
 #: Ops whose tensor operands other than the first give only a dtype, device or shape.

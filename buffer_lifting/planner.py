@@ -51,6 +51,8 @@ class Planner:
         self._interned: dict[object, int] = {}
         self._tables: dict[str, bool] = {}
         self._scalars: dict[str, Plan] = {}
+        self._whole: dict[str, Plan] = {}
+        self._whole_open: list[str] = []
         self.variation = Variation(record)
         self._ancestors: dict[str, frozenset[str]] = {}
         self._length_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
@@ -87,6 +89,24 @@ class Planner:
             return added != dim and self.is_table_along(source.name, dim - (added < dim))
         below = dim - (len(node.tensor.shape) - len(meta.shape))
         return below >= 0 and meta.shape[below] == node.tensor.shape[dim] and self.is_table_along(source.name, below)
+
+    def is_fixed_along(self, name: str, dim: int) -> bool:
+        """Whether a value has, along ``dim``, a table's rows and not the sequence."""
+        node = self.record.nodes[name]
+        source = node.args.get("self")
+        if self.is_table(name):
+            return True
+        if node.tensor is None or not isinstance(node.tensor.shape[dim], int) or not isinstance(source, Ref):
+            return False
+        if self.axis_of(node.tensor.shape[dim]) is not None:
+            return False
+        if node.base_op == "aten.index_select":
+            return node.args["dim"] != dim and self.is_fixed_along(source.name, dim)
+        indices = node.args.get("indices")
+        if node.base_op == "aten.index" and isinstance(indices, tuple) and len(indices) == 1:
+            added = len(node.tensor.shape) - len(self.record.nodes[source.name].tensor.shape)  # type: ignore[union-attr]
+            return dim > added and self.is_fixed_along(source.name, dim - added)
+        return False
 
     def _counts_the_sequence(self, name: str) -> bool:
         """Whether a value is computed from an arange as long as a sequence (or one whose length is not known)."""
@@ -129,6 +149,33 @@ class Planner:
             parts = [(path, self.scalar(ref)) for path, ref in node.named_refs() if Dep.LENGTH in self.deps[ref]]
             return self._scalars.setdefault(name, Reapply(name, tuple(parts)))
         raise Refuse(f"a number computed from the sequence length by {node.op}", name, "BL104")
+
+    def at_full_length(self, name: str) -> Plan:
+        """A value without user contents in natural order, as long as the whole sequence on every rank.
+
+        Raises:
+            Refuse: a size on the way is not known to be made from the length.
+        """
+        if name in self._whole:
+            return self._whole[name]
+        if len(self._whole_open) > 400:
+            raise Refuse("a chain of more than 400 ops", name)
+        node = self.record.nodes[name]
+        replace: list[tuple[str, object]] = []
+        self._whole_open.append(name)
+        for path, ref in node.named_refs():
+            operand = self.record.nodes[ref]
+            if not isinstance(operand.meta, TensorMeta | tuple):
+                plan = self.scalar(ref)
+            elif Dep.USER in self.deps[ref]:
+                raise Refuse("it is computed from user inputs", ref)
+            else:
+                plan = self.at_full_length(ref)
+            if not isinstance(plan, Existing):
+                replace.append((path, plan))
+        self._whole_open.pop()
+        self._whole[name] = Reapply(name, tuple(replace)) if replace else Existing(name)
+        return self._whole[name]
 
     # -- rebuilding -----------------------------------------------------------------------------------------
 
