@@ -42,7 +42,7 @@ class Planner:
         self.col_inputs = col_inputs
         self.cuts: dict[CutKey, Cut] = {}
         self.input_roles: dict[str, set[str]] = {}
-        self.position_iotas: set[str] = set()  # arange nodes that a one-axis read takes as position ids
+        self.position_iotas: set[tuple[str, str]] = set()  # (arange, axis) that a one-axis read takes as position ids
         self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
         self._memo: dict[tuple[str, Labels, Context], tuple[Value, tuple[CutKey, ...]] | Refuse] = {}
         self._numbers: dict[str, str] = {}
@@ -253,7 +253,7 @@ class Planner:
             plan = self.iota(factor, context)
             if context.stream == "positions":
                 self.position_iotas.update(
-                    a for a in self.ancestors(node.name) if self.record.nodes[a].base_op == "aten.arange"
+                    (a, factor.axis) for a in self.ancestors(node.name) if self.record.nodes[a].base_op == "aten.arange"
                 )
         else:
             layout = row_shape

@@ -233,7 +233,8 @@ class MutantFeed(FeedProgram):
 
     def feed(self, batch_size, lengths, inputs, streams, device, names=None):  # type: ignore[no-untyped-def]
         """As the base, with the fault."""
-        return self.after(super().feed(batch_size, lengths, inputs, self.change(streams), device, names))
+        changed = {axis: self.change(own) for axis, own in streams.items()}
+        return self.after(super().feed(batch_size, lengths, inputs, changed, device, names))
 
 
 def with_feed(lifted: bl.LiftedProgram, change: Any = None, after: Any = None, **fields: Any) -> bl.LiftedProgram:

@@ -36,9 +36,18 @@ class Case:
     lengths: dict[str, int]
 
     @property
-    def length(self) -> int:
-        """The length of the (first) sequence axis."""
-        return next(iter(self.lengths.values()), 1)
+    def length(self) -> str:
+        """The length for a person: of the one axis, or of each by name."""
+        if len(self.lengths) < 2:
+            return str(next(iter(self.lengths.values()), 1))
+        return " ".join(f"{axis} {length}" for axis, length in self.lengths.items())
+
+    def orders(self, generator: torch.Generator, rows: int) -> dict[str, torch.Tensor]:
+        """A random order of each axis, ``[rows, length]``."""
+        return {
+            axis: torch.stack([torch.randperm(length, generator=generator) for _ in range(rows)])
+            for axis, length in self.lengths.items()
+        }
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensor inputs by name."""
@@ -232,12 +241,15 @@ def _resized(program: ExportedProgram, lifted: LiftedProgram, case: Case, seed: 
     if axes.batch is not None and all(length is not None for length in axes.lengths.values()):
         return None
     batch = case.batch if axes.batch is not None or not axes.has_batch else max(2, case.batch - 1)
-    lengths = {}
+    lengths: dict[str, int] = {}
     for axis, length in case.lengths.items():
         fixed = axes.lengths.get(axis)
         # no power of two and not the table's full length: sizes at which models take another path
         bigger = min(length + 7, lifted.feed_program.max_lengths.get(axis, length + 7) - 1)
-        lengths[axis] = length if fixed is not None else (bigger if bigger > length else max(2, length - 2))
+        wanted = length if fixed is not None else (bigger if bigger > length else max(2, length - 2))
+        if fixed is None and wanted in lengths.values() and wanted > 3:
+            wanted -= 2  # axes of the same length in the example get different ones here
+        lengths[axis] = wanted
     generator = torch.Generator().manual_seed(seed)
     named = {name: resize(value, name, lifted, batch, lengths, generator) for name, value in case.named.items()}
     leaves = iter(named.values())
