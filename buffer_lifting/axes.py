@@ -111,18 +111,17 @@ def _open_axis(node: Node, length: Size, given: Axes, result: InputLabels) -> No
         return
     first = next((name for name, axis in result.opened.items() if axis in same), "")
     first = first or next(n for n, dims in given.items() if same[0] in {a.split(":")[0] for a in dims.values()})
-    if len(same) == 1 and length != result.lengths[same[0]] or isinstance(length, int):
-        side = node.fqn.split("_")[0]
-        if side in _SIDES and side != first.split("_")[0]:
-            size = result.hints.get(str(length), length)
-            result.findings.append(
-                Finding(
-                    "BL103",
-                    f"input {node.fqn!r} has the length of {first!r}, {size}: whether they are one sequence is not known",
-                    f'pass axes={{"{first}": {{0: "batch", 1: "seq"}}, "{node.fqn}": {{0: "batch", 1: '
-                    f'"{_axis_name(node.fqn, result.lengths)}"}}}} (or "seq" for both), or export with distinct lengths',
-                )
+    side, declared = node.fqn.split("_")[0], is_symbol(length) and length in result.lengths.values()
+    if side in _SIDES and side != first.split("_")[0] and not declared:
+        size, name = result.hints.get(str(length), length), _axis_name(node.fqn, result.lengths)
+        result.findings.append(
+            Finding(
+                "BL103",
+                f"input {node.fqn!r} has the length of {first!r}, {size}: whether they are one sequence is not known",
+                f'pass axes={{"{first}": {{0: "batch", 1: "seq"}}, "{node.fqn}": {{0: "batch", 1: "{name}"}}}} (or '
+                '"seq" for both), or export with distinct lengths',
             )
+        )
 
 
 def _axis_name(name: str, taken: dict[str, Size]) -> str:
@@ -151,9 +150,8 @@ def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result:
     own = [(BATCH, result.batch), *result.lengths.items()]
     for axis, size in own:
         hint = record.hints.get(str(size)) if is_symbol(size or 0) else None
-        if hint is not None and size is not None:
-            if by_size.setdefault(hint, size) != size:
-                clash.setdefault(hint, [n for n, s in own if s == by_size[hint]]).append(axis)
+        if hint is not None and size is not None and by_size.setdefault(hint, size) != size:
+            clash.setdefault(hint, [n for n, s in own if s == by_size[hint]]).append(axis)
     names: dict[str, str] = {}
     for node in inputs:
         for dim, size in enumerate(node.tensor.shape if node.tensor else ()):

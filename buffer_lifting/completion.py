@@ -43,17 +43,17 @@ class Completion:
         for size in shape:
             dim = feature(size)
             if isinstance(size, Expr):
-                axes = [(axis, length) for axis, length in self.inputs.lengths.items() if size == length]
+                axes = [axis for axis, length in self.inputs.lengths.items() if size == length]
                 if len(axes) == 1:  # two axes of one symbol cannot be told apart here
-                    dim = (Factor(axes[0][0], COL if seen else ROW, size),)
+                    dim = (Factor(axes[0], COL if seen else ROW, size),)
                     seen = True
                 batch = self.inputs.batch
                 if isinstance(batch, Expr) and size == batch:
                     dim = (Factor(BATCH, "", batch),)
                 elif isinstance(batch, Expr):
                     rest = divide(size, batch)
-                    axes = [pair for pair in self.inputs.lengths.items() if rest == pair[1] and isinstance(rest, Expr)]
-                    if len(axes) == 1:
-                        dim = (Factor(BATCH, "", batch), Factor(axes[0][0], ROW, axes[0][1]))
+                    folded = [axis for axis, length in self.inputs.lengths.items() if rest == length]
+                    if len(folded) == 1 and isinstance(rest, Expr):
+                        dim = (Factor(BATCH, "", batch), Factor(folded[0], ROW, rest))
             result.append(dim)
         return tuple(result)
