@@ -209,6 +209,10 @@ class _Scan:
         if Dep.DATA not in dep:
             self._visit_user(node, result)
             return
+        if result is not None and result.outputs is None and is_pointwise(node):
+            # by itself a mask does not say which side its dims are read on; the data that it meets does
+            data = {name: self.labels.get(name) for name in node.refs() if Dep.DATA in self.deps[name]}
+            result = apply_rule(OpView(self.record, node, data))
         carries = self._carries(node)
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
