@@ -31,7 +31,11 @@ def scan(program: ExportedProgram | GraphModule, axes: Axes | None = None) -> Sc
         program: a fresh ExportedProgram, or an ``fx.GraphModule`` with ``get_attr`` state whose nodes have
             ``meta["val"]``. It is not modified.
         axes: input name -> dim -> ``"batch"``, ``"seq"`` (any name), ``"seq:row"`` or ``"seq:col"``; inputs that
-            are not named are inferred.
+            are not named are inferred. Axes of different names are different sequences, with lengths and orders of
+            their own (an encoder-decoder: ``{"input_ids": {0: "batch", 1: "enc"}, "decoder_input_ids": {0: "batch",
+            1: "dec"}}``). Inference calls the main input's ``"seq"``, and one that a further input of tokens or
+            hidden states opens after that input (``"decoder"`` for ``decoder_input_ids``); an input that is named
+            with its batch dim only has no sequence.
 
     Returns:
         The report. Ambiguity and everything unknown is a finding in it.
