@@ -74,7 +74,7 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
         shape = main.tensor.shape
         if len(shape) > 1 and result.batch is None:
             result.batch = shape[0]
-        _open_axis(main, shape[1] if len(shape) > 1 else shape[0], given, result)
+        _open_axis(main, shape[1] if len(shape) > 1 else shape[0], given, result, SEQ)
     for node in inputs:
         if node is not main and node.fqn not in given and _has_own_axis(node, result):
             _open_axis(node, node.tensor.shape[1], given, result)  # type: ignore[union-attr]
@@ -101,11 +101,12 @@ def _has_own_axis(node: Node, result: InputLabels) -> bool:
     return shape[1] not in (1, result.batch)
 
 
-def _open_axis(node: Node, length: Size, given: Axes, result: InputLabels) -> None:
-    """Finds the axis of an input that may have one of its own; opens it if no axis has its length."""
+def _open_axis(node: Node, length: Size, given: Axes, result: InputLabels, wanted: str = "") -> None:
+    """Opens an axis for an input (called ``wanted``, if that is free), unless an axis has its length."""
     same = [axis for axis, known in result.lengths.items() if _same(length, known, result.hints)]
     if not same:
-        axis = _axis_name(node.fqn, result.lengths) if result.opened or SEQ in result.lengths else SEQ
+        free = bool(wanted) and wanted not in result.lengths
+        axis = wanted if free else _axis_name(node.fqn, result.lengths)
         result.lengths[axis] = length
         result.opened[node.name] = axis
         return
