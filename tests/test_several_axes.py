@@ -92,7 +92,7 @@ def attending(dynamic: bool = True, **inputs: Tensor) -> Any:
     made: dict[str, Any] = {}
     exec(f"def forward(self, {names}): return self.attend({names})", made)
     model = type("Attending", (Attend,), {"forward": made["forward"]})()
-    shapes = dict.fromkeys(inputs, {0: Dim.AUTO, 1: Dim.AUTO}) if dynamic else None
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in inputs} if dynamic else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
