@@ -251,6 +251,11 @@ class _Scan:
         for path, name in node.named_refs():
             value = self.record.nodes[name]
             if Dep.DATA in self.deps[name]:
+                if result and not self._lines_up(name, result.operands.get(path)):
+                    why = (
+                        f"operand {path!r} is data, but not known to follow the sequence where it meets data that does"
+                    )
+                    self._mix(node, why, False, "BL202")
                 continue
             if not isinstance(value.meta, TensorMeta):
                 if is_pointwise(node) and self.planner.is_length_of_sequence(name):
@@ -279,6 +284,17 @@ class _Scan:
             elif self._runs_along(value.meta) and Dep.USER not in self.deps[name]:
                 why = "it has the size of the sequence, but does not line up with the data's sequence dim"
                 self._refused(node, path, value, (), Refuse(why, name))
+
+    def _lines_up(self, name: str, alignment: Alignment | None) -> bool:
+        """Whether each dim of a data operand runs along the sequence and in the role that its reader aligns it to."""
+        meta, known = self.record.nodes[name].tensor, self.labels.get(name)
+        if alignment is None or meta is None or len(alignment.labels) != len(meta.shape):
+            return True
+        own = known[0] if known else ((),) * len(meta.shape)
+        return all(
+            size == 1 or not has_seq(wanted) or seq_axes((wanted,)) == seq_axes((has,))
+            for size, wanted, has in zip(meta.shape, alignment.labels, own, strict=True)
+        )
 
     def _mixed_refusal(self, name: str) -> Refuse:
         why = "it is computed from user inputs by an op that mixes the sequence, and has no sequence dim to gather"
