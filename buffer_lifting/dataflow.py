@@ -5,8 +5,9 @@ from __future__ import annotations
 from enum import Flag, auto
 
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
+from buffer_lifting.graph.sizes import atoms
 from buffer_lifting.labels import Labels, has_seq, is_labelled
-from buffer_lifting.ops import content_operands, is_mutating, is_random, is_view
+from buffer_lifting.ops import content_operands, is_mutating, is_random, is_view, length_operands
 
 
 class Dep(Flag):
@@ -20,6 +21,7 @@ class Dep(Flag):
     DATA = auto()  # user contents together with parameters, or differentiable user input: an activation
     RANDOM = auto()
     WRITTEN = auto()  # storage that the graph writes to in place
+    LENGTH = auto()  # contents made from the length of a sequence, as a number or by a reduction over it
 
 
 def analyse(
@@ -27,6 +29,9 @@ def analyse(
 ) -> dict[str, Dep]:
     """The dependence of every node, in one pass. ``positional`` inputs are lifted ones: state, not user contents."""
     written = written_storage(record)
+    lengths = frozenset(
+        atom for labels in input_labels.values() for dim in labels for f in dim if f.is_seq for atom in atoms(f.size)
+    )
     deps: dict[str, Dep] = {}
     for node in record.nodes.values():
         dep = Dep.NONE
@@ -40,7 +45,8 @@ def analyse(
                 dep |= Dep.DATA
         else:
             for name in content_operands(node):
-                dep |= deps[name]
+                dep |= deps[name] & ~Dep.LENGTH if isinstance(record.nodes[name].meta, ScalarMeta) else deps[name]
+            dep |= _length(record, node, deps, lengths)
             if node.base_op in ("aten.sym_size", "aten.arange", "aten.tril_indices", "aten.triu_indices"):
                 dep |= Dep.IOTA
             if is_random(node):
@@ -51,6 +57,21 @@ def analyse(
             dep |= Dep.WRITTEN
         deps[node.name] = dep
     return deps
+
+
+def _length(record: GraphRecord, node: Node, deps: dict[str, Dep], lengths: frozenset[str]) -> Dep:
+    """Whether a number, or a value without a sequence dim of its own, is made from the length of a sequence."""
+    if isinstance(node.meta, ScalarMeta):
+        own = node.meta.size is not None and bool(atoms(node.meta.size) & lengths)
+        return Dep.LENGTH if own or any(Dep.LENGTH in deps[name] for name in node.refs()) else Dep.NONE
+    numbers = (name for _, name in length_operands(node) if isinstance(record.nodes[name].meta, ScalarMeta))
+    if any(Dep.LENGTH in deps[name] for name in numbers):
+        return Dep.LENGTH
+    if node.tensor is None or any(atoms(size) & lengths for size in node.tensor.shape):
+        return Dep.NONE
+    operands = (record.nodes[name] for name in content_operands(node))
+    reduced = any(n.tensor and any(atoms(size) & lengths for size in n.tensor.shape) for n in operands)
+    return Dep.LENGTH if reduced else Dep.NONE
 
 
 def _differentiable(node: Node, labels: Labels | None) -> bool:

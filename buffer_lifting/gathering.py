@@ -30,6 +30,7 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
     With ``natural`` the node itself is the table: a value of the whole sequence in natural order.
     """
     base, starts = node, {dim: 0 for dim, label in enumerate(labels) if has_seq(label)}
+    computed: list[tuple[int, Plan]] = []
     for dim in starts:
         if len(labels[dim]) != 1:
             raise Refuse("the rows of a table are folded with other dims", node.name)
@@ -41,9 +42,16 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
                 break
             start = base.args.get("start") or 0
             step = base.args.get("step", 1)
-            if not isinstance(start, int) or start < 0 or step != 1:
-                raise Refuse("a slice whose start is computed", base.name)
-            starts[dim] += start
+            if isinstance(start, Ref) and step == 1:
+                computed.append((dim, planner.scalar(start.name)))
+            elif not isinstance(start, int) or step != 1:
+                raise Refuse("a slice with a step", base.name)
+            elif start >= 0:
+                starts[dim] += start
+            elif isinstance(shape[dim], int):
+                starts[dim] += int(shape[dim]) + start  # type: ignore[arg-type]
+            else:
+                raise Refuse("a slice that starts at the end of a table of unknown length", base.name)
         base = source
     if any(is_labelled(labels[d]) and d not in starts for d in range(len(labels))):
         raise Refuse("a table with a batch dim", node.name)
@@ -58,6 +66,8 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
         index = planner.iota(labels[dim][0], context)
         if start:
             index = Call("aten.add.Scalar", (index, start), node.name)
+        for _, plan in (pair for pair in computed if pair[0] == dim):
+            index = Call("aten.add.Tensor", (index, plan), node.name)
         indices.append((dim, index))
     return gather(node.name, Existing(base.name), len(base.tensor.shape), indices, len(labels))
 

@@ -13,6 +13,8 @@ from buffer_lifting.graph.sizes import Size, divide, multiply
 BATCH = "batch"
 ROW = "row"  # the query side of attention, and every value that is not attention-shaped
 COL = "col"  # the key side
+SINKS = "col+"  # the keys, and behind them columns that are no keys (attention sinks)
+KEYS = (COL, SINKS)
 
 
 class Factor(NamedTuple):
@@ -72,6 +74,12 @@ def with_role(dim: DimLabel, role: str) -> DimLabel:
     return tuple(factor._replace(role=role) if factor.is_seq else factor for factor in dim)
 
 
+def transposed(labels: Labels) -> Labels:
+    """The same dims with the roles of queries and keys exchanged."""
+    other = {ROW: COL, COL: ROW}
+    return tuple(tuple(f._replace(role=other.get(f.role, f.role)) if f.is_seq else f for f in dim) for dim in labels)
+
+
 def regroup(labels: Labels, shape: tuple[Size, ...]) -> Labels | None:
     """Labels after a reshape to ``shape``, or ``None`` if it splits a batch or sequence factor.
 
@@ -118,15 +126,20 @@ def _merge_features(dim: list[Factor]) -> DimLabel:
 
 
 def broadcast(parts: list[Labels], shape: tuple[Size, ...]) -> Labels | None:
-    """Labels of a broadcast result of ``shape`` from its operands' labels; ``None`` where two disagree."""
+    """Labels of a broadcast result of ``shape`` from its operands' labels; ``None`` where two disagree.
+
+    An operand that has features where another has a sequence or batch disagrees as well, unless its size is 1.
+    """
     result: list[DimLabel] = []
     for offset in range(len(shape), 0, -1):
         found: DimLabel | None = None
+        plain = False
         for labels in parts:
             if offset > len(labels):
                 continue
             dim = labels[-offset]
             if not is_labelled(dim):
+                plain |= bool(dim)
                 continue
             if found is not None and found != dim:
                 if all(f.size == 1 for f in found):
@@ -135,6 +148,8 @@ def broadcast(parts: list[Labels], shape: tuple[Size, ...]) -> Labels | None:
                     return None
                 continue
             found = dim
+        if found is not None and plain and any(f.size != 1 for f in found):
+            return None
         result.append(found if found is not None else feature(shape[-offset]))
     sequences = [(factor.axis, factor.role) for dim in result for factor in dim if factor.is_seq]
     return tuple(result) if len(sequences) == len(set(sequences)) else None

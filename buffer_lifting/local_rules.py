@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from buffer_lifting.axis_rules import permutation
 from buffer_lifting.gathering import gather, gather_rows, operand_of
 from buffer_lifting.graph.record import Node, Ref, TensorMeta
-from buffer_lifting.graph.sizes import Size
+from buffer_lifting.graph.sizes import Size, product
 from buffer_lifting.labels import BATCH, COL, ROW, DimLabel, Factor, Labels, has_seq, is_labelled, regroup
-from buffer_lifting.ops import FILLS, is_mutating, is_pointwise
+from buffer_lifting.ops import FILLS, ORDER_FREE, is_mutating, is_pointwise
 from buffer_lifting.plan import AxisSize, Call, Context, Existing, Plan, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 LocalRule = Callable[["Planner", Node, Labels, Context], Value]
 _RULES: dict[str, LocalRule] = {}
+_SPLITS = ("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unbind")
 
 
-def _rule(*names: str) -> Callable[[LocalRule], LocalRule]:
+def local_rule(*names: str) -> Callable[[LocalRule], LocalRule]:
+    """Registers a rule for ops, by their name without namespace and overload."""
+
     def register(function: LocalRule) -> LocalRule:
         for name in names:
-            _RULES[f"aten.{name}"] = function
+            _RULES[name if name == "getitem" else f"aten.{name}"] = function
         return function
 
     return register
@@ -84,7 +87,7 @@ def dim_size(dim: DimLabel, size: Size, node: str) -> object:
     return result if constant == 1 else -1
 
 
-def _unchanged(node: Node, *values: Value) -> Value | None:
+def unchanged(node: Node, *values: Value) -> Value | None:
     """The node itself if none of its operands changed."""
     if any(value.changed for value in values):
         return None
@@ -95,11 +98,12 @@ def _unchanged(node: Node, *values: Value) -> Value | None:
 def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     rank = len(labels)
     operands: list[tuple[str, Value]] = []
+    numbers: list[tuple[str, object]] = []
     for path, name in node.named_refs():
         meta = planner.record.nodes[name].meta
         if not isinstance(meta, TensorMeta):
             if planner.is_length_of_sequence(name):
-                raise Refuse("the sequence length itself enters the value", node.name, "BL104")
+                numbers.append((path, planner.scalar(name)))
             continue
         if node.op in ("aten.type_as.default", "aten.to.other", "aten._to_copy.default") and path == "other":
             continue
@@ -107,11 +111,11 @@ def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -
             () if size == 1 else dim for size, dim in zip(meta.shape, labels[rank - len(meta.shape) :], strict=True)
         )
         operands.append((path, planner.rebuild(name, own, context)))
-    same = _unchanged(node, *(value for _, value in operands))
+    same = None if numbers else unchanged(node, *(value for _, value in operands))
     if same:
         return same
     lane = any(value.lane for _, value in operands)
-    replace: list[tuple[str, object]] = []
+    replace = numbers
     for path, value in operands:
         plan = value.plan
         if value.lane:
@@ -124,12 +128,15 @@ def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -
 def _fill(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """The same value everywhere: one element, expanded to the sizes of this shard."""
     fill = node.args.get("fill_value")
-    if isinstance(fill, Ref):
-        raise Refuse("a fill with a computed value", node.name)
-    if not any(is_labelled(dim) for dim in labels):
-        return Value(Existing(node.name), False, len(labels))
-    assert node.tensor is not None
     plan: Plan = Existing(node.name)
+    if isinstance(fill, Ref):
+        if planner.record.nodes[fill.name].tensor is not None:
+            raise Refuse("a fill with a computed value", node.name)
+        if planner.is_length_of_sequence(fill.name):
+            plan = Reapply(node.name, (("fill_value", planner.scalar(fill.name)),))
+    if not any(is_labelled(dim) for dim in labels):
+        return Value(plan, False, len(labels))
+    assert node.tensor is not None
     sizes = []
     for index, (dim, size) in enumerate(zip(labels, node.tensor.shape, strict=True)):
         if is_labelled(dim):
@@ -138,17 +145,132 @@ def _fill(planner: Planner, node: Node, labels: Labels, context: Context) -> Val
     return Value(Call("aten.expand.default", (plan, tuple(sizes)), node.name), False, len(labels))
 
 
-@_rule("unsqueeze")
+@local_rule("scalar_tensor")
+def _scalar_tensor(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    number = node.args.get("s")
+    if not isinstance(number, Ref) or not planner.is_length_of_sequence(number.name):
+        return Value(Existing(node.name), False, 0)
+    return Value(Reapply(node.name, (("s", planner.scalar(number.name)),)), False, 0)
+
+
+@local_rule("max", "min", "amax", "amin", "any", "all", "sum")
+def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """A reduction over a sequence axis is taken over the keys, which are the whole sequence on every rank."""
+    if node.op in ("aten.max.other", "aten.min.other"):
+        return _pointwise(planner, node, labels, context)
+    source, shape = operand_of(planner, node)
+    assert node.tensor is not None
+    exact = node.base_op in ORDER_FREE or not node.tensor.is_floating
+    if not exact or node.op in ("aten.max.dim", "aten.min.dim"):
+        raise Refuse(f"{node.op} is not known to be local along the sequence", node.name)
+    dims = node.args.get("dim")
+    chosen = dims if isinstance(dims, tuple) else () if dims is None else (dims,)
+    over = sorted({d % len(shape) for d in chosen if isinstance(d, int)}) or list(range(len(shape)))
+    keep = bool(node.args.get("keepdim"))
+    own: list[DimLabel] = []
+    rest = list(labels)
+    for dim, size in enumerate(shape):
+        along = planner.axis_of(size) if dim in over else None
+        own.append((Factor(along, COL, size),) if along else () if dim in over else rest[0])
+        if keep or dim not in over:
+            rest.pop(0)
+    if sum(has_seq(dim) for d, dim in enumerate(own) if d in over) != 1:
+        raise Refuse("a reduction over dims of which not exactly one is the sequence", node.name)
+    value = planner.rebuild(source.name, tuple(own), context)
+    if not value.lane:
+        raise Refuse("a reduction of a value that does not follow the sequence", node.name)
+    op = {"aten.max": "aten.amax", "aten.min": "aten.amin"}.get(node.base_op, node.base_op)
+    overload = {"aten.amax": "default", "aten.amin": "default", "aten.sum": "dim_IntList"}.get(op, "dims")
+    over_lane = tuple(d + 1 for d in over)
+    return Value(Call(f"{op}.{overload}", (value.plan, over_lane, keep), node.name), True, len(labels))
+
+
+@local_rule("getitem")
+def _getitem(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """One part of a value that was split along a dim other than the sequence."""
+    parts, index = node.args.get("0"), node.args.get("1")
+    split = planner.record.nodes[parts.name] if isinstance(parts, Ref) else None
+    metas = split.meta if split is not None and isinstance(split.meta, tuple) else ()
+    if split is None or not isinstance(index, int) or split.base_op not in _SPLITS:
+        raise Refuse(f"a result of {split.op if split else 'an op'} is not known to be local", node.name)
+    source, shape = operand_of(planner, split)
+    dim = int(split.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+    if split.base_op == "aten.unbind":
+        value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim:]), context, picked=dim)
+        call = Call("aten.select.int", (value.plan, dim + value.lane, index), node.name)
+        return unchanged(node, value) or Value(call, value.lane, len(labels))
+    if is_labelled(labels[dim]):
+        raise Refuse("a value split along the sequence", node.name)
+    sizes = [meta.shape[dim] for meta in metas if isinstance(meta, TensorMeta)]
+    if not all(isinstance(size, int) for size in sizes):
+        raise Refuse("a value split into parts of computed size", node.name)
+    start = sum(size for size in sizes[:index] if isinstance(size, int))
+    value = planner.rebuild(source.name, labels, context, picked=dim)
+    bounds = (dim + value.lane, start, start + int(sizes[index]))  # type: ignore[arg-type]
+    return unchanged(node, value) or Value(
+        Call("aten.slice.Tensor", (value.plan, *bounds), node.name), value.lane, len(labels)
+    )
+
+
+@local_rule("repeat")
+def _repeat(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """Copies along the batch are the lane; along other dims they are made again."""
+    source, shape = operand_of(planner, node)
+    repeats = node.args.get("repeats")
+    if not isinstance(repeats, tuple) or node.tensor is None:
+        raise Refuse("a repeat by a computed number", node.name)
+    missing = len(labels) - len(shape)
+    own: list[DimLabel] = []
+    again: list[object] = []
+    spread: list[object] = []
+    for index, (dim, times) in enumerate(zip(labels, repeats, strict=True)):
+        before: Size = 1 if index < missing else shape[index - missing]
+        rest = dim[1:] if dim and dim[0].axis == BATCH else dim
+        spread.append(-1)
+        again.append(1)
+        if rest is not dim and product([f.size for f in rest]) == before:
+            own.append(rest)
+        elif before == 1 and has_seq(dim):
+            own.append(())
+            spread[-1] = dim_size(dim, node.tensor.shape[index], node.name)
+        elif isinstance(times, int) and (times == 1 or not is_labelled(dim)):
+            own.append(dim)
+            again[-1] = times
+        else:
+            raise Refuse("a value repeated along the sequence", node.name)
+    layout = zip(shape, own[missing:], strict=True)
+    value = planner.rebuild(source.name, tuple(() if size == 1 else dim for size, dim in layout), context)
+    if not value.changed and not has_batch_or_seq(labels):
+        return Value(Existing(node.name), False, len(labels))
+    plan = value.plan
+    for _ in range(missing):
+        plan = Call("aten.unsqueeze.default", (plan, int(value.lane)), node.name)
+    if value.lane:
+        again.insert(0, 1)
+        spread.insert(0, -1)
+    if any(size != -1 for size in spread):
+        plan = Call("aten.expand.default", (plan, tuple(spread)), node.name)
+    if any(times != 1 for times in again):
+        plan = Call("aten.repeat.default", (plan, tuple(again)), node.name)
+    return Value(plan, value.lane, len(labels))
+
+
+def has_batch_or_seq(labels: Labels) -> bool:
+    """Whether any dim is labelled."""
+    return any(is_labelled(dim) for dim in labels)
+
+
+@local_rule("unsqueeze")
 def _unsqueeze(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, shape = operand_of(planner, node)
     dim = int(node.args["dim"]) % (len(shape) + 1)  # type: ignore[arg-type]
     value = planner.rebuild(source.name, (*labels[:dim], *labels[dim + 1 :]), context)
-    return _unchanged(node, value) or Value(
+    return unchanged(node, value) or Value(
         Call("aten.unsqueeze.default", (value.plan, dim + value.lane), node.name), value.lane, len(labels)
     )
 
 
-@_rule("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
+@local_rule("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
 def _permute(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, shape = operand_of(planner, node)
     order = permutation(node, len(shape))
@@ -159,14 +281,14 @@ def _permute(planner: Planner, node: Node, labels: Labels, context: Context) -> 
         own[in_dim] = labels[out_dim]
     value = planner.rebuild(source.name, tuple(own), context)
     dims = tuple(d + value.lane for d in order)
-    return _unchanged(node, value) or Value(
+    return unchanged(node, value) or Value(
         Call("aten.permute.default", (value.plan, (0, *dims) if value.lane else dims), node.name),
         value.lane,
         len(labels),
     )
 
 
-@_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as", "reshape_as")
+@local_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as", "reshape_as")
 def _view(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, shape = operand_of(planner, node)
     assert node.tensor is not None
@@ -175,7 +297,7 @@ def _view(planner: Planner, node: Node, labels: Labels, context: Context) -> Val
         raise Refuse("a reshape splits the sequence or batch axis", node.name)
     own = tuple(() if size == 1 else dim for size, dim in zip(shape, own, strict=True))
     value = planner.rebuild(source.name, own, context)
-    same = _unchanged(node, value)
+    same = unchanged(node, value)
     if same:
         return same
     sizes = [dim_size(dim, size, node.name) for dim, size in zip(labels, node.tensor.shape, strict=True)]
@@ -195,14 +317,14 @@ def _with_sizes(labels: Labels, shape: tuple[Size, ...]) -> Labels:
     )
 
 
-@_rule("expand", "expand_as", "broadcast_to")
+@local_rule("expand", "expand_as", "broadcast_to")
 def _expand(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, shape = operand_of(planner, node)
     assert node.tensor is not None
     missing = len(labels) - len(shape)
     own = tuple(() if size == 1 else dim for size, dim in zip(shape, labels[missing:], strict=True))
     value = planner.rebuild(source.name, own, context)
-    same = _unchanged(node, value)
+    same = unchanged(node, value)
     if same and not any(has_seq(dim) for dim in labels):
         return same
     plan = value.plan
@@ -219,33 +341,33 @@ def _expand(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     return Value(Call("aten.expand.default", (plan, tuple(sizes)), node.name), value.lane, len(labels))
 
 
-@_rule("alias", "contiguous", "clone", "detach")
+@local_rule("alias", "contiguous", "clone", "detach")
 def _copy(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, _ = operand_of(planner, node)
     value = planner.rebuild(source.name, labels, context)
-    return _unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
+    return unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
 
 
-@_rule("select")
+@local_rule("select")
 def _select(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, shape = operand_of(planner, node)
     dim, index = int(node.args["dim"]) % len(shape), node.args["index"]  # type: ignore[arg-type]
     if not isinstance(index, int):
         raise Refuse("an element picked at a computed index", node.name)
     value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim:]), context, picked=dim)
-    return _unchanged(node, value) or Value(
+    return unchanged(node, value) or Value(
         Call("aten.select.int", (value.plan, dim + value.lane, index), node.name), value.lane, len(labels)
     )
 
 
-@_rule("slice", "narrow")
+@local_rule("slice", "narrow")
 def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, shape = operand_of(planner, node)
     assert node.tensor is not None
     dim = int(node.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
     if node.tensor.shape[dim] == shape[dim]:
         value = planner.rebuild(source.name, labels, context)
-        return _unchanged(node, value) or value
+        return unchanged(node, value) or value
     if not is_labelled(labels[dim]):
         if node.base_op != "aten.slice" or not all(
             node.args.get(key) is None or isinstance(node.args.get(key), int) for key in ("start", "end")
@@ -253,7 +375,7 @@ def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
             raise Refuse("a slice with computed bounds", node.name)
         value = planner.rebuild(source.name, labels, context, picked=dim)
         bounds = tuple(node.args.get(key) for key in ("start", "end", "step"))
-        return _unchanged(node, value) or Value(
+        return unchanged(node, value) or Value(
             Call("aten.slice.Tensor", (value.plan, dim + value.lane, *bounds), node.name),
             value.lane,
             len(labels),
@@ -261,7 +383,7 @@ def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
     return gather_rows(planner, node, labels, context)
 
 
-@_rule("embedding")
+@local_rule("embedding")
 def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     operand_of(planner, node, "weight")
     indices, _ = operand_of(planner, node, "indices")
@@ -270,10 +392,10 @@ def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -
     if is_labelled(labels[-1]):
         raise Refuse("the features of an embedding run along the sequence", node.name)
     value = planner.rebuild(indices.name, labels[:-1], context)
-    return _unchanged(node, value) or Value(Reapply(node.name, (("indices", value.plan),)), value.lane, len(labels))
+    return unchanged(node, value) or Value(Reapply(node.name, (("indices", value.plan),)), value.lane, len(labels))
 
 
-@_rule("index")
+@local_rule("index")
 def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, _ = operand_of(planner, node)
     indices = node.args.get("indices")
@@ -288,10 +410,10 @@ def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
     if any(is_labelled(dim) for dim in labels[rank:]):
         raise Refuse("the rows of an indexed table run along the sequence", node.name)
     value = planner.rebuild(indices[0].name, labels[:rank], context)
-    return _unchanged(node, value) or Value(Reapply(node.name, (("indices.0", value.plan),)), value.lane, len(labels))
+    return unchanged(node, value) or Value(Reapply(node.name, (("indices.0", value.plan),)), value.lane, len(labels))
 
 
-@_rule("index_select")
+@local_rule("index_select")
 def _index_select(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, shape = operand_of(planner, node)
     index, _ = operand_of(planner, node, "index")
@@ -304,7 +426,7 @@ def _index_select(planner: Planner, node: Node, labels: Labels, context: Context
     return gather(node.name, Existing(source.name), len(shape), [(dim, value.plan)], len(labels))
 
 
-@_rule("cat", "stack")
+@local_rule("cat", "concat", "concatenate", "stack")
 def _cat(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     dim = int(node.args.get("dim", 0)) % len(labels)  # type: ignore[arg-type]
     if is_labelled(labels[dim]):
@@ -312,16 +434,24 @@ def _cat(planner: Planner, node: Node, labels: Labels, context: Context) -> Valu
     stacked = node.base_op == "aten.stack"
     own = (*labels[:dim], *labels[dim + 1 :]) if stacked else (*labels[:dim], (), *labels[dim + 1 :])
     values = [(path, planner.rebuild(name, own, context)) for path, name in node.named_refs()]
-    same = _unchanged(node, *(value for _, value in values))
+    same = unchanged(node, *(value for _, value in values))
     if same:
         return same
-    if not all(value.lane for _, value in values):
-        raise Refuse("values that follow the sequence joined with values that do not", node.name)
-    parts = tuple(value.plan for _, value in values)
-    return Value(Call(f"{node.base_op}.default", (parts, dim + 1), node.name), True, len(labels))
+    first = next((value.plan for _, value in values if value.lane), None)
+    if first is None:
+        raise Refuse("changed values without a batch are joined", node.name)
+    lane = Call("aten.sym_size.int", (first, 0), node.name)
+    parts = tuple(value.plan if value.lane else _spread(value, lane, node.name) for _, value in values)
+    return Value(Call(f"aten.{'stack' if stacked else 'cat'}.default", (parts, dim + 1), node.name), True, len(labels))
 
 
-@_rule("tril", "triu")
+def _spread(value: Value, lane: Plan, anchor: str) -> Plan:
+    """A value that is the same for all samples, repeated for each."""
+    lifted = Call("aten.unsqueeze.default", (value.plan, 0), anchor)
+    return Call("aten.expand.default", (lifted, (lane, *[-1] * value.rank)), anchor)
+
+
+@local_rule("tril", "triu")
 def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, _ = operand_of(planner, node)
     diagonal = node.args.get("diagonal", 0)

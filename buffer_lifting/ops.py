@@ -86,6 +86,7 @@ _SHAPE_ONLY = frozenset(
         "is_same_size",
     ]
 )
+_LIKE_OTHER = ("aten.expand_as", "aten.view_as", "aten.reshape_as")
 #: Fills: the same value at every index.
 FILLS = frozenset(
     f"aten.{name}"
@@ -133,6 +134,51 @@ def content_operands(node: Node) -> list[str]:
     """The operands whose *contents* the result depends on (not only their shape, dtype or device)."""
     if node.base_op in _SHAPE_ONLY:
         return [name for key, name in node.named_refs() if key == "fill_value"]
-    if node.op in ("aten.type_as.default", "aten.to.other"):
+    if node.op in ("aten.type_as.default", "aten.to.other") or node.base_op in _LIKE_OTHER:
         return [name for key, name in node.named_refs() if key == "self"]
     return node.refs()
+
+
+_SHAPE_ARGUMENTS = frozenset(
+    [
+        "size",
+        "sizes",
+        "shape",
+        "end",
+        "length",
+        "repeats",
+        "dim",
+        "dim0",
+        "dim1",
+        "dims",
+        "start",
+        "step",
+        "split_size",
+        "split_sizes",
+        "chunks",
+        "sections",
+        "target",
+        "output_size",
+        "k",
+        "steps",
+        "implicit",
+        "normalized_shape",
+        "stride",
+        "storage_offset",
+        "pad",
+        "padding",
+        "diagonal",
+        "offset",
+    ]
+)
+
+
+def length_operands(node: Node) -> list[tuple[str, str]]:
+    """Path and name of the symbolic numbers that enter a result's contents rather than its shape."""
+    if node.base_op in ("aten.select", "aten.slice", "aten.narrow"):
+        return [(path, name) for path, name in node.named_refs() if path in ("index", "start")]
+    return [(path, name) for path, name in node.named_refs() if path.partition(".")[0] not in _SHAPE_ARGUMENTS]
+
+
+#: Reductions that give the same bits in any order.
+ORDER_FREE = frozenset(f"aten.{name}" for name in ["max", "min", "amax", "amin", "any", "all"])

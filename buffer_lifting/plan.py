@@ -63,7 +63,7 @@ class Reapply:
     replace: tuple[tuple[str, object], ...]
 
 
-Plan = Existing | Lifted | Call | Reapply
+Plan = Existing | Lifted | AxisSize | Call | Reapply
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ sequence is cut where that is legal, else refused.
 
 from __future__ import annotations
 
+from buffer_lifting import local_compute as local_compute  # registers its rules
 from buffer_lifting.axes import InputLabels
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import gather_rows
@@ -24,8 +25,9 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.local_rules import local
-from buffer_lifting.ops import is_random, is_view
-from buffer_lifting.plan import Call, Context, Cut, CutKey, Existing, Lifted, Plan, Refuse, Value
+from buffer_lifting.ops import content_operands, is_random, is_view
+from buffer_lifting.plan import AxisSize, Call, Context, Cut, CutKey, Existing, Lifted, Plan, Reapply, Refuse, Value
+from buffer_lifting.variation import Variation
 
 
 class Planner:
@@ -48,6 +50,8 @@ class Planner:
         self._numbers: dict[str, str] = {}
         self._interned: dict[object, int] = {}
         self._tables: dict[str, bool] = {}
+        self._scalars: dict[str, Plan] = {}
+        self.variation = Variation(record)
         self._ancestors: dict[str, frozenset[str]] = {}
         self._length_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
 
@@ -61,10 +65,35 @@ class Planner:
         """Whether a value is made from state alone, so that its rows are positions whatever the sequence."""
         if name not in self._tables:
             node, dep = self.record.nodes[name], self.deps[name]
-            made_of_state = bool(dep & (Dep.STATE | Dep.PARAM)) and not dep & (Dep.USER | Dep.IOTA | Dep.RANDOM)
             shape = node.tensor.shape if node.tensor else ()
-            self._tables[name] = made_of_state and not any(atoms(size) & self._length_atoms for size in shape)
+            fixed = not dep & (Dep.USER | Dep.DATA | Dep.RANDOM | Dep.LENGTH)
+            fixed = fixed and not any(atoms(size) & self._length_atoms for size in shape)
+            self._tables[name] = fixed and not (Dep.IOTA in dep and self._counts_the_sequence(name))
         return self._tables[name]
+
+    def is_table_along(self, name: str, dim: int) -> bool:
+        """Whether a value is a table along ``dim``; it may be repeated along other dims, for the batch say."""
+        node = self.record.nodes[name]
+        if self.is_table(name):
+            return True
+        source = node.args.get("self")
+        if node.base_op not in ("aten.expand", "aten.expand_as", "aten.unsqueeze") or not isinstance(source, Ref):
+            return False
+        meta = self.record.nodes[source.name].tensor
+        if meta is None or node.tensor is None:
+            return False
+        if node.base_op == "aten.unsqueeze":
+            added = int(node.args["dim"]) % len(node.tensor.shape)  # type: ignore[arg-type]
+            return added != dim and self.is_table_along(source.name, dim - (added < dim))
+        below = dim - (len(node.tensor.shape) - len(meta.shape))
+        return below >= 0 and meta.shape[below] == node.tensor.shape[dim] and self.is_table_along(source.name, below)
+
+    def _counts_the_sequence(self, name: str) -> bool:
+        """Whether a value is computed from an arange as long as a sequence (or one whose length is not known)."""
+        lengths = set(self.inputs.lengths.values())
+        aranges = (node for a in self.ancestors(name) if (node := self.record.nodes[a]).base_op == "aten.arange")
+        sizes = [node.tensor.shape[0] if node.tensor else None for node in aranges]
+        return not sizes or any(not isinstance(size, int) or size in lengths for size in sizes)
 
     def is_length_of_sequence(self, name: str) -> bool:
         """Whether a symbolic number is made from a sequence length."""
@@ -74,6 +103,32 @@ class Planner:
         if meta.size is not None:
             return bool(atoms(meta.size) & self._length_atoms)
         return any(self.is_length_of_sequence(operand) for operand in self.record.nodes[name].refs())
+
+    def axis_of(self, size: Size) -> str | None:
+        """The sequence axis that has this size, if one has."""
+        return next((axis for axis, length in self.inputs.lengths.items() if size == length), None)
+
+    def varies_along(self, name: str, labels: Labels) -> bool:
+        """Whether a value can differ along one of the sequence dims of ``labels``."""
+        return any(flag and has_seq(dim) for flag, dim in zip(self.variation.of(name), labels, strict=True))
+
+    def scalar(self, name: str) -> Plan:
+        """A symbolic number, made from the lengths of the whole sequences (the number of keys), not of the shard."""
+        node = self.record.nodes[name]
+        if Dep.LENGTH not in self.deps[name]:
+            return Existing(name)
+        if Dep.USER in self.deps[name] or Dep.DATA in self.deps[name]:
+            raise Refuse("a number computed from user inputs", name, "BL104")
+        assert isinstance(node.meta, ScalarMeta)
+        for axis, length in self.inputs.lengths.items():
+            if node.meta.size == length:
+                factor = Factor(axis, COL, length)
+                self.iota(factor, Context("slots", "positions"))
+                return AxisSize(axis, COL, length if isinstance(length, int) else None)
+        if node.op.startswith("sym."):
+            parts = [(path, self.scalar(ref)) for path, ref in node.named_refs() if Dep.LENGTH in self.deps[ref]]
+            return self._scalars.setdefault(name, Reapply(name, tuple(parts)))
+        raise Refuse(f"a number computed from the sequence length by {node.op}", name, "BL104")
 
     # -- rebuilding -----------------------------------------------------------------------------------------
 
@@ -111,7 +166,7 @@ class Planner:
         if Dep.DATA in dep:
             raise Refuse("it is computed from differentiable data", name, "BL106", "positions must not depend on data")
         follows = any(has_seq(dim) for dim in labels)
-        if Dep.USER not in dep and not follows and not any(has_batch(dim) for dim in labels):
+        if not dep & (Dep.USER | Dep.LENGTH) and not follows and not any(has_batch(dim) for dim in labels):
             return Value(Existing(name), False, len(labels))
         if Dep.WRITTEN in dep:
             raise self._written(node)
@@ -124,18 +179,23 @@ class Planner:
         if node.kind is NodeKind.OP and is_random(node):
             raise Refuse("it draws random numbers, once for all samples", name, hint="draw them on data instead")
         legal = len(seq_axes(labels)) == 1 and not dep & (Dep.PARAM | Dep.RANDOM)
-        if legal and not self._climbs(node, labels, context):
-            return self.cut(node, labels, context)
-        mark = len(self.trail)
-        try:
-            if node.kind is NodeKind.STATE:
-                return gather_rows(self, node, labels, context)
-            return local(self, node, labels, context)
-        except Refuse:
-            del self.trail[mark:]  # what the refused attempt has used
-            if legal:
-                return self.cut(node, labels, context)
-            raise
+        refusals: list[Refuse] = []
+        climbs = not legal or not self.varies_along(node.name, labels) or self._climbs(node, labels, context)
+        for attempt in (self._local, self.cut) if climbs else (self.cut, self._local):
+            if attempt == self.cut and not legal:
+                continue
+            mark = len(self.trail)
+            try:
+                return attempt(node, labels, context)
+            except Refuse as refusal:
+                del self.trail[mark:]  # what the refused attempt has used
+                refusals.append(refusal)
+        raise refusals[0]
+
+    def _local(self, node: Node, labels: Labels, context: Context) -> Value:
+        if node.kind is NodeKind.STATE:
+            return gather_rows(self, node, labels, context)
+        return local(self, node, labels, context)
 
     def _climbs(self, node: Node, labels: Labels, context: Context) -> bool:
         if context.form == "positions":
@@ -345,7 +405,7 @@ class Planner:
         return (type(arg).__name__, arg)
 
     def ancestors(self, name: str) -> frozenset[str]:
-        """All nodes that a position value is computed from, itself included."""
+        """All nodes whose contents a position value is computed from, itself included."""
         if name not in self._ancestors:
             seen: set[str] = set()
             stack = [name]
@@ -353,7 +413,7 @@ class Planner:
                 current = stack.pop()
                 if current not in seen:
                     seen.add(current)
-                    stack.extend(self.record.nodes[current].refs())
+                    stack.extend(content_operands(self.record.nodes[current]))
             self._ancestors[name] = frozenset(seen)
         return self._ancestors[name]
 

@@ -22,14 +22,17 @@ from buffer_lifting.labels import (
     BATCH,
     COL,
     ROW,
+    DimLabel,
+    Factor,
     Labels,
+    feature,
     features,
     has_seq,
     is_labelled,
     seq_axes,
 )
 from buffer_lifting.naming import name_outputs
-from buffer_lifting.ops import ATTENTION, content_operands, is_pointwise
+from buffer_lifting.ops import ATTENTION, content_operands, is_mutating, is_pointwise, length_operands
 from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (
@@ -43,6 +46,13 @@ from buffer_lifting.program import (
 )
 
 FormOption = str | Mapping[str, str]
+
+
+def has_seq_dims(labels: Labels) -> bool:
+    """Whether any dim runs along a sequence."""
+    return any(has_seq(dim) for dim in labels)
+
+
 _CODES = {"buffer": "BL001", "constant": "BL001", "parameter": "BL002", "iota": "BL003", "input": "BL005"}
 _FORMS = ("values", "positions", "auto")
 
@@ -95,8 +105,14 @@ class _Scan:
         self.completion = Completion(inputs)
         if not inputs.lengths:
             self._no_axis()
+        read = {
+            name
+            for n in record.nodes.values()
+            for path, name in n.named_refs()
+            if not (is_mutating(n) and path == "self")
+        }
         for node in record.nodes.values():
-            if node.kind is NodeKind.STATE and node.mutated:
+            if node.kind is NodeKind.STATE and node.mutated and node.name in read:
                 self.findings.append(
                     Finding(
                         "BL101",
@@ -104,8 +120,9 @@ class _Scan:
                         "export the model without its cache (use_cache=False)",
                     )
                 )
+        live = record.live()
         for node in record.nodes.values():
-            if node.kind is NodeKind.OP:
+            if node.kind is NodeKind.OP and node.name in live:
                 self._visit(node)
             elif node.kind is NodeKind.OUTPUT:
                 self._returned(node)
@@ -204,7 +221,7 @@ class _Scan:
         dep = self.deps[node.name]
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
-        view = OpView(self.record, node, self.labels)
+        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data)
         result = apply_rule(view)
         if Dep.DATA not in dep:
             self._visit_user(node, result)
@@ -223,6 +240,25 @@ class _Scan:
             if result.mixing and (result.outputs is None or carries):
                 self._mix(node, result.mixing, result.handled, "BL200" if result.handled else "BL201")
         self._operands(node, result)
+
+    def _is_data(self, name: str) -> bool:
+        return Dep.DATA in self.deps[name]
+
+    def _positional(self, name: str) -> Labels | None:
+        """The labels of a value without user contents: dims that have the length of an axis, and vary along it."""
+        meta, dep = self.record.nodes[name].tensor, self.deps[name]
+        if meta is None or dep & (Dep.USER | Dep.DATA) or not dep & (Dep.IOTA | Dep.STATE | Dep.PARAM):
+            return None
+        result: list[DimLabel] = []
+        seen: set[str] = set()
+        for size, varies in zip(meta.shape, self.planner.variation.of(name), strict=True):
+            axis = self.planner.axis_of(size) if varies else None
+            if axis is None:
+                result.append(feature(size))
+                continue
+            result.append((Factor(axis, COL if axis in seen else ROW, size),))
+            seen.add(axis)
+        return tuple(result) if seen else None
 
     def _outputs(self, node: Node, result: AxisResult) -> tuple[Labels, ...] | None:
         completed = self.completion.complete(node, result.outputs)
@@ -258,17 +294,11 @@ class _Scan:
                     self._mix(node, why, False, "BL202")
                 continue
             if not isinstance(value.meta, TensorMeta):
-                if is_pointwise(node) and self.planner.is_length_of_sequence(name):
-                    self._refused(
-                        node,
-                        path,
-                        value,
-                        (),
-                        Refuse("the sequence length itself enters the data", name, "BL104"),
-                    )
+                if Dep.LENGTH in self.deps[name] and (path, name) in length_operands(node):
+                    self._length(node, path, value)
                 continue
             alignment = result.operands.get(path) if result else None
-            if name in self.mixed and not (alignment and any(has_seq(dim) for dim in alignment.labels)):
+            if name in self.mixed and alignment is None:
                 self._refused(node, path, value, (), self._mixed_refusal(name))
                 continue
             if alignment is None:
@@ -276,7 +306,11 @@ class _Scan:
                     why = f"how operand {path!r} of {node.op} lines up with the sequence is not known"
                     self._refused(node, path, value, (), Refuse(why, node.name))
                 continue
-            if any(has_seq(dim) for dim in alignment.labels):
+            if (
+                name in self.mixed
+                or any(has_seq(dim) for dim in alignment.labels)
+                or (Dep.LENGTH in self.deps[name] and Dep.USER not in self.deps[name])
+            ):
                 self._read(_Edge(node, path, value, alignment))
             elif self._varies_along_batch(value, alignment):
                 why = "it varies along the batch, which microbatches cut: every microbatch would read the first rows"
@@ -296,6 +330,19 @@ class _Scan:
             for size, wanted, has in zip(meta.shape, alignment.labels, own, strict=True)
         )
 
+    def _length(self, node: Node, path: str, value: Node) -> None:
+        """A number made from a sequence length: taken from the keys, which are as many as the whole sequence."""
+        edge = _Edge(node, path, value, Alignment((), None))
+        self.planner.trail.clear()
+        try:
+            if not is_pointwise(node) and node.base_op != ATTENTION:
+                raise Refuse("the sequence length itself enters the data", node.name, "BL104")
+            plan = self.planner.scalar(value.name)
+        except Refuse as refusal:
+            self._refused(node, path, value, (), refusal)
+            return
+        self._accept(edge, Value(plan, False, 0), list(dict.fromkeys(self.planner.trail)), None)
+
     def _mixed_refusal(self, name: str) -> Refuse:
         why = "it is computed from user inputs by an op that mixes the sequence, and has no sequence dim to gather"
         return Refuse(why, name, "BL105", "compute it outside the model and give it as an input")
@@ -314,6 +361,13 @@ class _Scan:
 
     def _read(self, edge: _Edge) -> None:
         value, labels = edge.value, edge.alignment.labels
+        dep = self.deps[value.name]
+        if (
+            has_seq_dims(labels)
+            and not dep & (Dep.USER | Dep.WRITTEN)
+            and not self.planner.varies_along(value.name, labels)
+        ):
+            return
         two_axis = len(seq_axes(labels)) > 1
         context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
         self.planner.trail.clear()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import sympy  # type: ignore[import-untyped]
@@ -28,16 +30,28 @@ tree_map = pytree.tree_map
 _SIZES: dict[sympy.Expr, sizes.Size] = {}
 
 
-def size_of(value: int | torch.SymInt) -> sizes.Size:
-    """A torch size as a :data:`sizes.Size`. Private: ``SymInt.node.expr`` (no public reader of the expression)."""
+def size_of(value: int | torch.SymInt, ranges: sizes.Ranges | None = None) -> sizes.Size:
+    """A torch size as a :data:`sizes.Size`. Private: ``SymInt.node.expr`` (no public reader of the expression).
+
+    ``Max`` and ``Min`` are resolved where the ranges of their symbols tell which side it is.
+    """
     if isinstance(value, torch.SymInt):
-        return _convert(value.node.expr)
+        return _convert(value.node.expr, ranges or {})
     return int(value)
 
 
-def _convert(expr: sympy.Expr) -> sizes.Size:
+def _convert(expr: sympy.Expr, ranges: sizes.Ranges) -> sizes.Size:
     if expr in _SIZES:
         return _SIZES[expr]
+    chooses = any(type(part).__name__ in ("Max", "Min") for part in sympy.preorder_traversal(expr))
+    if type(expr).__name__ in ("Max", "Min") and len(expr.args) == 2:
+        left, right = (_convert(cast(sympy.Expr, arg), ranges) for arg in expr.args)
+        chosen = sizes.larger(left, right, ranges)
+        if chosen is None:
+            return sizes.symbol(str(expr))
+        if type(expr).__name__ == "Min":
+            chosen = right if chosen == left else left
+        return chosen
     result: sizes.Size
     if expr.is_Integer:
         return int(expr)
@@ -46,14 +60,15 @@ def _convert(expr: sympy.Expr) -> sizes.Size:
     elif expr.is_Add:
         result = 0
         for term in expr.args:
-            result = sizes.add(result, _convert(cast(sympy.Expr, term)))
+            result = sizes.add(result, _convert(cast(sympy.Expr, term), ranges))
     elif expr.is_Mul:
-        result = sizes.product(_convert(cast(sympy.Expr, factor)) for factor in expr.args)
+        result = sizes.product(_convert(cast(sympy.Expr, factor), ranges) for factor in expr.args)
     elif expr.is_Pow and expr.args[1].is_Integer and int(expr.args[1]) > 0:
-        result = sizes.product([_convert(cast(sympy.Expr, expr.args[0]))] * int(expr.args[1]))
+        result = sizes.product([_convert(cast(sympy.Expr, expr.args[0]), ranges)] * int(expr.args[1]))
     else:
         result = sizes.symbol(str(expr))
-    _SIZES[expr] = result
+    if not chooses:
+        _SIZES[expr] = result
     return result
 
 
@@ -83,7 +98,8 @@ def replace_operands(node: Node, replace: Mapping[str, Any]) -> tuple[tuple[Any,
     Private: ``OpOverload._schema``, as in :func:`schema_args`.
     """
     args, kwargs = list(node.args), dict(node.kwargs)
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else [str(i) for i in range(len(args))]
     for path, value in replace.items():
         key, _, index = path.partition(".")
         place = names.index(key)
@@ -259,3 +275,46 @@ def _replicate() -> type:
 def REPLICATE() -> Any:
     """The chunk spec of a keyword that every microbatch gets whole."""
     return _replicate()()
+
+
+_RENAMED = {
+    "zero_": "zeros_like",
+    "fill_": "fill",
+    "__iand__": "bitwise_and",
+    "__ior__": "bitwise_or",
+    "__ixor__": "bitwise_xor",
+}
+
+
+def functional_form(target: Any) -> Any:
+    """The op that returns what an in-place op of the same overload would write; ``None`` if there is none.
+
+    Private: ``OpOverload._schema`` (no public map from in-place to functional ops).
+    """
+    schema = target._schema
+    _, _, name = schema.name.partition("::")
+    name = _RENAMED.get(name, name[:-1] if name.endswith("_") and not name.endswith("__") else "")
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    if packet is None or written != [schema.arguments[0].name] or len(schema.returns) != 1:
+        return None
+    overload = "default" if name == "zeros_like" else schema.overload_name or "default"
+    form = getattr(packet, overload, None)
+    if form is None or torch.Tag.nondeterministic_seeded in target.tags:
+        return None
+    return form
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Keeps torch from logging a traceback when an op on fakes fails, which some callers expect.
+
+    Private: the logger's name (there is no switch for it).
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -18,6 +18,7 @@ from buffer_lifting.oracles.equivariance import check_equivariance
 from buffer_lifting.oracles.identity import check_identity
 from buffer_lifting.oracles.running import Case, example_cases
 from buffer_lifting.oracles.values import check_values
+from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.program import Check, VerifyReport
 from buffer_lifting.stages import StagedProgram
 
@@ -112,7 +113,7 @@ def _failing_node(error: BaseException) -> str:
 
 def _notes(program: ExportedProgram, lifted: LiftedProgram, cases: list[Case]) -> tuple[str, ...]:
     notes = []
-    record = build_record(program)
+    record = build_record(program, normalize(program, read_only=True).graph)
     if any(Dep.RANDOM in dep for dep in analyse(record, {}).values()):
         notes.append("the program draws random numbers (dropout): the generator was set alike before each run")
     if len(cases) == 1:

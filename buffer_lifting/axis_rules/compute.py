@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, as_it_is, pointwise, rule
+from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import (
     COL,
+    KEYS,
+    ROW,
     DimLabel,
     Labels,
     batch_dim,
@@ -48,7 +51,7 @@ def _matmul(view: OpView) -> AxisResult:
     left, right = view.labels(left_path), view.labels(right_path)
     lhs = left if left is not None else features(left_shape)
     rhs = right if right is not None else features(right_shape)
-    outer = broadcast([lhs[:-2], rhs[:-2]], shape[:-2])
+    outer = broadcast([own[:-2] for own in (left, right) if own is not None], shape[:-2])
     if outer is None:
         return AxisResult(None, mixing="elements at different sequence positions meet")
     row, col = lhs[-2], rhs[-1]
@@ -109,8 +112,11 @@ def _einsum(view: OpView) -> AxisResult:
     by_letter: dict[str, DimLabel] = {}
     for (path, _), letters in zip(view.tensors(), left.split(","), strict=True):
         for letter, dim in zip(letters, view.labels(path) or (), strict=False):
-            if is_labelled(dim) and by_letter.setdefault(letter, dim) != dim:
+            known = by_letter.setdefault(letter, dim) if is_labelled(dim) else dim
+            if known != dim and (letter in target or with_role(known, COL) != with_role(dim, COL)):
                 return AxisResult(None, mixing="elements at different sequence positions meet")
+            if known != dim:
+                by_letter[letter] = with_role(dim, COL)  # summed over: the keys of scores and of values
     out: list[DimLabel] = []
     for letter, size in zip(target, shape, strict=True):
         dim = by_letter.get(letter, feature(size))
@@ -196,7 +202,9 @@ def _reduce(view: OpView) -> AxisResult:
         if index not in over:
             out.append(dim)
             continue
-        if has_seq(dim):
+        if has_seq(dim) and all(f.role in KEYS for f in dim if f.is_seq):
+            mixing, handled = "attention: a reduction over keys", True
+        elif has_seq(dim):
             handled = len(over) == rank and view.node.base_op in (
                 "aten.sum",
                 "aten.mean",
@@ -288,6 +296,8 @@ def _along_dim(view: OpView) -> AxisResult:
 def _moves(view: OpView) -> AxisResult:
     labels, shape = view.labels("self"), view.shape("out")
     op = view.node.base_op
+    if labels is None and shape is not None and op in ("aten.gather", "aten.index", "aten.index_select"):
+        return _from_table(view, shape)
     if labels is None or shape is None:
         return AxisResult(None)
     if op in ("aten.roll", "aten.flip"):
@@ -302,13 +312,81 @@ def _moves(view: OpView) -> AxisResult:
         changed = {len(labels) - 1 - i // 2 for i, width in enumerate(widths) if width != 0}
         if widths and not any(is_labelled(labels[d]) for d in changed):
             return AxisResult((tuple(feature(shape[d]) if d in changed else x for d, x in enumerate(labels)),))
+    if op == "aten.index":
+        return _index(view, labels, shape)
     if op in ("aten.gather", "aten.index_select"):
         dim = view.dim("dim", len(labels))
         if not is_labelled(labels[dim]):
-            out = (*labels[:dim], feature(shape[dim]), *labels[dim + 1 :])
-            operands = {"index": align(out, view.shape("index") or ())} if op == "aten.gather" else {}
-            return AxisResult((out,), operands)
+            picked = _picked(view, "index", dim if op == "aten.gather" else 0, labels)
+            out = (*labels[:dim], picked, *labels[dim + 1 :])
+            if op == "aten.index_select":
+                return AxisResult((out,), {"index": Alignment((picked,), None)})
+            return AxisResult((out,), {"index": align(out, view.shape("index") or ())})
     return AxisResult(None, mixing=f"{op} may move elements along the sequence")
+
+
+def _from_table(view: OpView, shape: tuple[Size, ...]) -> AxisResult:
+    """Rows of a table without data or user contents, picked by an index with labels."""
+    if view.is_lost("self"):
+        return AxisResult(None)
+    if view.node.base_op == "aten.gather":
+        index = view.labels("index")
+        return AxisResult(None if index is None else (index,), {} if index is None else {"index": as_it_is(index)})
+    arg = view.node.args.get("indices")
+    paths = [f"indices.{d}" for d, item in enumerate(arg) if item is not None] if isinstance(arg, tuple) else ["index"]
+    dim = view.dim("dim", len(view.shape("self") or ())) if paths == ["index"] else int(paths[0].partition(".")[2])
+    index = view.labels(paths[0]) if len(paths) == 1 else None
+    if index is None:
+        return AxisResult(None)
+    rest = shape[dim + len(index) :]
+    out = (*features(shape[:dim]), *index, *features(rest))
+    return AxisResult((out,), {paths[0]: as_it_is(index)})
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(view: OpView) -> AxisResult:
+    labels, shape = view.labels("self"), view.shape("out")
+    dim = view.node.args.get("dim")
+    if labels is None or shape is None:
+        return AxisResult(None)
+    if not isinstance(dim, int) or is_labelled(labels[dim % len(labels)]):
+        return AxisResult(None, mixing="the sequence is repeated")
+    dim %= len(labels)
+    return AxisResult(((*labels[:dim], feature(shape[dim]), *labels[dim + 1 :]),))
+
+
+def _picked(view: OpView, path: str, dim: int, labels: Labels) -> DimLabel:
+    """The label of a dim that an index picks from features: ``scores.gather(-1, i - j)`` makes it the keys."""
+    shape, own = view.shape(path) or (), view.labels(path) or view.positional(path)
+    label = own[dim] if own else ()
+    if not has_seq(label):
+        return feature(shape[dim])
+    taken = {(f.axis, f.role) for other in labels for f in other if f.is_seq}
+    for role in (ROW, COL):
+        if not any((f.axis, role) in taken for f in label):
+            return with_role(label, role)
+    return feature(shape[dim])
+
+
+def _index(view: OpView, labels: Labels, shape: tuple[Size, ...]) -> AxisResult:
+    """Features picked by one index: ``qkv[:, :, :, [-2]]``."""
+    indices = view.node.args.get("indices")
+    given = (
+        [(d, f"indices.{d}") for d, arg in enumerate(indices) if arg is not None] if isinstance(indices, tuple) else []
+    )
+    if len(given) != 1 or is_labelled(labels[given[0][0]]):
+        return AxisResult(None, mixing="aten.index may move elements along the sequence")
+    dim, path = given[0]
+    own = view.shape(path) or ()
+    meta = view.record.nodes[dict(view.node.named_refs())[path]].tensor
+    if meta is None or meta.dtype == "bool":
+        return AxisResult(None, mixing="aten.index by a mask may move elements along the sequence")
+    rest = (*labels[:dim], *labels[dim + 1 :])
+    picked = tuple(_picked(view, path, d, rest) for d in range(len(own)))
+    if len({(f.axis, f.role) for d in picked for f in d if f.is_seq}) != sum(has_seq(d) for d in picked):
+        return AxisResult(None, mixing="aten.index may move elements along the sequence")
+    out = (*labels[:dim], *picked, *labels[dim + 1 :])
+    return AxisResult((out,), {path: Alignment(picked, None)})
 
 
 @rule("glu")

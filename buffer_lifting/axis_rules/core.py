@@ -6,16 +6,22 @@ whether the op mixes the sequence. An op without a rule is unknown, never assume
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
 from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import (
+    COL,
+    ROW,
     DimLabel,
     Labels,
     batch_dim,
     broadcast,
+    has_seq,
+    is_labelled,
+    transposed,
+    with_role,
 )
 from buffer_lifting.ops import ASSERTIONS, is_pointwise
 
@@ -45,8 +51,28 @@ class AxisResult:
 class OpView:
     """One node with what is known of its operands."""
 
-    def __init__(self, record: GraphRecord, node: Node, known: dict[str, tuple[Labels, ...] | None]) -> None:
-        self.record, self.node, self.known = record, node, known
+    def __init__(
+        self,
+        record: GraphRecord,
+        node: Node,
+        known: dict[str, tuple[Labels, ...] | None],
+        positional: Callable[[str], Labels | None] = lambda name: None,
+        lengths: Mapping[str, Size] | None = None,
+        data: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        """``positional``: the labels of a value without user contents, as far as its sizes tell."""
+        self._data = data
+        self.record, self.node, self.known, self._positional = record, node, known, positional
+        self._lengths = lengths or {}
+
+    def length(self, axis: str) -> Size | None:
+        """The length of a sequence axis."""
+        return self._lengths.get(axis)
+
+    def positional(self, path: str) -> Labels | None:
+        """The labels of an operand without user contents, by its sizes; ``None`` for anything else."""
+        name = dict(self.node.named_refs()).get(path)
+        return self._positional(name) if name and self.known.get(name) is None else None
 
     def shape(self, path: str) -> tuple[Size, ...] | None:
         """The shape of a tensor operand (or of ``"out"``, the first output)."""
@@ -69,6 +95,16 @@ class OpView:
         name = dict(self.node.named_refs()).get(path)
         known = self.known.get(name) if name else None
         return known[0] if known else None
+
+    def is_data(self, path: str) -> bool:
+        """Whether an operand carries activations, rather than positions or user contents alone."""
+        name = dict(self.node.named_refs()).get(path)
+        return name is not None and self._data(name)
+
+    def is_lost(self, path: str) -> bool:
+        """Whether an operand is data whose labels an earlier op has lost."""
+        name = dict(self.node.named_refs()).get(path)
+        return name in self.known and not self.known[name]
 
     def dim(self, key: str, rank: int, default: int = 0) -> int:
         """A dim argument, made non-negative."""
@@ -125,12 +161,58 @@ def pointwise(view: OpView) -> AxisResult:
     shape = view.shape("out")
     if shape is None:
         return AxisResult(None)
-    known = [labels for path, _ in view.tensors() if (labels := view.labels(path)) is not None]
+    tensors = view.tensors()
+    paths = [path for path, _ in tensors if view.is_data(path)] or [path for path, _ in tensors]
+    known = [labels for path in paths if (labels := view.labels(path)) is not None]
+    if not known and any(view.is_lost(path) for path in paths):
+        return AxisResult(None)  # reported where the labels were lost
+    known = _read_by_keys(view, known)
     out = broadcast(known, shape)
     if out is None:
-        return AxisResult(None, mixing="elements at different sequence positions meet")
+        if not known or any({f.role for dim in own for f in dim if f.is_seq} != {ROW, COL} for own in known):
+            return AxisResult(None, mixing="elements at different sequence positions meet")
+        swapped = broadcast([known[0], *(transposed(labels) for labels in known[1:])], shape)
+        if swapped is None:
+            return AxisResult(None, mixing="elements at different sequence positions meet")
+        operands = {path: align(swapped, s) for path, s in view.tensors()}
+        return AxisResult((swapped,) * len(view.shapes_out()), operands, TRANSPOSED, True)
+    out = _born(view, out)
     operands = {path: align(out, s) for path, s in view.tensors()}
     return AxisResult((out,) * len(view.shapes_out()), operands)
+
+
+def _born(view: OpView, out: Labels) -> Labels:
+    """An axis that only an index brings: ``arange(S) < lengths[:, None]``."""
+    own = {f.axis for dim in out for f in dim}
+    result = list(out)
+    for path, _ in view.tensors():
+        for offset, dim in enumerate(reversed(view.positional(path) or ()), 1):
+            if has_seq(dim) and not is_labelled(result[-offset]) and not own & {f.axis for f in dim}:
+                result[-offset] = dim
+    return tuple(result)
+
+
+#: A handled mixing that holds while every rank has all queries: it is refused where the sequence is sharded.
+TRANSPOSED = "attention: scores of keys with queries, transposed"
+
+
+def _read_by_keys(view: OpView, known: list[Labels]) -> list[Labels]:
+    """A padding mask ``[B, 1, 1, S]`` that meets a relative bias ``[1, H, S, S]`` runs along its columns."""
+    pairs = [view.positional(path) for path, _ in view.tensors()]
+    square = next(
+        (own for own in pairs if own and {f.role for dim in own for f in dim if f.is_seq} == {ROW, COL}), None
+    )
+    if square is None:
+        return known
+    result = []
+    for labels in known:
+        dims = list(labels)
+        for offset in range(1, min(len(labels), len(square)) + 1):
+            mine, other = labels[-offset], square[-offset]
+            if mine and other and mine == with_role(other, ROW) and has_seq(other) and mine != other:
+                dims[-offset] = other
+        result.append(tuple(dims))
+    return result
 
 
 def as_it_is(labels: Labels) -> Alignment:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, rule
 from buffer_lifting.graph.record import Node, Ref
+from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import (
+    COL,
+    SINKS,
     DimLabel,
+    Factor,
     Labels,
     batch_dim,
     broadcast,
@@ -92,6 +96,10 @@ def _slice(view: OpView) -> AxisResult:
     dim = view.dim("dim", len(labels))
     if shape[dim] == source[dim]:
         return AxisResult((labels,))
+    if len(labels[dim]) == 1 and labels[dim][0].role == SINKS and not view.node.args.get("start"):
+        length = view.length(labels[dim][0].axis)
+        if shape[dim] == length:
+            return AxisResult(((*labels[:dim], (Factor(labels[dim][0].axis, COL, length),), *labels[dim + 1 :]),))
     if is_labelled(labels[dim]):
         what = "sequence" if has_seq(labels[dim]) else "batch"
         return AxisResult(None, mixing=f"a part of the {what} is cut out")
@@ -143,7 +151,7 @@ def _getitem(view: OpView) -> AxisResult:
     return AxisResult((known[index],))
 
 
-@rule("cat", "stack")
+@rule("cat", "concat", "concatenate", "stack")
 def _cat(view: OpView) -> AxisResult:
     shape = view.shape("out")
     if shape is None:
@@ -151,18 +159,70 @@ def _cat(view: OpView) -> AxisResult:
     stacked = view.node.base_op == "aten.stack"
     dim = view.dim("dim", len(shape))
     parts: list[Labels] = []
-    for path, _ in view.tensors():
+    joined: DimLabel = ()
+    for path, own in view.tensors():
         labels = view.labels(path)
+        if labels is not None and any(size == 0 for size in own):
+            continue  # an empty cache
         if labels is not None:
             if not stacked and is_labelled(labels[dim]):
-                return AxisResult(None, mixing="values are joined along the sequence or batch")
+                joined = labels[dim]
             parts.append((*labels[:dim], (), *labels[dim if stacked else dim + 1 :]))
+    if joined:
+        extended = _joined(view, joined, dim, shape)
+        if extended is None:
+            return AxisResult(None, mixing="values are joined along the sequence or batch")
+        parts = [(*labels[:dim], extended, *labels[dim + 1 :]) for labels in parts]
     out = broadcast(parts, shape)
     if out is None:
         return AxisResult(None, mixing="elements at different sequence positions meet")
     batch = batch_dim(out)
     operands = {}
     for path, _ in view.tensors():
-        own = (*out[:dim], *out[dim + 1 :]) if stacked else (*out[:dim], (), *out[dim + 1 :])
-        operands[path] = Alignment(own, None if batch is None else len(out) - batch)
+        own_dims = (*out[:dim], *out[dim + 1 :]) if stacked else (*out[:dim], (), *out[dim + 1 :])
+        operands[path] = Alignment(own_dims, None if batch is None else len(out) - batch)
     return AxisResult((out,), operands)
+
+
+@rule("slice_scatter", "select_scatter")
+def _scatter_part(view: OpView) -> AxisResult:
+    """A part of a dim replaced: keys assembled from two halves."""
+    shape, dim = view.shape("out"), view.dim("dim", len(view.shape("self") or ()))
+    if shape is None:
+        return AxisResult(None)
+    selects = view.node.base_op == "aten.select_scatter"
+    parts = []
+    for path in ("self", "src"):
+        labels = view.labels(path)
+        if labels is None:
+            if view.is_lost(path):
+                return AxisResult(None)
+            continue
+        if path == "src" and selects:
+            labels = (*labels[:dim], (), *labels[dim:])
+        if is_labelled(labels[dim]):
+            return AxisResult(None, mixing="a part of the sequence or batch is replaced")
+        parts.append((*labels[:dim], (), *labels[dim + 1 :]))
+    out = broadcast(parts, shape)
+    if out is None or is_labelled(out[dim]):
+        return AxisResult(None, mixing="elements at different sequence positions meet")
+    batch = batch_dim(out)
+    from_right = None if batch is None else len(out) - batch
+    part = (*out[:dim], *out[dim + 1 :]) if selects else (*out[:dim], (), *out[dim + 1 :])
+    return AxisResult((out,), {"self": Alignment(out, from_right), "src": Alignment(part, from_right)})
+
+
+def _joined(view: OpView, label: DimLabel, dim: int, shape: tuple[Size, ...]) -> DimLabel | None:
+    """Joined along a labelled dim: with nothing (an empty cache), or scores with columns that are no keys (sinks)."""
+    if shape[dim] == label[0].size and len(label) == 1:
+        return label
+    if len(label) != 1 or label[0].role != COL:
+        return None
+    first = True
+    for path, own in view.tensors():
+        labels = view.labels(path)
+        follows = labels is not None and is_labelled(labels[dim])
+        if follows != first or not (follows or isinstance(own[dim], int)):
+            return None
+        first = False
+    return (label[0]._replace(role=SINKS, size=shape[dim]),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch.fx import Graph
 from torch.fx import Node as FxNode
 
 from buffer_lifting.dataflow import written_storage
+from buffer_lifting.graph.choices import resolve_choices
+from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.graph.record import (
     Arg,
     GraphRecord,
@@ -27,10 +28,9 @@ from buffer_lifting.graph.record import (
     StateKind,
     TensorMeta,
 )
-from buffer_lifting.graph.sizes import is_symbol
+from buffer_lifting.graph.sizes import Ranges, is_symbol
 from buffer_lifting.torch_compat import OpOverload, Symbolic, schema_args, size_of, tree_flatten
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n(?:\s*([^\n]*))?')
 _STATE_KINDS = {
     InputKind.PARAMETER: StateKind.PARAMETER,
     InputKind.BUFFER: StateKind.BUFFER,
@@ -51,9 +51,13 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
     mutated = set(program.graph_signature.buffers_to_mutate.values())
     locations: dict[str, Location | None] = {}
     names = _user_names(program)
+    ranges: dict[str, tuple[int, int | None]] = {}
+    for name, bounds in program.range_constraints.items():
+        upper = int(bounds.upper) if bounds.upper.is_Integer else None
+        ranges[str(name)] = (int(bounds.lower) if bounds.lower.is_Integer else 0, upper)
     nodes: dict[str, Node] = {}
     for fx_node in graph.nodes:
-        node = Node(name=fx_node.name, kind=NodeKind.OP, meta=_meta(fx_node.meta.get("val")))
+        node = Node(name=fx_node.name, kind=NodeKind.OP, meta=_meta(fx_node.meta.get("val"), ranges))
         if fx_node.op == "placeholder":
             spec = specs.get(fx_node.name)
             if spec is not None and spec.kind in _STATE_KINDS and spec.target is not None:
@@ -71,14 +75,11 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
             node.modules = tuple((entry[0], _class_name(entry[1])) for entry in stack.values())
             trace = fx_node.meta.get("stack_trace") or ""
             if trace not in locations:
-                locations[trace] = _location(trace)
+                locations[trace] = innermost_location(trace)
             node.location = locations[trace]
         nodes[node.name] = node
-    ranges = {}
-    for name, bounds in program.range_constraints.items():
-        upper = int(bounds.upper) if bounds.upper.is_Integer else None
-        ranges[str(name)] = (int(bounds.lower), upper)
     record = GraphRecord(nodes, ranges, _hints(program, nodes))
+    resolve_choices(record)
     for name in written_storage(record):  # the training dialect writes in the graph, not by the signature
         if nodes[name].kind is NodeKind.STATE:
             nodes[name].mutated = True
@@ -110,7 +111,8 @@ def _op_name(node: FxNode) -> str:
     if isinstance(node.target, OpOverload):
         return str(node.target)
     name = getattr(node.target, "__name__", str(node.target))
-    return _OPERATORS.get(name, f"hop.{name}" if "Operator" in type(node.target).__name__ else f"sym.{name}")
+    higher_order = any(base.__name__ == "HigherOrderOperator" for base in type(node.target).__mro__)
+    return f"hop.{name}" if higher_order else _OPERATORS.get(name, f"sym.{name}")
 
 
 def _user_names(program: ExportedProgram) -> dict[str, str]:
@@ -128,23 +130,15 @@ def _arg(value: Any) -> Arg:
     return Opaque(str(value))
 
 
-def _meta(value: Any) -> Meta:
+def _meta(value: Any, ranges: Ranges) -> Meta:
     if isinstance(value, torch.Tensor):
-        return TensorMeta(tuple(size_of(size) for size in value.shape), str(value.dtype).removeprefix("torch."))
+        return TensorMeta(tuple(size_of(size, ranges) for size in value.shape), str(value.dtype).removeprefix("torch."))
     if isinstance(value, Symbolic):
-        return ScalarMeta(size_of(value) if isinstance(value, torch.SymInt) else None)
+        return ScalarMeta(size_of(value, ranges) if isinstance(value, torch.SymInt) else None)
     if isinstance(value, tuple | list):
-        return tuple(_meta(item) for item in value)
+        return tuple(_meta(item, ranges) for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return ScalarMeta(value)
-    return None
-
-
-def _location(trace: str) -> Location | None:
-    """The innermost frame outside torch."""
-    for file, line, function, code in reversed(_FRAME.findall(trace)):
-        if "/torch/" not in file.replace("\\", "/"):
-            return Location(file, int(line), (code or "").strip(), function)
     return None
 
 
@@ -192,12 +186,19 @@ class _StateTable:
         node.mutated = fqn in mutated
         node.content = self.contents.get(fqn, fqn)
         if isinstance(value, torch.Tensor):
+            node.uniform = not (spec.kind is InputKind.BUFFER and node.persistent) and _is_uniform(value)
             group = self.aliases[_storage_key(value, fqn)]
             node.aliases = tuple(name for name in group if name != fqn)
 
 
 def _has_data(value: torch.Tensor) -> bool:
     return type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and value.device.type != "meta"
+
+
+def _is_uniform(value: torch.Tensor) -> bool:
+    if not _has_data(value) or value.is_floating_point() or value.is_complex() or not value.numel():
+        return False
+    return bool((value == value.flatten()[0]).all())
 
 
 def _storage_key(value: torch.Tensor, fqn: str) -> Any:

@@ -99,6 +99,7 @@ class Node:
     content: str = ""  # of a state node: equal for states that hold the same values
     state_kind: StateKind | None = None
     persistent: bool = True
+    uniform: bool = False  # of a state node: an integer tensor that is in no checkpoint, with all elements equal
     mutated: bool = False
     _refs: tuple[tuple[str, str], ...] | None = None
     _base_op: str | None = None
@@ -131,7 +132,7 @@ class Node:
         return self._refs
 
 
-def _renamed(meta: Meta, names: dict[str, str]) -> Meta:
+def _renamed(meta: Meta, names: dict[str, str] | dict[str, Size]) -> Meta:
     if isinstance(meta, TensorMeta):
         return TensorMeta(tuple(rename(size, names) for size in meta.shape), meta.dtype)
     if isinstance(meta, ScalarMeta):
@@ -157,14 +158,31 @@ class GraphRecord:
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     hints: dict[str, int] = field(default_factory=dict)  # size symbol -> its size in the example inputs
 
-    def rename_symbols(self, names: dict[str, str]) -> None:
-        """Renames size symbols in every node's meta: two symbols that are known to be one size."""
+    def rename_symbols(self, names: dict[str, str] | dict[str, Size]) -> None:
+        """Renames size symbols in every node's meta (two symbols that are known to be one size), or replaces them."""
         for node in self.nodes.values():
             node.meta = _renamed(node.meta, names)
 
     def inputs(self) -> list[Node]:
         """The user inputs, in the order of the signature."""
         return [node for node in self.nodes.values() if node.kind is NodeKind.INPUT]
+
+    def live(self) -> set[str]:
+        """The nodes that an output, or a write to storage, depends on."""
+        from buffer_lifting.ops import is_mutating
+
+        stack = [
+            n.name
+            for n in self.nodes.values()
+            if n.kind is NodeKind.OUTPUT or (n.kind is NodeKind.OP and is_mutating(n))
+        ]
+        seen: set[str] = set()
+        while stack:
+            name = stack.pop()
+            if name not in seen:
+                seen.add(name)
+                stack.extend(self.nodes[name].refs())
+        return seen
 
     def users(self) -> dict[str, list[str]]:
         """For each node the names of the nodes that read it."""

@@ -6,7 +6,7 @@ A size is an ``int`` or an :class:`Expr`, a polynomial with integer coefficients
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 Monomial = tuple[tuple[str, int], ...]  # ((atom, power), ...), sorted by atom; () is the constant term
@@ -119,14 +119,67 @@ def is_symbol(size: Size) -> bool:
     return isinstance(size, Expr) and len(size.terms) == 1 and size == symbol(next(iter(atoms(size)), ""))
 
 
-def rename(size: Size, names: dict[str, str]) -> Size:
-    """The size with symbols renamed."""
+def rename(size: Size, names: Mapping[str, str] | Mapping[str, Size]) -> Size:
+    """The size with atoms renamed, or replaced by sizes."""
     if isinstance(size, int) or not any(atom in names for atom in atoms(size)):
         return size
     result: Size = 0
     for monomial, coefficient in size.terms:
         term: Size = coefficient
         for atom, power in monomial:
-            term = product([term, *[symbol(names.get(atom, atom))] * power])
+            new = names.get(atom, atom)
+            term = product([term, *[symbol(new) if isinstance(new, str) else new] * power])
         result = add(result, term)
     return result
+
+
+def is_choice(atom: str) -> bool:
+    """Whether an atom is a ``Max`` or ``Min`` that the ranges did not decide."""
+    return atom.startswith(("Max(", "Min("))
+
+
+def solve(left: Size, right: Size) -> tuple[str, Size] | None:
+    """From ``left == right`` the value of an undecided choice that occurs in ``left`` once, with factor 1 or -1."""
+    if not isinstance(left, Expr):
+        return None
+    for monomial, coefficient in left.terms:
+        if len(monomial) == 1 and monomial[0][1] == 1 and is_choice(monomial[0][0]) and coefficient in (1, -1):
+            atom = monomial[0][0]
+            rest = add(left, multiply(-coefficient, symbol(atom)))
+            if atom not in atoms(rest):
+                return atom, multiply(coefficient, add(right, multiply(-1, rest)))
+    return None
+
+
+Ranges = Mapping[str, tuple[int, int | None]]
+
+
+def bounds(size: Size, ranges: Ranges) -> tuple[int | None, int | None]:
+    """The least and the greatest value of a size, ``None`` where unbounded. Atoms without a range are at least 0."""
+    if isinstance(size, int):
+        return size, size
+    low: int | None = 0
+    high: int | None = 0
+    for monomial, coefficient in size.terms:
+        least, most = coefficient, coefficient
+        unbounded = False
+        for atom, power in monomial:
+            lower, upper = ranges.get(atom, (0, None))
+            least *= max(lower, 0) ** power
+            unbounded |= upper is None
+            most *= (upper or 0) ** power
+        if coefficient < 0:
+            low = None if unbounded or low is None else low + most
+            high = None if high is None else high + least
+        else:
+            low = None if low is None else low + least
+            high = None if unbounded or high is None else high + most
+    return low, high
+
+
+def larger(left: Size, right: Size, ranges: Ranges) -> Size | None:
+    """``max(left, right)`` where one is known to be the larger over the whole range, else ``None``."""
+    low, high = bounds(add(left, multiply(-1, right)), ranges)
+    if low is not None and low >= 0:
+        return left
+    return right if high is not None and high <= 0 else None

@@ -18,6 +18,7 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.compare import difference, gradient_error, gradients, loss_weights
 from buffer_lifting.oracles.running import Case, Runnable, double_feed, doubled, per_sample, runnable
 from buffer_lifting.passes.context_parallel import context_parallel, user_axes
+from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.program import Check
 from buffer_lifting.scanner import scan_record
 from buffer_lifting.sharding import shard_inputs
@@ -33,7 +34,7 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
     if follows.cp_size != 1:
         raise LiftingError("order equivariance is checked on a program of context-parallel size 1")
     follows = double_feed(follows)
-    plan = scan_record(build_record(program), user_axes(lifted))
+    plan = scan_record(build_record(program, normalize(program, read_only=True).graph), user_axes(lifted))
     pair = _Pair(runnable(program, double=True), runnable(follows.program, double=True), follows, plan.data_labels)
     compared, worst = 0, 0.0
     for case in cases:

@@ -31,7 +31,8 @@ class Emitter:
         labels, batch = replacement.alignment.labels, replacement.alignment.batch_from_right
         node = self.emit(replacement.plan)
         rank = len(labels)
-        if len(node.meta["val"].shape) == rank:  # no lane
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor) or len(value.shape) == rank:  # a number, or no lane
             return node
         anchor = replacement.value
         own = next((d for d, dim in enumerate(labels) if has_batch(dim)), None)
@@ -65,6 +66,8 @@ class Emitter:
             return known
         if isinstance(plan, Existing):
             node = self.nodes[plan.node]
+        elif isinstance(plan, AxisSize):
+            node = self.sizes.node(plan.axis, plan.role)
         elif isinstance(plan, Lifted):
             node = self.lifted[plan.key]
         elif isinstance(plan, Call):
@@ -76,10 +79,10 @@ class Emitter:
         return node
 
     def _argument(self, arg: object) -> Any:
-        if isinstance(arg, Existing | Lifted | Call | Reapply):
+        if isinstance(arg, AxisSize) and arg.fixed is not None:
+            return arg.fixed
+        if isinstance(arg, Existing | Lifted | AxisSize | Call | Reapply):
             return self.emit(arg)
-        if isinstance(arg, AxisSize):
-            return arg.fixed if arg.fixed is not None else self.sizes.node(arg.axis, arg.role)
         if isinstance(arg, tuple):
             return [self._argument(item) for item in arg]
         return arg
@@ -119,8 +122,11 @@ class Emitter:
             sizes: list[Any] = [size for fake in fakes for size in fake.shape]
             symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
             before = replacements(symbols[0]) if symbols else 0
-            with fake_mode_of(fakes[0]), torch.no_grad():
-                result = target(*values[0], **values[1])
+            if fakes:
+                with fake_mode_of(fakes[0]), torch.no_grad():
+                    result = target(*values[0], **values[1])
+            else:
+                result = target(*values[0], **values[1])  # arithmetic of symbolic numbers
             if symbols and replacements(symbols[0]) != before:
                 raise UnsupportedReadError(
                     f"emitting {target} would fix a dynamic size of the program; please report this model"

@@ -1,0 +1,175 @@
+"""Local rules for ops that compute along features: products with parameters, norms, paddings, gathers by users."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from buffer_lifting.gathering import operand_of
+from buffer_lifting.graph.record import Node, Ref
+from buffer_lifting.labels import DimLabel, Labels, is_labelled
+from buffer_lifting.local_rules import dim_size, local_rule, unchanged
+from buffer_lifting.plan import Call, Context, Existing, Plan, Reapply, Refuse, Value
+
+if TYPE_CHECKING:
+    from buffer_lifting.planner import Planner
+
+
+@local_rule("linear")
+def _linear(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """A projection of each row: the weight has no rows of its own."""
+    source, _ = operand_of(planner, node, "input")
+    if is_labelled(labels[-1]):
+        raise Refuse("a projection whose features run along the sequence", node.name)
+    value = planner.rebuild(source.name, (*labels[:-1], ()), context)
+    return unchanged(node, value) or Value(Reapply(node.name, (("input", value.plan),)), value.lane, len(labels))
+
+
+@local_rule("layer_norm", "rms_norm")
+def _norm(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, _ = operand_of(planner, node, "input")
+    over = node.args.get("normalized_shape")
+    if not isinstance(over, tuple) or any(is_labelled(dim) for dim in labels[len(labels) - len(over) :]):
+        raise Refuse("a norm along the sequence", node.name)
+    value = planner.rebuild(source.name, labels, context)
+    return unchanged(node, value) or Value(Reapply(node.name, (("input", value.plan),)), value.lane, len(labels))
+
+
+@local_rule("matmul", "bmm", "mm")
+def _matmul(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """Rows come from the left operand, columns from the right; what is summed over is never the sequence."""
+    right_key = "other" if node.base_op == "aten.matmul" else "mat2"
+    left, left_shape = operand_of(planner, node)
+    right, right_shape = operand_of(planner, node, right_key)
+    if len(left_shape) < 2 or len(right_shape) < 2:
+        raise Refuse("a product of a matrix and a vector", node.name)
+    rank = len(labels)
+    values = []
+    for source, shape, matrix in (
+        (left, left_shape, (labels[-2], ())),
+        (right, right_shape, ((), labels[-1])),
+    ):
+        own = (*labels[rank - len(shape) : rank - 2], *matrix)
+        own = tuple(() if size == 1 else dim for size, dim in zip(shape, own, strict=True))
+        values.append(planner.rebuild(source.name, own, context))
+    same = unchanged(node, *values)
+    if same:
+        return same
+    plans: list[Plan] = []
+    lane = any(value.lane for value in values)
+    for value in values:
+        plan = value.plan
+        if value.lane:
+            for _ in range(rank - value.rank):
+                plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
+        plans.append(plan)
+    return Value(Call("aten.matmul.default", tuple(plans), node.name), lane, rank)
+
+
+@local_rule("einsum")
+def _einsum(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """Outer products and products along features: ``"i, f -> i f"``."""
+    equation, tensors = node.args.get("equation"), node.args.get("tensors")
+    if not isinstance(equation, str) or "->" not in equation or not isinstance(tensors, tuple):
+        raise Refuse("an einsum without an output", node.name)
+    left, target = equation.replace(" ", "").split("->")
+    parts = left.split(",")
+    free = iter(letter for letter in "ZYXWVUTSRQPONMLKJIHGFEDCBA" if letter not in equation)
+    lane = next(free)
+    outer = len(labels) - len(target.replace("...", "")) if "..." in target else 0
+    broadcast = [next(free) for _ in range(outer)]
+    letters = _spelled(target, broadcast)
+    by_letter = dict(zip(letters, labels, strict=True))
+    values, written = [], []
+    for part, arg in zip(parts, tensors, strict=True):
+        if not isinstance(arg, Ref):
+            raise Refuse("an einsum of something that is no value", node.name)
+        shape = planner.record.nodes[arg.name].tensor
+        if shape is None:
+            raise Refuse("an einsum of something that is no tensor", node.name)
+        own_outer = len(shape.shape) - len(part.replace("...", "")) if "..." in part else 0
+        own_letters = _spelled(part, broadcast[outer - own_outer :])
+        own: list[DimLabel] = [
+            () if size == 1 else by_letter.get(letter, ())
+            for letter, size in zip(own_letters, shape.shape, strict=True)
+        ]
+        value = planner.rebuild(arg.name, tuple(own), context)
+        values.append(value)
+        written.append((lane if value.lane else "") + "".join(own_letters))
+    same = unchanged(node, *values)
+    if same:
+        return same
+    any_lane = any(value.lane for value in values)
+    text = f"{','.join(written)}->{lane if any_lane else ''}{''.join(letters)}"
+    plans = tuple(value.plan for value in values)
+    return Value(Call("aten.einsum.default", (text, plans), node.name), any_lane, len(labels))
+
+
+def _spelled(part: str, broadcast: list[str]) -> list[str]:
+    """The letters of the dims, with an ellipsis written out."""
+    before, dots, after = part.partition("...")
+    return [*before, *(broadcast if dots else []), *after]
+
+
+@local_rule("pad", "constant_pad_nd")
+def _pad(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """Padding of dims other than the sequence; widths count from the last dim, so a lane in front changes nothing."""
+    source, shape = operand_of(planner, node)
+    widths = node.args.get("pad")
+    if not isinstance(widths, tuple) or not all(isinstance(width, int) for width in widths):
+        raise Refuse("a padding of computed width", node.name)
+    changed = {len(shape) - 1 - index // 2 for index, width in enumerate(widths) if width}
+    if any(is_labelled(labels[dim]) for dim in changed):
+        raise Refuse("a padding along the sequence", node.name)
+    own = tuple(() if d in changed or size == 1 else labels[d] for d, size in enumerate(shape))
+    value = planner.rebuild(source.name, own, context)
+    if not changed and value.changed:
+        return value
+    return unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
+
+
+@local_rule("repeat_interleave")
+def _repeat_interleave(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = operand_of(planner, node)
+    times, dim = node.args.get("repeats"), node.args.get("dim")
+    if not isinstance(times, int) or not isinstance(dim, int) or is_labelled(labels[dim % len(shape)]):
+        raise Refuse("a value repeated along the sequence", node.name)
+    dim %= len(shape)
+    value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim + 1 :]), context, picked=dim)
+    call = Call("aten.repeat_interleave.self_int", (value.plan, times, dim + value.lane), node.name)
+    return unchanged(node, value) or Value(call, value.lane, len(labels))
+
+
+@local_rule("gather")
+def _gather(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """Rows of a table, expanded to the index's shape, picked by an index that follows the sequence."""
+    source, shape = operand_of(planner, node)
+    index, _ = operand_of(planner, node, "index")
+    dim = int(node.args["dim"]) % len(shape)  # type: ignore[arg-type]
+    varies = planner.variation.of(source.name)
+    labelled = [d for d, label in enumerate(labels) if is_labelled(label)]
+    if any(varies[d] for d in labelled if d != dim) or not planner.is_table_along(source.name, dim):
+        raise Refuse("a gather from a value that follows the sequence", node.name)
+    value = planner.rebuild(index.name, labels, context)
+    same = unchanged(node, value)
+    if same:
+        return same
+    if not value.lane:
+        raise Refuse("an index that does not follow the sequence", node.name)
+    plan: Plan = Existing(source.name)
+    assert node.tensor is not None
+    sizes: list[object] = []
+    for d, (label, size) in enumerate(zip(labels, node.tensor.shape, strict=True)):
+        if d == dim:
+            sizes.append(-1)
+            continue
+        if is_labelled(label) and shape[d] != 1:
+            plan = Call("aten.slice.Tensor", (plan, d, 0, 1), node.name)
+        elif shape[d] != size:
+            if not isinstance(size, int):
+                raise Refuse("a gather of a part of computed size", node.name)
+            plan = Call("aten.slice.Tensor", (plan, d, 0, size), node.name)
+        sizes.append(dim_size(label, size, node.name))
+    plan = Call("aten.unsqueeze.default", (plan, 0), node.name)
+    batch = Call("aten.sym_size.int", (value.plan, 0), node.name)
+    plan = Call("aten.expand.default", (plan, (batch, *sizes)), node.name)
+    return Value(Call("aten.gather.default", (plan, dim + 1, value.plan), node.name), True, len(labels))

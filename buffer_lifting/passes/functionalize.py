@@ -1,0 +1,384 @@
+"""Replaces writes in place by new values, so that analysis sees what each read really reads.
+
+Masks filled by slices, biases with ``add_``, caches that a forward writes before it reads them: export leaves these
+as writes through views. Each write to storage made in the graph becomes a value of its own (``aten.add_`` becomes
+``aten.add``; a write to a slice becomes ``slice_scatter`` into the base), and later reads of any view of that storage
+read the new value through the same views. A read through the view that was just written gets what was written.
+
+A buffer that the graph overwrites before any read (rotary caches) is treated likewise; its write is dropped if no
+read depends on what the buffer held before and it is in no checkpoint. Any other written state keeps its write.
+What cannot be expressed without the write (``resize_``, a write through an ambiguous alias) is left as it is, and is
+refused later if a read depends on it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from buffer_lifting.torch_compat import OpOverload, functional_form, schema_args
+
+aten = torch.ops.aten
+#: Views that always share storage with their first operand.
+_VIEWS = {
+    getattr(aten, name)
+    for name in [
+        "alias",
+        "detach",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "squeeze",
+        "t",
+        "transpose",
+        "unsqueeze",
+        "view",
+        "narrow",
+        "view_as",
+        "expand_as",
+        "unflatten",
+        "movedim",
+        "swapaxes",
+        "numpy_T",
+        "mT",
+    ]
+}
+#: May share storage or copy, depending on strides and dtype.
+_AMBIGUOUS = {getattr(aten, name) for name in ["reshape", "flatten", "contiguous", "to", "reshape_as", "ravel"]}
+_LEFT_ALONE = {
+    "detach_",
+    "resize_",
+    "set_",
+    "squeeze_",
+    "unsqueeze_",
+    "t_",
+    "transpose_",
+    "resize_as_",
+    "requires_grad_",
+}
+
+
+def functionalize(graph: Graph, droppable: frozenset[str] = frozenset()) -> bool:
+    """Edits ``graph``; returns whether anything changed. ``droppable``: placeholders of non-persistent buffers."""
+    if not any(_writes(node) for node in graph.nodes):
+        return False
+    return _Functionalizer(graph, droppable).run()
+
+
+def writes_in_place(graph: Graph) -> bool:
+    """Whether some call writes to an operand."""
+    return any(_writes(node) for node in graph.nodes)
+
+
+def _writes(node: Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    return node.target._schema.is_mutable and _packet_name(node) not in _LEFT_ALONE
+
+
+def _packet_name(node: Node) -> str:
+    return str(node.target).split(".")[1]
+
+
+@dataclass
+class _Storage:
+    """One storage: the node that made it, and its latest value."""
+
+    base: Node
+    current: Node
+    version: int = 0
+    views: set[Node] = field(default_factory=set)
+    latest: dict[Any, Node] = field(default_factory=dict)  # view signature or node -> its value at this version
+    effect: Node | None = None  # copy_ back into a state
+    frozen: bool = False  # its writes stay as they are
+
+
+class _Functionalizer:
+    def __init__(self, graph: Graph, droppable: frozenset[str]) -> None:
+        self.graph, self.droppable = graph, droppable
+        self.storage: dict[Node, _Storage] = {}
+        self.source: dict[Node, Node] = {}  # view -> what it looks at
+        self.changed = False
+
+    def run(self) -> bool:
+        nodes = list(self.graph.nodes)
+        self._families(nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                continue
+            self._update_operands(node)
+            if _writes(node):
+                self._write(node)
+        self._drop_effects()
+        stale = {n for known in self.storage.values() if known.version for n in (known.base, *known.views)}
+        old = set(nodes) - stale
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n in old or n.op == "placeholder" or n.is_impure())
+        return self.changed
+
+    # -- who shares storage -----------------------------------------------------------------------------------
+
+    def _families(self, nodes: list[Node]) -> None:
+        order = {node: index for index, node in enumerate(nodes)}
+        ambiguous: list[tuple[Node, Node]] = []
+        written: dict[Node, list[int]] = {}
+        for node in nodes:
+            first = _first(node)
+            if first is None or node.op != "call_function":
+                self.storage[node] = _Storage(node, node)
+                continue
+            packet = getattr(node.target, "overloadpacket", None)
+            if packet in _VIEWS or _writes(node) or node.target is aten.to.device:
+                known = self.storage[first]
+                self.storage[node] = known
+                known.views.add(node)
+                self.source[node] = first
+                if _writes(node):
+                    written.setdefault(known.base, []).append(order[node])
+                    if functional_form(node.target) is None or not self._invertible(first):
+                        known.frozen = True
+                continue
+            self.storage[node] = _Storage(node, node)
+            if packet in _AMBIGUOUS or node.target is operator.getitem:
+                ambiguous.append((first, node))
+        for first, node in ambiguous:
+            self._check_ambiguous(first, node, order, written)
+
+    def _check_ambiguous(self, first: Node, node: Node, order: dict[Node, int], written: dict[Node, list[int]]) -> None:
+        """A possible alias: harmless unless one side is written while the other is still to be read."""
+        left, right = self.storage[first], self.storage[node]
+        after = order[node]
+        for one, other in ((left, right), (right, left)):
+            late = [at for at in written.get(one.base, []) if at > after]
+            if late and any(
+                order[user] > min(late) for n in (other.base, *other.views) for user in n.users if n is not node
+            ):
+                left.frozen = right.frozen = True
+
+    def _invertible(self, view: Node) -> bool:
+        while view is not self.storage[view].base:
+            if not _writes(view) and getattr(view.target, "overloadpacket", None) not in _INVERSES:
+                return False
+            view = self.source[view]
+        return True
+
+    # -- reads ------------------------------------------------------------------------------------------------
+
+    def _update_operands(self, node: Node) -> None:
+        stale = {n for n in node.all_input_nodes if self._stale(n)}
+        if not stale:
+            return
+        fresh = {n: self._value(n, before=node) for n in stale}
+        node.args = torch.fx.map_arg(node.args, lambda n: fresh.get(n, n))
+        node.kwargs = torch.fx.map_arg(node.kwargs, lambda n: fresh.get(n, n))
+
+    def _stale(self, node: Node) -> bool:
+        known = self.storage.get(node)
+        return known is not None and known.version > 0
+
+    def _value(self, node: Node, before: Node) -> Node:
+        """The value of ``node`` (a base or one of its views) as of now."""
+        known = self.storage[node]
+        if known.version == 0:
+            return node
+        if node is known.base:
+            return known.current
+        if node not in known.latest:
+            same = known.latest.get(self._signature(node))
+            if same is not None:
+                known.latest[node] = same
+            elif _writes(node):
+                known.latest[node] = self._value(self.source[node], before)
+            else:
+                source = self._value(self.source[node], before)
+                with self.graph.inserting_before(before):
+                    assert callable(node.target)
+                    made = self.graph.call_function(node.target, (source, *node.args[1:]), dict(node.kwargs))
+                made.meta = dict(node.meta)
+                known.latest[node] = made
+        return known.latest[node]
+
+    def _signature(self, node: Node) -> Any:
+        """Equal for views that look at the same part of one storage."""
+        parts: list[Any] = []
+        base = self.storage[node].base
+        while node is not base:
+            if not _writes(node):
+                named = {k: v for k, v in schema_args(node).items() if not isinstance(v, torch.fx.Node) or k != "self"}
+                parts.append((str(node.target), tuple(_text(v) for k, v in sorted(named.items()) if k != "self")))
+            node = self.source[node]
+        return tuple(parts)
+
+    # -- writes -----------------------------------------------------------------------------------------------
+
+    def _write(self, node: Node) -> None:
+        known = self.storage[node]
+        target = functional_form(node.target)
+        if known.frozen or target is None:
+            return
+        view = self.source[node]  # the operand written to, in the words of the original graph
+        with self.graph.inserting_before(node):
+            value = self._functional(node, target)
+            pieces: dict[Any, Node] = {}
+            at = view
+            current = value
+            while at is not known.base:
+                pieces[at] = current
+                if not _writes(at):
+                    pieces.setdefault(self._signature(at), current)
+                    below = self._value(self.source[at], before=node)
+                    current = _INVERSES[at.target.overloadpacket](self.graph, at, below, current)  # type: ignore[union-attr]
+                    current.meta = {**node.meta, "val": self.source[at].meta["val"]}
+                at = self.source[at]
+        known.current, known.latest = current, pieces
+        known.version += 1
+        known.latest[node] = value
+        self.changed = True
+        if known.base.op == "placeholder":
+            if known.effect is not None:
+                self.graph.erase_node(known.effect)
+            with self.graph.inserting_before(node):
+                known.effect = self.graph.call_function(aten.copy_.default, (known.base, current))
+            known.effect.meta = {**node.meta, "val": known.base.meta["val"]}
+        node.meta["functionalized"] = True
+
+    def _functional(self, node: Node, target: Any) -> Node:
+        """The value that the write leaves in the operand."""
+        operand = node.args[0]
+        assert isinstance(operand, Node)
+        before, after = operand.meta["val"], node.meta["val"]
+        if target is aten.copy.default:
+            source = node.args[1]
+            assert isinstance(source, Node)
+            made = source
+            if source.meta["val"].dtype != before.dtype:
+                made = self._call(aten.to.dtype, (made, before.dtype), node, _cast(source.meta["val"], before.dtype))
+            if tuple(source.meta["val"].shape) == tuple(before.shape):
+                return made
+            if all(isinstance(size, int) for size in before.shape):
+                return self._call(aten.expand.default, (made, list(before.shape)), node, before)
+            return self._call(aten.expand_as.default, (made, operand), node, before)
+        made = self._call(target, node.args, node, after, dict(node.kwargs))
+        others = [n.meta.get("val") for n in node.all_input_nodes if n is not operand]
+        wider = [v for v in others if isinstance(v, torch.Tensor) and v.dtype != before.dtype and v.ndim]
+        if wider and target not in (aten.index_put.default, aten.masked_fill.Tensor) and before.dtype != torch.bool:
+            made = self._call(aten.to.dtype, (made, before.dtype), node, after)
+        return made
+
+    def _call(self, target: Any, args: Any, like: Node, value: Any, kwargs: dict[str, Any] | None = None) -> Node:
+        made = self.graph.call_function(target, tuple(args), kwargs or {})
+        made.meta = {key: item for key, item in like.meta.items() if key != "functionalized"}
+        made.meta["val"] = value
+        return made
+
+    # -- writes to state --------------------------------------------------------------------------------------
+
+    def _drop_effects(self) -> None:
+        """Removes the writes that are values now; and writes to buffers that no read needs."""
+        for node in reversed(list(self.graph.nodes)):
+            if node.meta.get("functionalized"):
+                if node.users:
+                    node.replace_all_uses_with(self.storage[node].latest.get(node, node))
+                self.graph.erase_node(node)
+        needed: set[Node] = set()
+        stack = [n for n in self.graph.nodes if n.op == "output"]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        for known in {id(s): s for s in self.storage.values()}.values():
+            if known.effect is not None and known.base.name in self.droppable and known.base not in needed:
+                self.graph.erase_node(known.effect)
+
+
+def _first(node: Node) -> Node | None:
+    """The operand that a view looks at, or that a write writes to."""
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, Node) and isinstance(first.meta.get("val"), torch.Tensor) else None
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    from buffer_lifting.torch_compat import fake_mode_of
+
+    with fake_mode_of(value), torch.no_grad():
+        return value.to(dtype)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Node):
+        return str(value.meta.get("val"))
+    if isinstance(value, list | tuple):
+        return f"({', '.join(_text(item) for item in value)})"
+    return "9223372036854775807" if value is None else str(value)
+
+
+# -- from a written view back to what it looks at ------------------------------------------------------------------
+
+Inverse = Callable[[Graph, Node, Node, Node], Node]
+
+
+def _slice_scatter(graph: Graph, view: Node, source: Node, value: Node) -> Node:
+    named = schema_args(view)
+    bounds = tuple(named[key] for key in ("dim", "start", "end", "step"))
+    return graph.call_function(aten.slice_scatter.default, (source, value, *bounds))
+
+
+def _narrow_scatter(graph: Graph, view: Node, source: Node, value: Node) -> Node:
+    named = schema_args(view)
+    size = view.meta["val"].shape[named["dim"]]
+    if isinstance(named["start"], int) and isinstance(size, int):
+        return graph.call_function(
+            aten.slice_scatter.default, (source, value, named["dim"], named["start"], named["start"] + size)
+        )
+    end = graph.call_function(operator.add, (named["start"], named["length"]))
+    end.meta = {"val": _number(named["start"]) + _number(named["length"])}
+    return graph.call_function(aten.slice_scatter.default, (source, value, named["dim"], named["start"], end))
+
+
+def _number(value: Any) -> Any:
+    return value.meta["val"] if isinstance(value, Node) else value
+
+
+def _select_scatter(graph: Graph, view: Node, source: Node, value: Node) -> Node:
+    named = schema_args(view)
+    return graph.call_function(aten.select_scatter.default, (source, value, named["dim"], named["index"]))
+
+
+def _permuted(graph: Graph, view: Node, source: Node, value: Node) -> Node:
+    order = list(view.args[1])  # type: ignore[arg-type]
+    order = [d % len(order) for d in order]
+    return graph.call_function(aten.permute.default, (value, [order.index(d) for d in range(len(order))]))
+
+
+def _transposed(graph: Graph, view: Node, source: Node, value: Node) -> Node:
+    return graph.call_function(aten.transpose.int, (value, *view.args[1:]))
+
+
+def _same_shape(graph: Graph, view: Node, source: Node, value: Node) -> Node:
+    return graph.call_function(aten.view_as.default, (value, source))
+
+
+def _itself(graph: Graph, view: Node, source: Node, value: Node) -> Node:
+    return graph.call_function(aten.alias.default, (value,))
+
+
+_INVERSES: dict[Any, Inverse] = {
+    aten.slice: _slice_scatter,
+    aten.narrow: _narrow_scatter,
+    aten.select: _select_scatter,
+    aten.permute: _permuted,
+    aten.transpose: _transposed,
+    aten.t: lambda graph, view, source, value: graph.call_function(aten.t.default, (value,)),
+    aten.unsqueeze: _same_shape,
+    aten.squeeze: _same_shape,
+    aten.view: _same_shape,
+    aten.unflatten: _same_shape,
+    aten.alias: _itself,
+    aten.detach: _itself,
+}
