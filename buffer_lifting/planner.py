@@ -105,8 +105,9 @@ class Planner:
         return any(self.is_length_of_sequence(operand) for operand in self.record.nodes[name].refs())
 
     def axis_of(self, size: Size) -> str | None:
-        """The sequence axis that has this size, if one has."""
-        return next((axis for axis, length in self.inputs.lengths.items() if size == length), None)
+        """The sequence axis that has this size, if exactly one has."""
+        axes = [axis for axis, length in self.inputs.lengths.items() if size == length]
+        return axes[0] if len(axes) == 1 else None
 
     def varies_along(self, name: str, labels: Labels) -> bool:
         """Whether a value can differ along one of the sequence dims of ``labels``."""

@@ -226,10 +226,6 @@ class _Scan:
         if Dep.DATA not in dep:
             self._visit_user(node, result)
             return
-        if result is not None and result.outputs is None and is_pointwise(node):
-            # by itself a mask does not say which side its dims are read on; the data that it meets does
-            data = {name: self.labels.get(name) for name in node.refs() if Dep.DATA in self.deps[name]}
-            result = apply_rule(OpView(self.record, node, data))
         carries = self._carries(node)
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
@@ -250,14 +246,14 @@ class _Scan:
         if meta is None or dep & (Dep.USER | Dep.DATA) or not dep & (Dep.IOTA | Dep.STATE | Dep.PARAM):
             return None
         result: list[DimLabel] = []
-        seen: set[str] = set()
+        seen = False
         for size, varies in zip(meta.shape, self.planner.variation.of(name), strict=True):
             axis = self.planner.axis_of(size) if varies else None
             if axis is None:
                 result.append(feature(size))
                 continue
-            result.append((Factor(axis, COL if axis in seen else ROW, size),))
-            seen.add(axis)
+            result.append((Factor(axis, COL if seen else ROW, size),))
+            seen = True
         return tuple(result) if seen else None
 
     def _outputs(self, node: Node, result: AxisResult) -> tuple[Labels, ...] | None:
