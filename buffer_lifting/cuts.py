@@ -54,7 +54,10 @@ def cuts_at(record: GraphRecord, activations: Sequence[str], split_points: Seque
 
 
 def layer_starts(record: GraphRecord, activations: Sequence[str]) -> list[tuple[str, int]]:
-    """The legal cut points of ``num_stages``: the entries of the longest module list, in order of execution."""
+    """The legal cut points of ``num_stages``, in order of execution: the entries of the longest module list.
+
+    Lists of the same name elsewhere in the model (``decoder.layers`` beside ``encoder.layers``) belong to it.
+    """
     first = first_in_module(record, activations)
     lists: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for fqn, index in first.items():
@@ -63,8 +66,13 @@ def layer_starts(record: GraphRecord, activations: Sequence[str]) -> list[tuple[
             lists[parent].append((fqn, index))
     if not lists:
         return []
-    longest = max(lists.values(), key=lambda entries: (len(entries), -min(index for _, index in entries)))
-    return sorted(longest, key=lambda entry: entry[1])
+    longest = max(lists, key=lambda name: (len(lists[name]), -min(index for _, index in lists[name])))
+    entries = list(lists[longest])
+    for name, others in lists.items():
+        *path, last = name.split(".")
+        if name != longest and last == longest.rpartition(".")[2] and not any(part.isdigit() for part in path):
+            entries += others
+    return sorted(entries, key=lambda entry: entry[1])
 
 
 def balanced_cuts(record: GraphRecord, activations: Sequence[str], num_stages: int) -> list[int]:

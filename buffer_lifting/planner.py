@@ -44,7 +44,7 @@ class Planner:
         self.col_inputs = col_inputs
         self.cuts: dict[CutKey, Cut] = {}
         self.input_roles: dict[str, set[str]] = {}
-        self.position_iotas: set[str] = set()  # arange nodes that a one-axis read takes as position ids
+        self.position_iotas: set[tuple[str, str]] = set()  # (arange, axis) that a one-axis read takes as position ids
         self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
         self._memo: dict[tuple[str, Labels, Context], tuple[Value, tuple[CutKey, ...]] | Refuse] = {}
         self._numbers: dict[str, str] = {}
@@ -125,8 +125,9 @@ class Planner:
         return any(self.is_length_of_sequence(operand) for operand in self.record.nodes[name].refs())
 
     def axis_of(self, size: Size) -> str | None:
-        """The sequence axis that has this size, if one has."""
-        return next((axis for axis, length in self.inputs.lengths.items() if size == length), None)
+        """The sequence axis that has this size, if exactly one has."""
+        axes = [axis for axis, length in self.inputs.lengths.items() if size == length]
+        return axes[0] if len(axes) == 1 else None
 
     def varies_along(self, name: str, labels: Labels) -> bool:
         """Whether a value can differ along one of the sequence dims of ``labels``."""
@@ -360,7 +361,7 @@ class Planner:
             plan = self.iota(factor, context)
             if context.stream == "positions":
                 self.position_iotas.update(
-                    a for a in self.ancestors(node.name) if self.record.nodes[a].base_op == "aten.arange"
+                    (a, factor.axis) for a in self.ancestors(node.name) if self.record.nodes[a].base_op == "aten.arange"
                 )
         else:
             layout = row_shape

@@ -246,14 +246,14 @@ class _Scan:
         if meta is None or dep & (Dep.USER | Dep.DATA) or not dep & (Dep.IOTA | Dep.STATE | Dep.PARAM):
             return None
         result: list[DimLabel] = []
-        seen: set[str] = set()
+        seen = False
         for size, varies in zip(meta.shape, self.planner.variation.of(name), strict=True):
             axis = self.planner.axis_of(size) if varies else None
             if axis is None:
                 result.append(feature(size))
                 continue
-            result.append((Factor(axis, COL if axis in seen else ROW, size),))
-            seen.add(axis)
+            result.append((Factor(axis, COL if seen else ROW, size),))
+            seen = True
         return tuple(result) if seen else None
 
     def _outputs(self, node: Node, result: AxisResult) -> tuple[Labels, ...] | None:
@@ -283,6 +283,11 @@ class _Scan:
         for path, name in node.named_refs():
             value = self.record.nodes[name]
             if Dep.DATA in self.deps[name]:
+                if result and not self._lines_up(name, result.operands.get(path)):
+                    why = (
+                        f"operand {path!r} is data, but not known to follow the sequence where it meets data that does"
+                    )
+                    self._mix(node, why, False, "BL202")
                 continue
             if not isinstance(value.meta, TensorMeta):
                 if Dep.LENGTH in self.deps[name] and (path, name) in length_operands(node):
@@ -309,6 +314,17 @@ class _Scan:
             elif self._runs_along(value.meta) and Dep.USER not in self.deps[name]:
                 why = "it has the size of the sequence, but does not line up with the data's sequence dim"
                 self._refused(node, path, value, (), Refuse(why, name))
+
+    def _lines_up(self, name: str, alignment: Alignment | None) -> bool:
+        """Whether each dim of a data operand runs along the sequence and in the role that its reader aligns it to."""
+        meta, known = self.record.nodes[name].tensor, self.labels.get(name)
+        if alignment is None or meta is None or len(alignment.labels) != len(meta.shape):
+            return True
+        own = known[0] if known else ((),) * len(meta.shape)
+        return all(
+            size == 1 or not has_seq(wanted) or seq_axes((wanted,)) == seq_axes((has,))
+            for size, wanted, has in zip(meta.shape, alignment.labels, own, strict=True)
+        )
 
     def _length(self, node: Node, path: str, value: Node) -> None:
         """A number made from a sequence length: taken from the keys, which are as many as the whole sequence."""

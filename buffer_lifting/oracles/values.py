@@ -21,28 +21,27 @@ from buffer_lifting.torch_compat import schema_args
 
 
 class Arrangement:
-    """One way to lay out the sequence: an order per sample, position ids, and a shard."""
+    """One way to lay out the sequences: for each axis an order per sample and position ids; and a shard."""
 
     def __init__(
         self, case: Case, seed: int, permute: bool, packed: bool, shard: tuple[int, int], own_orders: bool = True
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        batch, length = case.batch, case.length
-        rows = [torch.randperm(length, generator=generator) for _ in range(batch)]
-        rows = rows if own_orders else rows[:1] * batch
-        self.order = torch.stack(rows if own_orders else rows[:1]) if permute else None
-        self.positions: torch.Tensor | None = None
-        if packed and length > 3:
-            cuts = torch.randint(2, length - 1, (batch,), generator=generator)
-            self.positions = torch.stack(
-                [torch.cat([torch.arange(c), torch.arange(length - c)]) for c in cuts.tolist()]
-            )
+        orders = case.orders(generator, case.batch)
+        self.orders = {axis: own if own_orders else own[:1] for axis, own in orders.items()} if permute else {}
+        self.positions: dict[str, torch.Tensor] = {}
+        for axis, length in case.lengths.items():
+            if packed and length > 3:
+                cuts = torch.randint(2, length - 1, (case.batch,), generator=generator).tolist()
+                rows = [torch.cat([torch.arange(c), torch.arange(length - c)]) for c in cuts]
+                self.positions[axis] = torch.stack(rows)
         self.shard = shard
         self.name = f"{'random order' if permute else 'natural order'}, shard {shard}{', packed' if packed else ''}"
 
-    def slots(self, sample: int, length: int, role: str) -> torch.Tensor:
-        """The global slots that a sample's local slots hold."""
-        order = torch.arange(length) if self.order is None else self.order[sample if self.order.shape[0] > 1 else 0]
+    def slots(self, axis: str, sample: int, length: int, role: str) -> torch.Tensor:
+        """The global slots that a sample's local slots on an axis hold."""
+        orders = self.orders.get(axis)
+        order = torch.arange(length) if orders is None else orders[sample if orders.shape[0] > 1 else 0]
         if role == COL:
             return order
         rank, size = self.shard
@@ -66,7 +65,7 @@ def check_values(program: ExportedProgram, lifted: LiftedProgram, cases: list[Ca
         if lifted.axes.has_batch:
             arrangements.append(Arrangement(case, seed + 2, True, True, (0, 1), own))
         dynamic = all(length is None for length in lifted.axes.lengths.values())
-        divisors = [size for size in (2, 3, 5) if case.length % size == 0]
+        divisors = [size for size in (2, 3, 5) if all(length % size == 0 for length in case.lengths.values())]
         if dynamic and divisors:
             arrangements.append(Arrangement(case, seed + 3, True, False, (1, divisors[0]), own))
         for arrangement in arrangements:
@@ -138,9 +137,11 @@ class _Values:
             mask = self._lifted_value(named["attn_mask"].name, case, arrangement)
         except (RuntimeError, IndexError) as broken:
             return f"the mask cannot be computed: {str(broken).splitlines()[0]} [{arrangement.name}]"
+        axis = read.seq_dims[0][1]
+        length = case.lengths[axis]
         expected = torch.stack(
             [
-                arrangement.slots(b, case.length, COL)[None, :] <= arrangement.slots(b, case.length, "row")[:, None]
+                arrangement.slots(axis, b, length, COL)[None, :] <= arrangement.slots(axis, b, length, "row")[:, None]
                 for b in range(case.batch)
             ]
         )
@@ -158,13 +159,13 @@ class _Values:
                 case.batch,
                 case.lengths,
                 inputs,
-                arrangement.order,
+                arrangement.orders,
                 arrangement.positions,
                 arrangement.shard,
                 None,
             )
             known = {k: v for k, v in inputs.items() if k in self.lifted.input_axes}
-            sharded = shard_inputs(self.lifted.input_axes, known, arrangement.order, arrangement.shard)
+            sharded = shard_inputs(self.lifted.input_axes, known, arrangement.orders, arrangement.shard)
             self._changed = {key: {**self.changed.state, **case.named, **sharded, **feed}}
         values = self._changed[key]
         if name not in values:
@@ -187,17 +188,19 @@ class _Values:
         streams = {key.stream for key in edge.keys}
         samples = []
         for sample in range(case.batch):
-            positions = None if arrangement.positions is None else arrangement.positions[sample]
             iotas = None
-            if positions is not None and "substituted" in programs:
-                iotas = dict.fromkeys(self.plan.substituted, positions)
+            if arrangement.positions and "substituted" in programs:
+                known = self.plan.substituted.items()
+                iotas = {
+                    name: arrangement.positions[axis][sample] for name, axis in known if axis in arrangement.positions
+                }
             value = self._natural(edge.value, case, iotas)
             value, roles = _unfold_own(value, edge.labels, case, sample)
             for dim, (axis, role) in enumerate(roles):
                 if axis:
-                    slots = arrangement.slots(sample, case.lengths[axis], role)
-                    if positions is not None and streams == {"positions"}:
-                        slots = positions[slots]
+                    slots = arrangement.slots(axis, sample, case.lengths[axis], role)
+                    if axis in arrangement.positions and streams == {"positions"}:
+                        slots = arrangement.positions[axis][sample][slots]
                     value = value.index_select(dim, slots)
             samples.append(value)
         return torch.stack(samples)
