@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.graph.from_fx import build_record
@@ -59,6 +60,10 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
     if silent:
         note += f"; it proves nothing for {', '.join(silent)}, which move no output and no gradient here"
     return Check("equivariance", True, compared, worst, "", note)
+
+
+def _is_size(node: Node) -> bool:
+    return "sym_size" in str(node.target)
 
 
 class _Result:
@@ -150,11 +155,23 @@ class _Pair:
         expected = self._run_original(whole, orders, seed)
         silent = []
         for lifted in self.lifted.inputs:
-            moved = {**feed, lifted.name: perturbed(feed[lifted.name], 1 if lifted.batched else 0)}
+            dim = 1 if lifted.batched else 0
+            value = feed[lifted.name]
+            if self._is_read_for_its_size(lifted.name):
+                other = torch.cat([value, value.narrow(dim, 0, 1)], dim)  # one key more: another length
+            else:
+                other = perturbed(value, dim)
+            moved = {**feed, lifted.name: other}
             result = self._against(expected, self._run_changed({**permuted, **moved}, expected))
             if not result.worst >= CONTROL:
                 silent.append(lifted.name)
         return silent
+
+    def _is_read_for_its_size(self, name: str) -> bool:
+        """Whether only the number of keys is read from a lifted input."""
+        node = next(n for n in self.changed.graph.nodes if n.op == "placeholder" and n.name == name)
+        readers = [user for spread in node.users for user in ([spread] if _is_size(spread) else spread.users)]
+        return bool(readers) and all(_is_size(user) for user in readers)
 
     def first_difference(self, case: Case, seed: int) -> str:
         """The first op on data, in graph order, whose value is not the original's, permuted."""
