@@ -41,6 +41,8 @@ from buffer_lifting.program import (
     SequenceMixing,
     Stream,
 )
+from buffer_lifting.routing import Routing
+from buffer_lifting.routing.facts import has_routed
 
 FormOption = str | Mapping[str, str]
 _CODES = {"buffer": "BL001", "constant": "BL001", "parameter": "BL002", "iota": "BL003", "input": "BL005"}
@@ -93,6 +95,7 @@ class _Scan:
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.completion = Completion(inputs)
+        self.routing = Routing(record)
         if not inputs.lengths:
             self._no_axis()
         for node in record.nodes.values():
@@ -109,6 +112,9 @@ class _Scan:
                 self._visit(node)
             elif node.kind is NodeKind.OUTPUT:
                 self._returned(node)
+        for node, path in self.routing.counted_sizes():
+            self._mix(node, f"a number of routed tokens enters at {path!r}", False, "BL201")
+        self.mixing.extend(self.routing.regions())
 
     def result(self) -> LiftPlan:
         """The plan; cuts that no accepted replacement reads are dropped.
@@ -167,6 +173,10 @@ class _Scan:
         for path, name in node.named_refs():
             value, dep = self.record.nodes[name], self.deps[name]
             shape = value.tensor.shape if value.tensor else ()
+            known = self.labels.get(name)
+            routed = self.routing.returned(name, known[0] if known else None)
+            if routed:
+                self._mix(value, routed, False, "BL201")
             if name in self.mixed and Dep.DATA not in dep:
                 why = "it is returned, and computed from user inputs by an op that mixes the sequence"
                 self._refused(node, path, value, (), Refuse(why, name, hint="compute it outside the model"))
@@ -205,10 +215,10 @@ class _Scan:
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
         view = OpView(self.record, node, self.labels)
-        result = apply_rule(view)
         if Dep.DATA not in dep:
-            self._visit_user(node, result)
+            self._visit_user(node, apply_rule(view))
             return
+        result = self.routing.apply(view)
         carries = self._carries(node)
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
@@ -246,7 +256,7 @@ class _Scan:
             self._causal(node)
         for path, name in node.named_refs():
             value = self.record.nodes[name]
-            if Dep.DATA in self.deps[name]:
+            if Dep.DATA in self.deps[name] or (result is not None and path in result.consumed):
                 continue
             if not isinstance(value.meta, TensorMeta):
                 if is_pointwise(node) and self.planner.is_length_of_sequence(name):
@@ -267,7 +277,11 @@ class _Scan:
                     why = f"how operand {path!r} of {node.op} lines up with the sequence is not known"
                     self._refused(node, path, value, (), Refuse(why, node.name))
                 continue
-            if any(has_seq(dim) for dim in alignment.labels):
+            if has_routed(alignment.labels):
+                why = self.routing.aligned(value, alignment.labels)
+                if why:
+                    self._refused(node, path, value, (), Refuse(why, name))
+            elif any(has_seq(dim) for dim in alignment.labels):
                 self._read(_Edge(node, path, value, alignment))
             elif self._varies_along_batch(value, alignment):
                 why = "it varies along the batch, which microbatches cut: every microbatch would read the first rows"
