@@ -277,6 +277,8 @@ class _Scan:
                     why = f"how operand {path!r} of {node.op} lines up with the sequence is not known"
                     self._refused(node, path, value, (), Refuse(why, node.name))
                 continue
+            if any(has_seq(dim) and len(dim) > 1 for dim in alignment.labels) and self.routing.is_fill(value):
+                continue  # folded with the batch: as large as the data, and the same everywhere
             if has_routed(alignment.labels):
                 why = self.routing.aligned(value, alignment.labels)
                 if why:

@@ -101,7 +101,7 @@ class Routing:
 
     def aligned(self, value: Node, labels: tuple[DimLabel, ...]) -> str:
         """Why a value without data may not line up with routed rows; ``""`` if it may."""
-        if not has_routed(labels) or (value.base_op in FILLS and not self.stale(value.name)):
+        if not has_routed(labels) or self.is_fill(value):
             return ""
         return "it lines up with tokens in an order that data chose, so what a token reads depends on the others"
 
@@ -132,6 +132,10 @@ class Routing:
                 if isinstance(self.record.nodes[name].meta, ScalarMeta) and not shape and self._is_counted(name):
                     found.append((node, path))
         return found
+
+    def is_fill(self, value: Node) -> bool:
+        """Whether a value is the same everywhere, for good."""
+        return value.base_op in FILLS and not self.stale(value.name)
 
     # -- what rules ask and say -----------------------------------------------------------------------------
 

@@ -146,28 +146,36 @@ def _index(routing: Routing, view: OpView) -> AxisResult | None:
     labels, shape, places = view.labels("self"), view.shape("self"), _positions(view.node)
     if shape is None or not places:
         return None
+    table = view.record.nodes[str(operand(view.node, "self"))]
+    fill = labels is None and table.base_op in FILLS and not routing.stale(table.name)
     if any(_is_mask(routing, name) for _, name in places):
-        masked = _mask_place(routing, view, labels) if labels is not None else None
-        if masked is None or labels is None:
+        own = view.labels(f"indices.{places[0][0]}")
+        known = labels
+        if fill and own is not None:  # the same value everywhere: its dims are the mask's
+            head, tail = shape[: places[0][0]], shape[places[0][0] + len(own) :]
+            known = (*features(head), *own, *features(tail))
+        masked = _mask_place(routing, view, known) if known is not None else None
+        if masked is None or known is None:
             return None
         rows, dim, rank = masked
-        out = (*labels[:dim], rows.label, *labels[dim + rank :])
-        return AxisResult((out,), {"self": Alignment(labels, None)})
+        out = (*known[:dim], rows.label, *known[dim + rank :])
+        consumed = frozenset(["self"] if fill else [])
+        return AxisResult((out,), {"self": Alignment(known, None)}, consumed=consumed)
     dims = [dim for dim, _ in places]
     if dims != list(range(dims[0], dims[-1] + 1)):
         return None
-    own = [view.labels(f"indices.{dim}") for dim in dims]
-    table = view.record.nodes[str(operand(view.node, "self"))]
-    if labels is None and table.base_op in FILLS and not routing.stale(table.name) and own[0] is not None:
-        if any(index != own[0] for index in own):
+    indices = [view.labels(f"indices.{dim}") for dim in dims]
+    first = indices[0]
+    if fill and first is not None:
+        if any(index != first for index in indices):
             return None
         routing.consume(*(name for _, name in places))
-        out = (*features(shape[: dims[0]]), *own[0], *features(shape[dims[-1] + 1 :]))
+        out = (*features(shape[: dims[0]]), *first, *features(shape[dims[-1] + 1 :]))
         return AxisResult((out,), consumed=frozenset(["self"]))
     if labels is None or plain(labels):
-        if any(index is None or index != own[0] for index in own) or own[0] is None:
+        if first is None or any(index != first for index in indices):
             return None
-        out = (*features(shape[: dims[0]]), *own[0], *features(shape[dims[-1] + 1 :]))
+        out = (*features(shape[: dims[0]]), *first, *features(shape[dims[-1] + 1 :]))
         return AxisResult((out,), {"self": Alignment(features(shape), None)})
     if len(places) == 1 and is_routed(labels[dims[0]]):
         return _undone(routing, view, places[0], labels)

@@ -31,7 +31,7 @@ def stale_names(record: GraphRecord) -> frozenset[str]:
             base[node.name] = root
             last_write[root] = node.name
             current[root] = {node.name}
-        elif is_view(node) or node.op == "getitem":
+        elif is_view(node) or (node.op == "getitem" and is_view(record.nodes[first.name])):
             base[node.name] = root
             if root in last_write and first.name in current[root]:
                 current[root].add(node.name)
