@@ -144,6 +144,7 @@ class _Scan:
             self.labels,
             axes,
             substituted,
+            self.routing.inside(self.labels),
         )
 
     def _visit_user(self, node: Node, result: AxisResult | None) -> None:

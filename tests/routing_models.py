@@ -165,6 +165,17 @@ class GroupedSplit(Grouped):
         return F.one_hot(ids, EXPERTS).sum(0)
 
 
+class GroupedModules(GroupedSplit):
+    """The same, each expert a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(EXPERTS))
+
+    def one(self, rows: Tensor, expert: int) -> Tensor:
+        return self.each[expert](rows)
+
+
 class GroupedBias(Grouped):
     """A bias of each row's expert."""
 
@@ -200,6 +211,17 @@ class Loop(Experts):
             rows = self.rows(self.one(x[token], expert)) * weights[token, copy, None]
             out = self.put(out, token, rows)
         return out
+
+
+class LoopModules(Loop):
+    """Each expert a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(EXPERTS))
+
+    def one(self, rows: Tensor, expert: int) -> Tensor:
+        return self.each[expert](rows)
 
 
 class LoopInPlace(Loop):
@@ -353,8 +375,10 @@ RIGHT = [
     GroupedMapCounts,
     GroupedOneHotCounts,
     GroupedSplit,
+    GroupedModules,
     GroupedBias,
     Loop,
+    LoopModules,
     LoopInPlace,
     LoopReadWrite,
     LoopOneHot,

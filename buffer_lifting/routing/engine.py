@@ -8,13 +8,13 @@ they may reach nothing but routing itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from buffer_lifting.axis_rules import AxisResult, OpView, apply_rule
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, TensorMeta
 from buffer_lifting.graph.sizes import atoms
-from buffer_lifting.labels import DimLabel, feature, is_labelled
+from buffer_lifting.labels import DimLabel, Labels, feature, is_labelled
 from buffer_lifting.ops import ASSERTIONS, FILLS, content_operands, is_mutating
 from buffer_lifting.program import SequenceMixing
 from buffer_lifting.routing.facts import (
@@ -110,6 +110,11 @@ class Routing:
         if has_routed(labels):
             return "rows are returned in an order that data chose"
         return "what routing knows of all tokens together is returned" if self._confined(name) else ""
+
+    def inside(self, labels: Mapping[str, tuple[Labels, ...] | None]) -> frozenset[str]:
+        """The values inside regions: routed rows, and what says where they stand or how many there are."""
+        rows = {name for name, known in labels.items() if known and any(has_routed(own) for own in known)}
+        return frozenset(rows | {name for name in self.facts if self._confined(name)})
 
     def regions(self) -> list[SequenceMixing]:
         """One handled entry for each module whose tokens are routed and back."""
@@ -238,7 +243,8 @@ class Routing:
                 why = f"where routed tokens go is not known: {_SPOILED}"
             else:
                 why = "the places of routed tokens reach the data, or are not those that the rows came from"
-            return AxisResult(result.outputs if result else None, result.operands if result else {}, why, False)
+            # no labels: the scan reports what mixes only if an operand has some, and counts have none
+            return AxisResult(None, result.operands if result else {}, why, False)
         return result
 
     def _is_counted(self, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from buffer_lifting.graph.record import GraphRecord, NodeKind, Ref, TensorMeta
+from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, TensorMeta
 from buffer_lifting.ops import content_operands, is_mutating, is_view
 
 
@@ -36,3 +36,13 @@ def stale_names(record: GraphRecord) -> frozenset[str]:
             if root in last_write and first.name in current[root]:
                 current[root].add(node.name)
     return frozenset(name for name in record.nodes if base.get(name, name) in stale)
+
+
+def makes_rows(record: GraphRecord, node: Node) -> bool:
+    """Whether an op may put rows in an order of data's: sorts, and selections by a mask."""
+    if node.base_op in ("aten.sort", "aten.argsort", "aten.nonzero", "aten.nonzero_numpy"):
+        return True
+    if node.base_op != "aten.index":
+        return node.op == "aten.where.default"
+    metas = (record.nodes[name].tensor for path, name in node.named_refs() if path != "self")
+    return any(meta is not None and meta.dtype in ("bool", "uint8") for meta in metas)
