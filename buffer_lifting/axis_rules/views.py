@@ -143,7 +143,7 @@ def _getitem(view: OpView) -> AxisResult:
     return AxisResult((known[index],))
 
 
-@rule("cat", "stack")
+@rule("cat", "concat", "concatenate", "stack")
 def _cat(view: OpView) -> AxisResult:
     shape = view.shape("out")
     if shape is None:

@@ -195,6 +195,10 @@ class Routing:
         """A number that integer elements are below (and at least 0), followed back to what made them."""
         while not self.stale(name):
             node = self.record.nodes[name]
+            if node.base_op in ("aten.cat", "aten.concat", "aten.concatenate", "aten.stack"):
+                bounds = [self.bound(part) for part in node.refs()]
+                known = [bound for bound in bounds if bound is not None]
+                return max(known) if known and len(known) == len(bounds) else None
             source = node.args.get("self", node.args.get("0"))
             if not isinstance(source, Ref):
                 return None

@@ -190,7 +190,7 @@ def _split(routing: Routing, view: OpView) -> AxisResult | None:
     return AxisResult(tuple((part, *labels[1:]) for part in parts))
 
 
-@rule("cat")
+@rule("cat", "concat", "concatenate")
 def _join(routing: Routing, view: OpView) -> AxisResult | None:
     """The parts of all experts, in order: the sorted rows again."""
     parts = [view.labels(path) for path, _ in view.tensors()]
