@@ -45,6 +45,8 @@ def _hot_by_scatter(routing: Routing, node: Node, fill: Node, dim: int, number: 
     distinct = routing.fact(index, Distinct)
     if index is None or distinct is None or distinct.dim != dim or not isinstance(number, int):
         return
+    if node.args.get("reduce") is not None:
+        return
     zero = fill.base_op.startswith("aten.zeros") or fill.base_op == "aten.new_zeros"
     root = routing.root(index)
     if zero and not routing.stale(fill.name) and node.args.get("value") in (1, True) and root is not None:

@@ -251,13 +251,13 @@ def _same_but(left: tuple[Size, ...], right: tuple[Size, ...], dim: int) -> bool
 
 
 def _target(
-    routing: Routing, view: OpView, wanted: dict[int, DimLabel], whole: bool
+    routing: Routing, view: OpView, wanted: dict[int, DimLabel], whole: bool, path: str = "self"
 ) -> tuple[Labels, frozenset[str]] | None:
     """The labels of what rows are put into, with dims ``wanted``, and its path if it is a fresh fill.
 
     ``whole``: every element is written, so that it need hold nothing.
     """
-    name, shape, labels = operand(view.node, "self"), view.shape("self"), view.labels("self")
+    name, shape, labels = operand(view.node, path), view.shape(path), view.labels(path)
     if name is None or shape is None or routing.stale(name):
         return None
     out = tuple(wanted.get(dim, feature) for dim, feature in enumerate(features(shape)))
@@ -268,7 +268,7 @@ def _target(
         return None
     if any(product(f.size for f in label) != shape[dim] for dim, label in wanted.items()):
         return None
-    return out, frozenset(["self"])
+    return out, frozenset([path])
 
 
 @rule("index_put")
@@ -339,9 +339,10 @@ def _counts_up(routing: Routing, name: str, out: Labels) -> bool:
     return start == 0 and step == 1 and node.tensor.shape == (product(f.size for f in out[0]),)
 
 
-@rule("index_add", "scatter_add", "scatter")
+@rule("index_add", "scatter_add", "scatter", "torchtitan.deterministic_scatter_add.default")
 def _add_back(routing: Routing, view: OpView) -> AxisResult | None:
-    node, shape, index = view.node, view.shape("self"), operand(view.node, "index")
+    into = "out" if view.node.op.startswith("torchtitan.") else "self"  # that one adds along dim 0
+    node, shape, index = view.node, view.shape(into), operand(view.node, "index")
     own, wide = view.labels("index"), view.shape("index")
     if shape is None or index is None or own is None or wide is None or not shape:
         return None
@@ -351,10 +352,15 @@ def _add_back(routing: Routing, view: OpView) -> AxisResult | None:
     if fact is None:
         return along_experts(view, routing) if source == "src" and not has_routed(own) else _refused(node)
     at = 0 if source == "source" else dim
-    if not _whole(fact) or own[at] != fact.rows.label or not plain((*own[:at], *own[at + 1 :])):
+    if (
+        node.args.get("reduce") is not None
+        or not _whole(fact)
+        or own[at] != fact.rows.label
+        or not plain((*own[:at], *own[at + 1 :]))
+    ):
         return _refused(node)
     complete = fact.rows.complete and fact.column == 0
-    target = _target(routing, view, {dim: fact.label}, complete and not adds)
+    target = _target(routing, view, {dim: fact.label}, complete and not adds, into)
     values = operand(node, source)
     if target is None or values is None or not (adds or complete):
         return _refused(node)
