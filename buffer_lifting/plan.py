@@ -140,6 +140,7 @@ class LiftPlan:
     data_labels: dict[str, tuple[Labels, ...] | None]
     input_axes: dict[str, InputAxes]
     substituted: dict[str, str] = field(default_factory=dict)  # the iota nodes that stand for position ids: their axis
+    routed: frozenset[str] = frozenset()  # the values inside routing regions: no stage may begin there
 
 
 @dataclass(frozen=True)

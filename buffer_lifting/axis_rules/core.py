@@ -46,6 +46,7 @@ class AxisResult:
     operands: dict[str, Alignment] = field(default_factory=dict)
     mixing: str = ""  # why the op moves information along the sequence; "" if it does not
     handled: bool = False  # the context-parallel pass takes care of it
+    consumed: frozenset[str] = frozenset()  # operands without data that are no reads by position (accumulators)
 
 
 class OpView:

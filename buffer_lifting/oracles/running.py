@@ -15,6 +15,7 @@ from buffer_lifting.errors import LiftingError
 from buffer_lifting.examples import named_inputs
 from buffer_lifting.feed import FeedGraph, above
 from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.oracles.grouped import grouped_product
 from buffer_lifting.passes.normalize import Normalized, normalize
 from buffer_lifting.torch_compat import schema_names, set_arguments, tree_flatten
 
@@ -128,6 +129,9 @@ def to_double(graph: Graph) -> None:
         if node.op != "call_function":
             continue
         names = schema_names(node)
+        if node.target is torch.ops.aten._grouped_mm.default:
+            node.target = grouped_product
+            continue
         if names & {"train", "dropout_p"} and "dropout" in f"{node.target}{sorted(names)}":
             set_arguments(
                 node, {key: {"train": False, "dropout_p": 0.0}[key] for key in names & {"train", "dropout_p"}}
