@@ -168,7 +168,7 @@ def _softmax(view: OpView) -> AxisResult:
         return AxisResult(None)
     dim = labels[view.dim("dim", len(labels), -1)]
     if has_seq(dim):
-        handled = any(factor.role == COL for factor in dim)
+        handled = any(factor.role in KEYS for factor in dim)
         why = "attention: a softmax over keys" if handled else "a softmax along the sequence"
         return AxisResult((labels,), mixing=why, handled=handled)
     if is_labelled(dim):
