@@ -70,6 +70,8 @@ def _why_not_bitwise(program: ExportedProgram, lifted: LiftedProgram) -> str:
     nodes = {node.name: node for node in normalize(program, read_only=True).graph.nodes}
     for read in _lifted_reads(lifted):
         value = nodes[read.value].meta.get("val") if read.value in nodes else None
+        if isinstance(value, torch.Tensor) and value.is_complex():
+            return "products of complex numbers round by the operands' memory layout"
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             if read.operand == "attn_mask":
                 return "attention with a floating bias per sample is another kernel"

@@ -159,7 +159,7 @@ class _Functionalizer:
         for one, other in ((left, right), (right, left)):
             late = [at for at in written.get(one.base, []) if at > after]
             if late and any(
-                order[user] > min(late) for n in (other.base, *other.views) for user in n.users if n is not node
+                order[user] > min(late) for n in (other.base, *other.views) for user in n.users if user is not node
             ):
                 left.frozen = right.frozen = True
 
