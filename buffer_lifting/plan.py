@@ -7,7 +7,7 @@ size of this shard (role ``row``) or of all shards (role ``col``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.graph.record import Node
@@ -139,7 +139,8 @@ class LiftPlan:
     frontier: list[FrontierEdge]
     data_labels: dict[str, tuple[Labels, ...] | None]
     input_axes: dict[str, InputAxes]
-    substituted: frozenset[str] = frozenset()  # the iota nodes that stand for position ids
+    substituted: dict[str, str] = field(default_factory=dict)  # the iota nodes that stand for position ids: their axis
+    routed: frozenset[str] = frozenset()  # the values inside routing regions: no stage may begin there
 
 
 @dataclass(frozen=True)
