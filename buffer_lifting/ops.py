@@ -92,6 +92,7 @@ FILLS = frozenset(
     for name in ["full", "zeros", "ones", "new_ones", "new_zeros", "new_full", "zeros_like", "ones_like", "full_like"]
 )
 ATTENTION = "aten.scaled_dot_product_attention"
+FLEX_ATTENTION = "hop.flex_attention"
 #: Checks without a value; analysis passes over them.
 ASSERTIONS = frozenset(
     [

@@ -7,12 +7,16 @@ size of this shard (role ``row``) or of all shards (role ``col``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.graph.record import Node
 from buffer_lifting.labels import Labels
 from buffer_lifting.program import FeedOutput, InputAxes, PositionRead, ScanReport
+
+if TYPE_CHECKING:
+    from buffer_lifting.flex import FlexPlan
 
 
 class Refuse(Exception):
@@ -140,6 +144,7 @@ class LiftPlan:
     data_labels: dict[str, tuple[Labels, ...] | None]
     input_axes: dict[str, InputAxes]
     substituted: frozenset[str] = frozenset()  # the iota nodes that stand for position ids
+    flex: list[FlexPlan] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

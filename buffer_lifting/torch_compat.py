@@ -8,7 +8,9 @@ from typing import Any, cast
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch._export.verifier import TrainingIRVerifier  # no public name for the training dialect's verifier
+from torch._higher_order_ops.flex_attention import flex_attention as FLEX_HOP  # torch.ops.higher_order has no type
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled  # operators, no alias
+from torch._ops import HigherOrderOperator as HigherOrderOperator  # the class of an op, as the next
 from torch._ops import OpOverload as OpOverload  # the class of an op; torch.ops has only its instances
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
@@ -24,6 +26,19 @@ TreeSpec = pytree.TreeSpec
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
 tree_map = pytree.tree_map
+
+#: The operands of ``flex_attention``, a higher-order op without a schema, by position.
+FLEX_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "score_mod",
+    "block_mask",
+    "scale",
+    "kernel_options",
+    "score_buffers",
+    "mask_buffers",
+)
 
 _SIZES: dict[sympy.Expr, sizes.Size] = {}
 
@@ -65,7 +80,8 @@ def schema_args(node: Node) -> dict[str, Any]:
     """
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return {str(i): arg for i, arg in enumerate(node.args)} | dict(node.kwargs)
+        names = FLEX_ARGUMENTS if node.target is FLEX_HOP else tuple(str(i) for i in range(len(node.args)))
+        return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     result = {}
     for index, argument in enumerate(schema.arguments):
         if index < len(node.args) and not argument.kwarg_only:

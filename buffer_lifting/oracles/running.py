@@ -96,7 +96,8 @@ def runnable(program: ExportedProgram, double: bool = False) -> Runnable:
     state = {name: store[fqn].detach() for name, fqn in fqns.items()}
     if double:
         state = {name: doubled(value) for name, value in state.items()}
-    module = GraphModule(dict(normalized.submodules), normalized.graph)
+    bodies = normalized.submodules if not double else {n: _double_body(b) for n, b in normalized.submodules.items()}
+    module = GraphModule(dict(bodies), normalized.graph)
     output = normalized.graph.output_node().args[0]
     names = [item.name if isinstance(item, Node) else "" for item in tree_flatten(output)[0]]
     return Runnable(normalized.graph, module, state, dict(signature.inputs_to_parameters), names)
@@ -135,6 +136,18 @@ def _makes_floats(node: Node) -> bool:
     names = schema_names(node)
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     return "dtype" in names and not tensors and isinstance(value, torch.Tensor) and value.dtype in _DOUBLE
+
+
+def _double_body(body: Any) -> Any:
+    """A copy of the body of a higher-order op that computes in double precision."""
+    if not isinstance(body, GraphModule):
+        return body
+    new = Graph()
+    new.output(new.graph_copy(body.graph, {}))
+    for before, after in zip(body.graph.nodes, new.nodes, strict=True):
+        after.meta = dict(before.meta)
+    to_double(new)
+    return GraphModule(body, new)
 
 
 def double_feed(lifted: LiftedProgram) -> LiftedProgram:
