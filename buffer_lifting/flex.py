@@ -327,6 +327,7 @@ class _Body:
         rest: list[str] = []
         for dim, label in enumerate(labels):
             index = access.indices[dim] if dim < len(access.indices) else ""
+            expected: tuple[str, ...]
             if has_batch(label):
                 expected = ("b",)
             elif has_seq(label):
@@ -474,7 +475,7 @@ class _Body:
         if whole:
             return
         if not dep & (Dep.USER | Dep.DATA) and self._varies_along_batch(node, access):
-            raise Refuse("an operand varies along the batch, which microbatches cut", name)
+            raise Refuse(f"its operand {self._source(access)!r} varies along the batch, which microbatches cut", name)
         tainted = frozenset().union(*(self._value(index) for index in access.indices))
         if not tainted & {"q", "kv"} or dep & Dep.DATA:
             return

@@ -122,7 +122,7 @@ class _Scan:
         if unmatched:
             sources = sorted({read.source for read in self.reads})
             raise ValueError(f"form= names {unmatched}, which match none of the sources {sources}")
-        used = {key for item in (*self.frontier, *self.flex) for key in item.keys}
+        used = {key for edge in self.frontier for key in edge.keys} | {key for plan in self.flex for key in plan.keys}
         self.planner.cuts = {key: cut for key, cut in self.planner.cuts.items() if key in used}
         outputs, substituted = name_outputs(self.planner, self.record)
         axes = {

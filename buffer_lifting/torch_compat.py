@@ -201,6 +201,23 @@ def root_spec(program: ExportedProgram) -> tuple[TreeSpec, TreeSpec]:
     return spec.in_spec, spec.out_spec
 
 
+def with_keywords(spec: TreeSpec, names: tuple[str, ...]) -> TreeSpec:
+    """The spec of a call with further keywords. Private: TreeSpec's constructor; unflattening the spec with stand-ins
+    and flattening the result would run the constructors of the user's own containers (a BlockMask)."""
+    args, kwargs = spec.children()
+    leaves = [pytree.treespec_leaf() for _ in names]
+    return TreeSpec(tuple, None, [args, TreeSpec(dict, [*kwargs.context, *names], [*kwargs.children(), *leaves])])
+
+
+def flat_names(spec: TreeSpec, names: Sequence[str]) -> tuple[list[str], dict[str, str]] | None:
+    """The leaves' names by positional argument and by keyword, or ``None`` if an argument is a container."""
+    args, kwargs = spec.children()
+    if not all(child.is_leaf() for child in (*args.children(), *kwargs.children())):
+        return None
+    count = args.num_children
+    return list(names[:count]), dict(zip(kwargs.context, names[count:], strict=True))
+
+
 def input_spec(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TreeSpec:
     """The pytree spec of a call."""
     return tree_flatten((args, kwargs))[1]
