@@ -67,8 +67,8 @@ def partition(
     nodes = {node.name: node for node in normalized.graph.nodes}
     if vmap_regions(normalized.graph):
         raise PartitionError(
-            "the program has values computed under torch.vmap, which a stage cannot compute on its own; write them with "
-            "broadcasting, or export after run_decompositions({})"
+            "the program has values computed under torch.vmap, which a stage cannot compute on its own; write them "
+            "with broadcasting, or export after run_decompositions({})"
         )
     user = list(lifted.input_axes) or []
     check_names(lifted.input_axes, user)

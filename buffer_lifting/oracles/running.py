@@ -54,12 +54,16 @@ class Runnable:
     state: dict[str, torch.Tensor]  # placeholder -> tensor
     parameters: dict[str, str]  # placeholder -> FQN
     outputs: list[str] = field(default_factory=list)  # names of the output nodes
+    frozen: bool = False  # the parameters require no gradients
 
     def run(
         self, values: Mapping[str, Any], capture: set[str] | None = None
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
         """Outputs, the parameters as fresh leaves by FQN, and the values of the captured nodes."""
-        leaves = {n: self.state[n].detach().requires_grad_(self.state[n].is_floating_point()) for n in self.parameters}
+        leaves = {
+            n: self.state[n].detach().requires_grad_(self.state[n].is_floating_point() and not self.frozen)
+            for n in self.parameters
+        }
         feed = {**self.state, **leaves, **values}
         names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         interpreter = _Capture(self.module, capture or set())
