@@ -384,6 +384,54 @@ def test_faults_are_found(fault: str) -> None:
         assert str(error.value).startswith("values does not hold at node 'flex_attention'")
 
 
+def _compiled(program: ExportedProgram, path: Path) -> Any:
+    """The program compiled by AOTInductor, whose CPU kernels skip the blocks that a block mask does not list."""
+    inductor: Any = torch._inductor
+    with torch.no_grad():
+        return inductor.aoti_load_package(inductor.aoti_compile_and_package(program, package_path=str(path)))
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path) -> None:
+    """Kernels that skip blocks: right with the one block of the lifted program, wrong with the natural order's."""
+    length = 384
+    tokens = torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
+
+    def attend(n: Net, q: Tensor, k: Tensor, v: Tensor, t: Tensor, x: Any) -> Tensor:
+        return masked(q, k, v, _near)
+
+    program = torch.export.export(make(attend), (tokens,))
+    lifted = followed(program)
+    generator = torch.Generator().manual_seed(3)
+    orders = torch.stack([torch.randperm(length, generator=generator) for _ in range(2)])
+    feed = {name: value.contiguous() for name, value in lifted.feed(2, length, order=orders).items()}
+    expected = program.module()(tokens).gather(1, orders[..., None].expand(-1, -1, VOCAB))
+    permuted = tokens.gather(1, orders)
+    result = _compiled(lifted.program, tmp_path / "lifted.pt2")(permuted, **feed)
+    assert torch.allclose(result, expected, atol=1e-5)
+    node, graph = flex_node(lifted), lifted.program.graph
+
+    def call(op: Any, *args: Any) -> Any:
+        new = graph.call_function(op, args)
+        new.meta["val"] = op(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+        return new
+
+    aten = torch.ops.aten
+    with graph.inserting_before(node), node.args[0].meta["val"].fake_mode:  # row i of blocks reads blocks i and i - 1
+        rows = call(aten.to.dtype, call(aten.arange.default, 3), torch.int32)
+        count = call(aten.clamp.default, call(aten.add.Tensor, rows, 1), None, 2)
+        places = call(aten.sub.Tensor, call(aten.unsqueeze.default, rows, 1), rows)
+        listed = call(aten.clamp.default, places, 0)
+        count, listed = call(aten.view.default, count, [1, 1, 3]), call(aten.view.default, listed, [1, 1, 3, 3])
+    rest = (*node.args[4][4:-3], 128, 128, node.args[4][-1])
+    node.args = (*node.args[:4], (length, length, count, listed, *rest), *node.args[5:])
+    lifted.program.graph_module.recompile()
+    skipping = _compiled(lifted.program, tmp_path / "skipping.pt2")
+    natural = {name: value.contiguous() for name, value in lifted.feed(2, length).items()}
+    assert torch.allclose(skipping(tokens, **natural), program.module()(tokens), atol=1e-5)
+    assert (skipping(permuted, **feed) - expected).abs().max() > 1e-3
+
+
 @pytest.fixture
 def registered() -> None:
     if BlockMask not in pytree.SUPPORTED_NODES:
