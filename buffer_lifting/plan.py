@@ -16,7 +16,7 @@ from buffer_lifting.labels import Labels
 from buffer_lifting.program import FeedOutput, InputAxes, PositionRead, ScanReport
 
 if TYPE_CHECKING:
-    from buffer_lifting.flex import FlexPlan
+    from buffer_lifting.flex_plan import FlexPlan
 
 
 class Refuse(Exception):

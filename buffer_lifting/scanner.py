@@ -15,7 +15,8 @@ from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
 from buffer_lifting.completion import Completion
 from buffer_lifting.dataflow import Dep, analyse
-from buffer_lifting.flex import FlexPlan, plan_flex
+from buffer_lifting.flex import plan_flex
+from buffer_lifting.flex_plan import FlexPlan
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms

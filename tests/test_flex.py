@@ -498,9 +498,16 @@ def _length(n: Net, q: Tensor, k: Tensor, v: Tensor, t: Tensor, x: Any) -> Tenso
     return scored(q, k, v, lambda s, b, h, i, j: s + (j < length // 2))
 
 
+def _folded(n: Net, q: Tensor, k: Tensor, v: Tensor, t: Tensor, x: Any) -> Tensor:
+    q, k, v = (part.transpose(1, 2).reshape(-1, 1, HEADS, DIM) for part in (q, k, v))  # over heads, a token each
+    y = scored(q, k, v, lambda s, b, h, i, j: s + n.docs[b])
+    return y.view(t.shape[0], t.shape[1], HEADS, DIM).transpose(1, 2)
+
+
 @pytest.mark.parametrize(
     ("attend", "extra", "way", "why"),
     [
+        (_folded, "", "static", "BL105 .*its batch or its heads run along the sequence"),
         (_previous, "docs", "static", "BL105 .*'extra', which runs along the sequence, at another index"),
         (_whole, "docs", "static", "BL105 .*'extra', which runs along the sequence, whole"),
         (_padded, "docs", "static", "BL105 .*how its operand lines up with the sequence is not known"),

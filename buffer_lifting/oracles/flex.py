@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from buffer_lifting.flex import FlexPlan
+from buffer_lifting.flex_plan import FlexPlan
 from buffer_lifting.torch_compat import schema_args
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from buffer_lifting.flex import BodyPlan, FlexPlan
+from buffer_lifting.flex_plan import BodyPlan, FlexPlan
 from buffer_lifting.graph.bodies import attribute_of, is_mod_index
 from buffer_lifting.passes.emitter import Emitter
 from buffer_lifting.plan import Replacement
