@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .catalog import Entry, Export, Inputs
 from .tiny import DIM, HEADS, LAYERS, STD, TABLE, padding, tokens
-from .transformers_others import EAGER_DYNAMIC, LIBRARY, SDPA, encoder, named_ids, named_mask, tiny_model
+from .transformers_others import EAGER, EAGER_DYNAMIC, LIBRARY, SDPA, encoder, named_ids, named_mask, tiny_model
 
 ENC_DEC_AXES = {"input_ids": {0: "batch", 1: "enc"}, "decoder_input_ids": {0: "batch", 1: "dec"}}
 
@@ -157,6 +157,21 @@ _TOWERS = (
         quick=True,
         model="T5EncoderModel",
         **_T5_SIZES,
+    ),
+    encoder(
+        "prophetnet_encoder",
+        "ProphetNet",
+        (EAGER,),
+        ("learned", "cumsum_ones"),
+        "layers.1",
+        model="ProphetNetEncoder",
+        num_hidden_layers=None,
+        num_encoder_layers=LAYERS,
+        encoder_ffn_dim=2 * DIM,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        init_std=STD,
     ),
     Entry(
         "hf_clip_text",
