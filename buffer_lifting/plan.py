@@ -43,11 +43,12 @@ class Lifted:
 
 @dataclass(frozen=True, eq=False)
 class AxisSize:
-    """The run-time size of an axis in a role; ``fixed`` when the program is static there."""
+    """The run-time size of an axis in a role; ``fixed`` when the program is static there, ``of`` the input to ask."""
 
     axis: str
     role: str
     fixed: int | None
+    of: CutKey | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,9 +143,10 @@ class Planner:
         assert isinstance(node.meta, ScalarMeta)
         for axis, length in self.inputs.lengths.items():
             if node.meta.size == length:
-                factor = Factor(axis, COL, length)
-                self.iota(factor, Context("slots", "positions"))
-                return AxisSize(axis, COL, length if isinstance(length, int) else None)
+                keys = self.iota(Factor(axis, COL, length), Context("slots", "positions"))
+                assert isinstance(keys, Lifted)
+                size = AxisSize(axis, COL, length if isinstance(length, int) else None, keys.key)
+                return self._scalars.setdefault(f"length of {axis}", size)
         if node.op.startswith("sym."):
             parts = [(path, self.scalar(ref)) for path, ref in node.named_refs() if Dep.LENGTH in self.deps[ref]]
             return self._scalars.setdefault(name, Reapply(name, tuple(parts)))

@@ -69,7 +69,7 @@ class Emitter:
         if isinstance(plan, Existing):
             node = self.nodes[plan.node]
         elif isinstance(plan, AxisSize):
-            node = self.sizes.node(plan.axis, plan.role)
+            node = self._length(plan.of) if plan.of else self.sizes.node(plan.axis, plan.role)
         elif isinstance(plan, Lifted):
             node = self.lifted[plan.key]
         elif isinstance(plan, Call):
@@ -78,6 +78,15 @@ class Emitter:
             node = self._reapply(plan)
         self._memo[id(plan)] = node
         self._keep.append(plan)
+        return node
+
+    def _length(self, key: CutKey) -> Node:
+        """How many rows a lifted input has, read at the top of the graph."""
+        source = self.lifted[key]
+        with self.graph.inserting_after(max(source, self.sizes.last)):
+            node = self.graph.call_function(torch.ops.aten.sym_size.int, (source, 1))
+        node.meta = {"nn_module_stack": self.sizes.stack, "val": source.meta["val"].shape[1]}
+        self.sizes.last = node
         return node
 
     def _argument(self, arg: object) -> Any:
