@@ -7,7 +7,7 @@ size of this shard (role ``row``) or of all shards (role ``col``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.graph.record import Node
@@ -129,6 +129,18 @@ class Replacement:
 
 
 @dataclass
+class Trace:
+    """What the planner did and tried, kept as it is for ``explain.py``."""
+
+    #: (node, its labels, context) -> the rebuilt value and the cuts it reads, or why there is none.
+    rebuilt: dict[tuple[str, Labels, Context], tuple[Value, tuple[CutKey, ...]] | Refuse] = field(default_factory=dict)
+    #: (node, its labels, context, attempt: ``"_local"`` or ``"cut"``) -> why the attempt failed.
+    tried: dict[tuple[str, Labels, Context, str], Refuse] = field(default_factory=dict)
+    #: (consumer, operand) of a refused read -> the labels of the operand (``()``: not known), and why.
+    refused: dict[tuple[str, str], tuple[Labels, Refuse]] = field(default_factory=dict)
+
+
+@dataclass
 class LiftPlan:
     """The result of a scan: the report, and everything that lifting has to emit."""
 
@@ -140,6 +152,7 @@ class LiftPlan:
     data_labels: dict[str, tuple[Labels, ...] | None]
     input_axes: dict[str, InputAxes]
     substituted: frozenset[str] = frozenset()  # the iota nodes that stand for position ids
+    trace: Trace = field(default_factory=lambda: Trace())
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ class _Scan:
             self.labels,
             axes,
             substituted,
+            trace=self.planner.trace,
         )
 
     def _visit_user(self, node: Node, result: AxisResult | None) -> None:
@@ -455,6 +456,7 @@ class _Scan:
         return read
 
     def _refused(self, node: Node, path: str, value: Node, labels: Labels, refusal: Refuse) -> None:
+        self.planner.trace.refused[node.name, path] = (labels, refusal)
         kind, source, aliases = self.planner.source_of(value.name)
         alignment = Alignment(labels or features(value.tensor.shape if value.tensor else ()), None)
         where = f" (at {refusal.node})" if refusal.node != value.name else ""
