@@ -6,85 +6,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Literal
 
-from buffer_lifting.graph.record import GraphRecord, Location, Node, NodeKind, TensorMeta
+from buffer_lifting.explanation import Explanation, FedBy, Mark, Step, role_text, shape_text
+from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.graph.sizes import Size
-from buffer_lifting.labels import BATCH, COL, ROW, DimLabel, Labels, is_labelled
+from buffer_lifting.labels import COL, ROW, Labels, is_labelled
 from buffer_lifting.ops import content_operands
-from buffer_lifting.patterns import Candidate, at_frontier, at_mixing, at_node
+from buffer_lifting.patterns import at_frontier, at_mixing, at_node
 from buffer_lifting.plan import Call, Context, CutKey, Lifted, LiftPlan, Reapply, Refuse
-from buffer_lifting.program import LiftedInput, PositionRead, SequenceMixing
-
-Mark = Literal["source", "feed", "cut", "gathered", "rebuilt", "kept", "", "refused", "operand", "mixes", "consumer"]
-
-#: What a mark says of a step.
-MARKS: dict[Mark, str] = {
-    "source": "where the chain starts",
-    "feed": "computed by the feed, outside the stages",
-    "cut": "made an input",
-    "gathered": "its rows are picked by a lifted index",
-    "rebuilt": "computed again in the stage",
-    "kept": "stays in the stage as it is",
-    "": "on the chain",
-    "refused": "lifting stops here",
-    "operand": "an operand of the op",
-    "mixes": "moves information along the sequence",
-    "consumer": "where the value meets data",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One value on a chain.
-
-    Attributes:
-        node, op: the node and its op; for a source the kind (``"buffer"``) and ``fqn`` its name.
-        shape, dtype: of its (first) result; ``None`` and ``""`` for a number or several outputs.
-        roles: for every dim ``"batch"``, an axis with its role (``"seq:row"``), ``"batch*seq:row"`` or ``""``.
-        mark, detail: what lifting does with it.
-    """
-
-    node: str
-    op: str
-    fqn: str
-    shape: tuple[Size, ...] | None
-    dtype: str
-    roles: tuple[str, ...]
-    location: Location | None
-    mark: Mark
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class FedBy:
-    """A lifted input that the rebuilt value reads, and the node that it stands for or is used at."""
-
-    input: LiftedInput
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Why an item of a report is as it is.
-
-    Attributes:
-        item: the read or the op that mixes the sequence.
-        steps: from the source to the consumer; each is an operand of the next.
-        branches: further chains (an index, a mask's columns); the last step of each is on a chain before it.
-        fed_by: the lifted inputs of a read that is lifted.
-        stopped: the node where lifting stops (``""``: it does not), and ``reason`` says why.
-        nearest: the patterns that were tried there, the nearest first.
-    """
-
-    item: PositionRead | SequenceMixing
-    steps: tuple[Step, ...]
-    branches: tuple[tuple[Step, ...], ...] = ()
-    fed_by: tuple[FedBy, ...] = ()
-    stopped: str = ""
-    reason: str = ""
-    nearest: tuple[Candidate, ...] = ()
+from buffer_lifting.program import PositionRead, SequenceMixing
 
 
 def explain(record: GraphRecord, plan: LiftPlan, item: PositionRead | SequenceMixing) -> Explanation:
@@ -413,19 +343,3 @@ def _is_input(plan: object) -> bool:
     while isinstance(plan, Call) and plan.op in ("aten.permute.default", "aten.unsqueeze.default"):
         plan = plan.args[0]
     return isinstance(plan, Lifted)
-
-
-def role_text(dim: DimLabel) -> str:
-    """``"seq:row"``, ``"batch"``, ``"batch*seq:row"`` or ``""``."""
-    parts = ["batch" if f.axis == BATCH else f"{f.axis}:{f.role}" for f in dim if f.axis]
-    if parts and any(not f.axis and f.size != 1 for f in dim):
-        parts.append("features")
-    return "*".join(parts)
-
-
-def shape_text(step: Step) -> str:
-    """``"float32[1, s70=seq:row, 8]"``; ``"a number"`` for what is no tensor."""
-    if step.shape is None:
-        return "" if step.op == "output" else "a number"
-    dims = (f"{size}={role}" if role else str(size) for size, role in zip(step.shape, step.roles, strict=True))
-    return f"{step.dtype}[{', '.join(dims)}]"

@@ -267,8 +267,8 @@ def at_mixing(record: GraphRecord, node: Node, reason: str, features: Collection
     here = call_text(record, node)
     if node.base_op not in known and node.op not in known and not is_pointwise(node):
         return (Candidate(f"no rule for {node.op} on data", no_rule(node.base_op, known), reason, here),)
-    if "dim" in node.args and features:
-        needs = f"a dim that runs along neither: {' or '.join(map(str, features))}"
+    if features and not {"dim", "dims"}.isdisjoint(node.args):
+        needs = f"a dim that runs along features: {' or '.join(map(str, features))}"
     else:
         needs = "batch and sequence dims that the result and its operands have in common"
     return (Candidate(f"{node.base_op} along features", needs, reason, here),)

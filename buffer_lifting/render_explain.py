@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
-from buffer_lifting.explain import Explanation, Step, shape_text
+from buffer_lifting.explanation import Explanation, Step, shape_text
 from buffer_lifting.graph.record import Location
 from buffer_lifting.patterns import Candidate
 from buffer_lifting.program import PositionRead
@@ -54,17 +55,18 @@ def explanation_lines(explanation: Explanation, everything: bool = False) -> lis
 def _chain(steps: Sequence[Step], widths: tuple[int, int], everything: bool, where: Location | None) -> list[str]:
     """The steps; a source line stands below the first step that it holds for, ``where`` is the one shown above."""
     lines: list[str] = []
-    hidden: list[Step] = []
-    for index, step in enumerate(steps):
-        if not everything and len(steps) > SHOWN and not _says_something(steps, index):
-            hidden.append(step)
+    whole = everything or len(steps) <= SHOWN
+    for says, run in groupby(range(len(steps)), lambda index: whole or _says_something(steps, index)):
+        part = [steps[index] for index in run]
+        if not says and len(part) > 1:
+            names = ", ".join(_short(step.op) for step in part)
+            lines.append(_cut(f"{_INDENT}{'...':{_MARK}}  {len(part)} more steps: {names}"))
             continue
-        lines += _elided(hidden)
-        hidden = []
-        lines += _step(step, widths)
-        if step.location is not None and _place(step.location) != (where and _place(where)):
-            lines.append(_source(step.location))
-            where = step.location
+        for step in part:
+            lines += _step(step, widths)
+            if step.location is not None and (where is None or _place(step.location) != _place(where)):
+                lines.append(_source(step.location))
+                where = step.location
     return lines
 
 
@@ -75,21 +77,15 @@ def _says_something(steps: Sequence[Step], index: int) -> bool:
     return steps[index].mark != steps[index - 1].mark
 
 
-def _elided(steps: Sequence[Step]) -> list[str]:
-    if not steps:
-        return []
-    names = ", ".join(_short(step.op) for step in steps)
-    text = f"{len(steps)} more step{'s' * (len(steps) > 1)}: {names}"
-    return [_cut(f"{_INDENT}{'...':{_MARK}}  {text}")]
-
-
 def _widths(steps: Sequence[Step]) -> tuple[int, int]:
-    names = max((len(step.node) for step in steps), default=0)
-    return min(names, 30), min(max((len(_short(step.op)) for step in steps), default=0), 16)
+    """Of the columns for node and op. What is longer than most moves its own line."""
+    names = [len(step.node) for step in steps if len(step.node) <= 26]
+    ops = [len(_short(step.op)) for step in steps if len(_short(step.op)) <= 14]
+    return max(names, default=0), max(ops, default=0)
 
 
 def _step(step: Step, widths: tuple[int, int]) -> list[str]:
-    name, op = _middle(step.node, widths[0]), _middle(_short(step.op), widths[1])
+    name, op = _middle(step.node, 50), _middle(_short(step.op), 30)
     line = f"{_INDENT}{step.mark:{_MARK}}  {name:{widths[0]}}  {op:{widths[1]}}"
     detail = f"-> {step.detail}" if step.mark == "cut" else "" if step.mark == "mixes" else step.detail
     if step.fqn and step.op != "input":
