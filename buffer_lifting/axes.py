@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from buffer_lifting.errors import AxesError
@@ -11,6 +12,8 @@ from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, feature
 from buffer_lifting.program import Axes, AxesInfo, Finding, InputAxes
 
 SEQ = "seq"
+_SUFFIX = re.compile(r"_?(input_ids|inputs?_embeds|hidden_states|token_ids|outputs|tokens|embeds|ids|inputs?)(_\d+)?$")
+_SIDES = frozenset({"encoder", "enc", "src", "source", "decoder", "dec", "tgt"})
 
 
 @dataclass(slots=True)
@@ -22,6 +25,7 @@ class InputLabels:
     lengths: dict[str, Size] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     hints: dict[str, int] = field(default_factory=dict)
+    opened: dict[str, str] = field(default_factory=dict)  # input that an axis was inferred from -> the axis
 
     def info(self) -> AxesInfo:
         """The axes as the public record."""
@@ -34,9 +38,17 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
     """Labels from ``axes`` where given, else from the sizes.
 
     The main input decides: the first integer input of 2 dims (``[batch, seq]``), else the first floating input of
-    3 dims (``[batch, seq, feature]``), else the first integer input of 1 dim (flat tokens, ``[seq]``). Every dim
-    of another input that has the size of its batch or sequence dim is the same axis; where both have one size,
-    the leftmost is the batch and the finding says how to be sure.
+    3 dims (``[batch, seq, feature]``), else the first integer input of 1 dim (flat tokens, ``[seq]``). Its sequence
+    axis is ``"seq"``.
+
+    A further integer input ``[batch, n]`` or floating input ``[batch, n, feature]`` whose ``n`` is the length of no
+    axis yet has an axis of its own (a mask has none), named after the input without what says that it holds tokens:
+    ``"decoder"`` for ``decoder_input_ids``, ``"encoder"`` for ``encoder_hidden_states``, ``"tgt"`` for ``tgt``. An
+    input that is named as the other side of an encoder-decoder, but has the length of an axis in the example, is a
+    finding: only ``axes=`` can say whether it is the same sequence.
+
+    Every dim of another input that has the size of an axis runs along it; where two axes have one size, it is a
+    finding, except that of batch and sequence the leftmost is the batch.
 
     Raises:
         AxesError: ``axes`` names an input or dim that does not exist, or two sizes for one axis.
@@ -62,16 +74,71 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
         shape = main.tensor.shape
         if len(shape) > 1 and result.batch is None:
             result.batch = shape[0]
-        if not result.lengths:
-            result.lengths[SEQ] = shape[1] if len(shape) > 1 else shape[0]
+        _open_axis(main, shape[1] if len(shape) > 1 else shape[0], given, result, SEQ)
+    for node in inputs:
+        if node is not main and node.fqn not in given and _has_own_axis(node, result):
+            _open_axis(node, node.tensor.shape[1], given, result)  # type: ignore[union-attr]
     _unify_symbols(record, inputs, given, result)
     for node in inputs:
         assert node.tensor is not None
         if node.fqn in given:
             result.labels[node.name] = _given_labels(node, given[node.fqn])
         else:
-            result.labels[node.name] = _inferred(node, node is main, result)
+            result.labels[node.name] = _inferred(node, result)
     return result
+
+
+def _has_own_axis(node: Node, result: InputLabels) -> bool:
+    """Whether an input looks like tokens ``[batch, n]`` or hidden states ``[batch, n, feature]``."""
+    meta = node.tensor
+    if meta is None or meta.dtype == "bool" or node.fqn.endswith("mask") or result.batch is None:
+        return False
+    shape = meta.shape
+    if len(shape) != (3 if meta.is_floating else 2) or not _same(shape[0], result.batch, result.hints):
+        return False
+    if meta.is_floating and (not isinstance(shape[2], int) or shape[2] in (1, *result.lengths.values())):
+        return False
+    return shape[1] not in (1, result.batch)
+
+
+def _open_axis(node: Node, length: Size, given: Axes, result: InputLabels, wanted: str = "") -> None:
+    """Opens an axis for an input (called ``wanted``, if that is free), unless an axis has its length."""
+    same = [axis for axis, known in result.lengths.items() if _same(length, known, result.hints)]
+    if not same:
+        free = bool(wanted) and wanted not in result.lengths
+        axis = wanted if free else _axis_name(node.fqn, result.lengths)
+        result.lengths[axis] = length
+        result.opened[node.name] = axis
+        return
+    first = next((name for name, axis in result.opened.items() if axis in same), "")
+    first = first or next(n for n, dims in given.items() if same[0] in {a.split(":")[0] for a in dims.values()})
+    side, declared = node.fqn.split("_")[0], is_symbol(length) and length in result.lengths.values()
+    if side in _SIDES and side != first.split("_")[0] and not declared:
+        size, name = result.hints.get(str(length), length), _axis_name(node.fqn, result.lengths)
+        result.findings.append(
+            Finding(
+                "BL103",
+                f"input {node.fqn!r} has the length of {first!r}, {size}: whether they are one sequence is not known",
+                f'pass axes={{"{first}": {{0: "batch", 1: "seq"}}, "{node.fqn}": {{0: "batch", 1: "{name}"}}}} (or '
+                '"seq" for both), or export with distinct lengths',
+            )
+        )
+
+
+def _axis_name(name: str, taken: dict[str, Size]) -> str:
+    """A stable name for the axis of an input."""
+    base = _SUFFIX.sub("", name) or name
+    if base in taken or base == BATCH:
+        base = name
+    return base if base not in taken and base != BATCH else f"{base}_{len(taken)}"
+
+
+def _same(one: Size, other: Size, hints: dict[str, int]) -> bool:
+    """Whether two sizes are one, as far as the example inputs tell."""
+    if one == other or not (is_symbol(one) and is_symbol(other)):
+        return one == other
+    sizes = hints.get(str(one)), hints.get(str(other))
+    return None in sizes or sizes[0] == sizes[1]
 
 
 def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result: InputLabels) -> None:
@@ -80,12 +147,12 @@ def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result:
     A symbol stands for an axis if it had that axis's size in the example inputs, and no other axis had it.
     """
     by_size: dict[int, Size] = {}
-    clash: set[int] = set()
-    for size in [result.batch, *result.lengths.values()]:
+    clash: dict[int, list[str]] = {}
+    own = [(BATCH, result.batch), *result.lengths.items()]
+    for axis, size in own:
         hint = record.hints.get(str(size)) if is_symbol(size or 0) else None
-        if hint is not None and size is not None:
-            clash.update({hint} if hint in by_size else ())
-            by_size[hint] = size
+        if hint is not None and size is not None and by_size.setdefault(hint, size) != size:
+            clash.setdefault(hint, [n for n, s in own if s == by_size[hint]]).append(axis)
     names: dict[str, str] = {}
     for node in inputs:
         for dim, size in enumerate(node.tensor.shape if node.tensor else ()):
@@ -95,17 +162,25 @@ def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result:
             target = by_size.get(hint) if hint is not None and hint not in clash else None
             if target is not None and size != target and is_symbol(size):
                 names[str(size)] = str(target)
-            elif hint in clash and size not in by_size.values() and is_symbol(size):
+            elif hint in clash and is_symbol(size) and all(size != known for _, known in own):
                 result.findings.append(
                     Finding(
                         "BL103",
-                        f"dim {dim} of input {node.fqn!r} has size {hint} in the example inputs, which is both the "
-                        "batch size and the sequence length",
-                        f'pass axes={{"{node.fqn}": {{0: "batch", 1: "seq"}}}}, or export with distinct sizes',
+                        f"dim {dim} of input {node.fqn!r} has size {hint} in the example inputs, which is "
+                        f"{_both(clash[hint])}",
+                        f'pass axes={{"{node.fqn}": {{0: "batch", 1: "{clash[hint][-1]}"}}}}, or export with distinct '
+                        "sizes",
                     )
                 )
     if names:
         record.rename_symbols(names)
+
+
+def _both(names: list[str]) -> str:
+    """Several axes of one size, for a message."""
+    if names[0] == BATCH and len(names) == 2:
+        return "both the batch size and the sequence length"
+    return "the size of the axes " + " and ".join(repr(name) for name in names)
 
 
 def _check_axes(axes: Axes, inputs: list[Node]) -> None:
@@ -155,8 +230,8 @@ def _given_labels(node: Node, dims: dict[int, str]) -> Labels:
         if not axis:
             labels.append(feature(size))
             continue
-        role = "" if axis == BATCH else role or (COL if axis in seen else ROW)
-        seen.add(axis)
+        role = "" if axis == BATCH else role or (COL if seen else ROW)
+        seen.update({axis} - {BATCH})
         labels.append((Factor(axis, role, size),))
     return tuple(labels)
 
@@ -172,37 +247,27 @@ def _main_input(inputs: list[Node]) -> Node | None:
     return first(False, 2) or first(True, 3) or first(False, 1)
 
 
-def _inferred(node: Node, is_main: bool, result: InputLabels) -> Labels:
+def _inferred(node: Node, result: InputLabels) -> Labels:
     assert node.tensor is not None
     shape = node.tensor.shape
     labels: list[tuple[Factor, ...]] = [feature(size) for size in shape]
-    batch, length = result.batch, next(iter(result.lengths.values()), None)
-    axis = next(iter(result.lengths), SEQ)
-    if is_main:
+    opened = result.opened.get(node.name)
+    if opened is not None:
         if len(shape) == 1:
-            return ((Factor(axis, ROW, shape[0]),),)
-        head = ((Factor(BATCH, "", shape[0]),), (Factor(axis, ROW, shape[1]),))
+            return ((Factor(opened, ROW, shape[0]),),)
+        head = ((Factor(BATCH, "", shape[0]),), (Factor(opened, ROW, shape[1]),))
         return (*head, *labels[2:])
-    candidates = [d for d, size in enumerate(shape) if size == length and size != 1]
-    batches = [d for d, size in enumerate(shape) if size == batch and size != 1]
-    if batch == length and candidates and batch is not None:
-        batches = candidates[:1]
-        candidates = candidates[1:]
-        if len(shape) == 1 or len(candidates) != 1:
-            result.findings.append(
-                Finding(
-                    "BL103",
-                    f"input {node.fqn!r} has dims of size {length}, which is both the batch size and the "
-                    "sequence length",
-                    f'pass axes={{"{node.fqn}": {{0: "batch", 1: "seq"}}}}, or export with distinct sizes or dynamic '
-                    "dims",
-                )
-            )
+    axes_of = [[axis for axis, length in result.lengths.items() if size == length != 1] for size in shape]
+    candidates = [d for d, axes in enumerate(axes_of) if axes]
+    batches = [d for d, size in enumerate(shape) if size == result.batch and size != 1]
+    if set(batches) & set(candidates):
+        if len(shape) == 1 or len(batches) != 2:
+            _clash(node, f"dims of size {result.batch}, which is both the batch size and the sequence length", result)
     elif len(batches) > 1:
         result.findings.append(
             Finding(
                 "BL103",
-                f"input {node.fqn!r} has {len(batches)} dims of the size of the batch, {batch}",
+                f"input {node.fqn!r} has {len(batches)} dims of the size of the batch, {result.batch}",
                 f'pass axes={{"{node.fqn}": {{{batches[-1]}: "batch", ...}}}}, or export with distinct sizes',
             )
         )
@@ -211,8 +276,22 @@ def _inferred(node: Node, is_main: bool, result: InputLabels) -> Labels:
         candidates = [d for d in candidates if d != batches[0]]
     floating_features = node.tensor.is_floating and len(shape) == 3 and len(candidates) > 1
     for index, dim in enumerate(candidates[-2:] if not floating_features else candidates[:1]):
-        labels[dim] = (Factor(axis, ROW if index == 0 else COL, shape[dim]),)
+        if len(axes_of[dim]) > 1:
+            _clash(node, f"a dim of size {shape[dim]}, which is {_both(axes_of[dim])}", result)
+        else:
+            labels[dim] = (Factor(axes_of[dim][0], ROW if index == 0 else COL, shape[dim]),)
     return tuple(labels)
+
+
+def _clash(node: Node, what: str, result: InputLabels) -> None:
+    axes = ", ".join(f'{dim}: "{axis}"' for dim, axis in enumerate([BATCH, *list(result.lengths)[:1]]))
+    result.findings.append(
+        Finding(
+            "BL103",
+            f"input {node.fqn!r} has {what}",
+            f'pass axes={{"{node.fqn}": {{{axes}}}}}, or export with distinct sizes or dynamic dims',
+        )
+    )
 
 
 def as_input_axes(node: Node, labels: Labels, col_only: bool) -> InputAxes:

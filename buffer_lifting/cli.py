@@ -157,7 +157,7 @@ def _split(args: argparse.Namespace) -> int:
 
     points = [point.strip() for point in args.split_points.split(",")] if args.split_points else None
     try:
-        lifted = load_lifted(args.target)
+        lifted = load_lifted(args.target, parse_axes(args.axes))
         staged = partition(lifted, args.num_stages, points)
     except (AxesError, UnsupportedReadError, PartitionError) as error:
         print(f"{args.target}: {error}")
@@ -291,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="leave what cannot be lifted as it is: wrong under a reordered sequence",
     )
 
-    split = command("split", _split, "split a program, or a saved lifted one, into pipeline stages", [target])
+    split = command("split", _split, "split a program, or a saved lifted one, into pipeline stages", [target, axes])
     split.add_argument("-o", "--output", metavar="DIR", required=True, help="the directory to write")
     how = split.add_mutually_exclusive_group(required=True)
     how.add_argument("--num-stages", type=_positive, metavar="N", help="cut between layers, balanced by cost")

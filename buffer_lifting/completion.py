@@ -37,23 +37,23 @@ class Completion:
         return tuple(fixed)
 
     def by_symbol(self, shape: tuple[Size, ...]) -> Labels:
-        """Labels of dims whose size is an axis's symbol; a second dim of one axis is the key side."""
+        """Labels of dims whose size is an axis's symbol; a second dim of a sequence is the key side."""
         result = []
-        seen: set[str] = set()
+        seen = False
         for size in shape:
             dim = feature(size)
             if isinstance(size, Expr):
-                for axis, length in self.inputs.lengths.items():
-                    if size == length:
-                        dim = (Factor(axis, COL if axis in seen else ROW, length),)
-                        seen.add(axis)
+                axes = [axis for axis, length in self.inputs.lengths.items() if size == length]
+                if len(axes) == 1:  # two axes of one symbol cannot be told apart here
+                    dim = (Factor(axes[0], COL if seen else ROW, size),)
+                    seen = True
                 batch = self.inputs.batch
                 if isinstance(batch, Expr) and size == batch:
                     dim = (Factor(BATCH, "", batch),)
                 elif isinstance(batch, Expr):
                     rest = divide(size, batch)
-                    for axis, length in self.inputs.lengths.items():
-                        if rest == length and isinstance(length, Expr):
-                            dim = (Factor(BATCH, "", batch), Factor(axis, ROW, length))
+                    folded = [axis for axis, length in self.inputs.lengths.items() if rest == length]
+                    if len(folded) == 1 and isinstance(rest, Expr):
+                        dim = (Factor(BATCH, "", batch), Factor(folded[0], ROW, rest))
             result.append(dim)
         return tuple(result)

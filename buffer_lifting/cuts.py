@@ -53,8 +53,12 @@ def cuts_at(record: GraphRecord, activations: Sequence[str], split_points: Seque
     return cuts
 
 
-def layer_starts(record: GraphRecord, activations: Sequence[str]) -> list[tuple[str, int]]:
-    """The legal cut points of ``num_stages``: the entries of the longest module list, in order of execution."""
+def layer_starts(record: GraphRecord, activations: Sequence[str], wanted: int = 1) -> list[tuple[str, int]]:
+    """The legal cut points of ``num_stages``: the entries of the longest module list, in order of execution.
+
+    Lists of the same name elsewhere in the model (``decoder.layers`` beside ``encoder.layers``) belong to it. A list
+    inside an entry of another one (the experts of a layer) is taken only if no other has ``wanted`` entries.
+    """
     first = first_in_module(record, activations)
     lists: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for fqn, index in first.items():
@@ -63,8 +67,25 @@ def layer_starts(record: GraphRecord, activations: Sequence[str]) -> list[tuple[
             lists[parent].append((fqn, index))
     if not lists:
         return []
-    longest = max(lists.values(), key=lambda entries: (len(entries), -min(index for _, index in entries)))
-    return sorted(longest, key=lambda entry: entry[1])
+    outer = {
+        parent: entries
+        for parent, entries in lists.items()
+        if len(entries) >= max(wanted, 2) and not any(_inside(parent, other) for other in lists)
+    }
+    chosen = outer or lists
+    longest = max(chosen, key=lambda name: (len(chosen[name]), -min(index for _, index in chosen[name])))
+    entries = list(lists[longest])
+    for name, others in lists.items():
+        *path, last = name.split(".")
+        if name != longest and last == longest.rpartition(".")[2] and not any(part.isdigit() for part in path):
+            entries += others
+    return sorted(entries, key=lambda entry: entry[1])
+
+
+def _inside(fqn: str, parent: str) -> bool:
+    """Whether a module lies inside a numbered entry of the list ``parent``."""
+    prefix = f"{parent}." if parent else ""
+    return fqn.startswith(prefix) and fqn != parent and fqn[len(prefix) :].split(".")[0].isdigit()
 
 
 def balanced_cuts(record: GraphRecord, activations: Sequence[str], num_stages: int) -> list[int]:
@@ -77,7 +98,7 @@ def balanced_cuts(record: GraphRecord, activations: Sequence[str], num_stages: i
     """
     if not isinstance(num_stages, int) or isinstance(num_stages, bool) or num_stages < 1:
         raise PartitionError(f"num_stages must be a positive integer, not {num_stages!r}")
-    layers = layer_starts(record, activations)
+    layers = layer_starts(record, activations, num_stages)
     if num_stages > max(len(layers), 1):
         raise PartitionError(
             f"num_stages={num_stages}, but the program has {len(layers)} layers to cut between "

@@ -28,6 +28,10 @@ class FeedError(LiftingError):
     """An order, shard, positions tensor or user input does not fit the program."""
 
 
+class ArchiveError(LiftingError):
+    """A ``.pt2`` file is not an archive that can be read without running anything from it; one line says why."""
+
+
 class VerificationError(LiftingError):
     """An invariant does not hold; the message names the first node that differs, ``report`` has every check."""
 

@@ -1,8 +1,9 @@
 """The feed program: order, positions, inputs and shard in, the tensors for the lifted placeholders out.
 
 What lies above the cuts is evaluated outside the graph on the whole sequence in natural order, once, and gathered
-by the index streams: ``order[i]`` is the global slot that local slot ``i`` holds, ``positions[p]`` the position id
-of global slot ``p``. One-axis values follow ``positions[order]``, everything else follows ``order``.
+by the index streams of the axis it runs along: ``order[i]`` is the global slot that local slot ``i`` holds,
+``positions[p]`` the position id of global slot ``p``. One-axis values follow ``positions[order]``, everything else
+follows ``order``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class FeedGraph:
     states: dict[str, str]  # placeholder -> FQN
     carriers: tuple[str, ...]  # user inputs that it reads (the contents too, in the hoisted graph)
     targets: tuple[str, ...]
-    iotas: tuple[str, ...] = ()  # placeholders that stand for an arange, to be given position ids
+    iotas: Mapping[str, str] = field(default_factory=dict)  # placeholders for an arange of position ids, and its axis
 
     def run(self, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The targets' values, by node name, without gradients or autocast."""
@@ -60,11 +61,14 @@ class FeedProgram:
         batch_size: int,
         lengths: dict[str, int],
         inputs: Mapping[str, torch.Tensor] | None,
-        streams: Streams,
+        streams: Mapping[str, Streams],
         device: torch.device | None,
         names: frozenset[str] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The tensors of all lifted inputs (or those in ``names``): ``[batch, seq, *row]``, flat ``[seq, *row]``."""
+        """The tensors of all lifted inputs (or those in ``names``): ``[batch, seq, *row]``, flat ``[seq, *row]``.
+
+        ``lengths`` and ``streams`` are by axis name.
+        """
         wanted = [out for out in self.outputs if names is None or out.input.name in names]
         tables = self._natural_tables(lengths, device) if any(o.program == "natural" for o in wanted) else {}
         whole: dict[str, torch.Tensor] = {}
@@ -75,13 +79,13 @@ class FeedProgram:
         result = {}
         for output in wanted:
             lifted = output.input
-            length = lengths[lifted.axis]
+            length, along = lengths[lifted.axis], streams[lifted.axis]
             if output.program == "iota":
-                value = streams.index(length, lifted.stream, lifted.role, device)
+                value = along.index(length, lifted.stream, lifted.role, device)
             elif output.program == "natural":
-                value = streams.take(tables[output.node], length, lifted.stream, lifted.role)
+                value = along.take(tables[output.node], length, lifted.stream, lifted.role)
             else:
-                value = streams.take_batched(whole[output.node], length, lifted.role)
+                value = along.take_batched(whole[output.node], length, lifted.role)
             value = value.expand(batch_size, *value.shape[1:])
             result[lifted.name] = value if lifted.batched else value[0]
         return result
@@ -117,28 +121,32 @@ class FeedProgram:
         return self._tables[key]
 
     def _substituted_tables(
-        self, lengths: dict[str, int], streams: Streams, device: torch.device | None
+        self, lengths: dict[str, int], streams: Mapping[str, Streams], device: torch.device | None
     ) -> dict[str, torch.Tensor]:
         """Values computed from the position ids, ``[1 or batch, seq, *row]``."""
         graph = self.substituted
         assert graph is not None
         self._check_state(graph)
         outs = [out for out in self.outputs if out.program == "substituted"]
-        length = lengths[outs[0].input.axis]
+        natural = all(along.positions is None for along in streams.values())
         key = ("substituted", tuple(sorted(lengths.items())), device)
-        if streams.positions is None and key in self._tables:
+        if natural and key in self._tables:
             return self._tables[key]
-        rows = streams.position_rows(length)
+        if not natural and "" in graph.iotas.values():
+            raise FeedError("one index of the program is read along several axes: positions= cannot stand for it")
+        rows = {axis: streams[axis].position_rows(lengths[axis]) for axis in set(graph.iotas.values()) - {""}}
         samples = []
-        for row in rows:
+        for sample in range(max((len(own) for own in rows.values()), default=1)):
             values = self._values(graph, self._probe(), lengths)
-            values.update(dict.fromkeys(graph.iotas, row))
+            for name, axis in graph.iotas.items():
+                own = rows[axis] if axis else [torch.arange(lengths[outs[0].input.axis])]
+                values[name] = own[sample if len(own) > 1 else 0]
             samples.append(graph.run(values))
         result = {
             out.node: _place(torch.cat([canonical(sample[out.node], out) for sample in samples]), device)
             for out in outs
         }
-        if streams.positions is None:
+        if natural:
             self._tables[key] = result
         return result
 
@@ -239,22 +247,22 @@ def above(nodes: Mapping[str, Node], targets: Iterable[str], known: Container[st
     return found
 
 
-def extract(graph: Graph, targets: list[str], states: Mapping[str, str], iotas: frozenset[str]) -> FeedGraph | None:
-    """The part of ``graph`` above ``targets``. ``iotas`` become placeholders."""
+def extract(graph: Graph, targets: list[str], states: Mapping[str, str], iotas: Mapping[str, str]) -> FeedGraph | None:
+    """The part of ``graph`` above ``targets``. ``iotas`` (by name, with their axis) become placeholders."""
     if not targets:
         return None
     nodes = {node.name: node for node in graph.nodes}
     needed = above(nodes, targets, iotas)
     new = Graph()
     env: dict[Node, Node] = {}
-    found_states, carriers, found_iotas, contents = {}, [], [], set()
+    found_states, carriers, found_iotas, contents = {}, [], {}, set()
     for node in graph.nodes:
         if node not in needed:
             continue
         if node.op == "placeholder" or node.name in iotas:
             env[node] = new.placeholder(node.name)
             if node.name in iotas:
-                found_iotas.append(node.name)
+                found_iotas[node.name] = iotas[node.name]
             elif node.name in states:
                 found_states[node.name] = states[node.name]
             else:
@@ -274,7 +282,7 @@ def extract(graph: Graph, targets: list[str], states: Mapping[str, str], iotas: 
     new.output(tuple(env[nodes[name]] for name in targets))
     module = GraphModule(torch.nn.Module(), new)
     module.meta["contents"] = contents
-    return FeedGraph(module, found_states, tuple(carriers), tuple(targets), tuple(found_iotas))
+    return FeedGraph(module, found_states, tuple(carriers), tuple(targets), found_iotas)
 
 
 def check_lengths(axes: AxesInfo, batch_size: int, seq_len: Lengths, maxima: Mapping[str, int]) -> dict[str, int]:
@@ -286,9 +294,11 @@ def check_lengths(axes: AxesInfo, batch_size: int, seq_len: Lengths, maxima: Map
     """
     if isinstance(seq_len, Mapping):
         lengths = dict(seq_len)
-        missing = sorted(set(axes.lengths) - set(lengths))
+        missing, unknown = sorted(set(axes.lengths) - set(lengths)), sorted(set(lengths) - set(axes.lengths))
         if missing:
             raise AxesError(f"seq_len= gives no length for the axes {missing}")
+        if unknown:
+            raise AxesError(f"seq_len= names the axes {unknown}; the program's are {sorted(axes.lengths)}")
     elif len(axes.lengths) > 1:
         raise AxesError(f"the program has several sequence axes, {sorted(axes.lengths)}: give seq_len= a mapping")
     else:

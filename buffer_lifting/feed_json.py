@@ -51,7 +51,7 @@ def encode_feed(feed: FeedProgram, stream: IO[bytes], known: Mapping[str, Any]) 
                 "states": graph.states,
                 "carriers": graph.carriers,
                 "targets": graph.targets,
-                "iotas": graph.iotas,
+                "iotas": dict(graph.iotas),
                 "contents": sorted(graph.module.meta["contents"]),
                 "nodes": encode_graph(graph.module.graph),
             }
@@ -78,8 +78,8 @@ def decode_lifted(
     for name, entry in document["graphs"].items():
         module = decode_graph(entry["nodes"], torch.nn.Module())
         module.meta["contents"] = set(entry["contents"])
-        names = (tuple(entry["carriers"]), tuple(entry["targets"]), tuple(entry["iotas"]))
-        graphs[name] = FeedGraph(module, decode_record(dict[str, str], entry["states"]), *names)
+        states, iotas = (decode_record(dict[str, str], entry[key]) for key in ("states", "iotas"))
+        graphs[name] = FeedGraph(module, states, tuple(entry["carriers"]), tuple(entry["targets"]), iotas)
     shapes = {
         name: (decode_record(tuple[int | None, ...], entry["shape"]), dtype_of(entry["dtype"]))
         for name, entry in records["input_shapes"].items()

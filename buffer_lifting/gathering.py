@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from buffer_lifting.graph.record import Node, Ref, TensorMeta
-from buffer_lifting.graph.sizes import Size
+from buffer_lifting.graph.record import Node, Ref, ScalarMeta, TensorMeta
+from buffer_lifting.graph.sizes import Size, bounds
 from buffer_lifting.labels import Labels, has_seq, is_labelled
 from buffer_lifting.plan import Call, Context, Existing, Plan, Refuse, Value
 
@@ -44,6 +44,7 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
             step = base.args.get("step", 1)
             if isinstance(start, Ref) and step == 1:
                 computed.append((dim, planner.scalar(start.name)))
+                starts[dim] += _from_the_end(planner, start.name, shape[dim], base)
             elif not isinstance(start, int) or step != 1:
                 raise Refuse("a slice with a step", base.name)
             elif start >= 0:
@@ -57,6 +58,7 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
         raise Refuse("a table with a batch dim", node.name)
     if not (planner.is_table(base.name) or natural) or base.tensor is None:
         raise Refuse("a slice along the sequence of a value that is no table", node.name)
+    table: Plan = planner.at_full_length(base.name) if natural else Existing(base.name)
     for dim in starts:
         size = base.tensor.shape[dim]
         if not isinstance(size, int) and size != labels[dim][0].size:
@@ -69,7 +71,18 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
         for _, plan in (pair for pair in computed if pair[0] == dim):
             index = Call("aten.add.Tensor", (index, plan), node.name)
         indices.append((dim, index))
-    return gather(node.name, Existing(base.name), len(base.tensor.shape), indices, len(labels))
+    return gather(node.name, table, len(base.tensor.shape), indices, len(labels))
+
+
+def _from_the_end(planner: Planner, start: str, size: Size, node: Node) -> int:
+    """What has to be added to a computed start: the table's length if it counts from the end (``table[-S:]``)."""
+    meta = planner.record.nodes[start].meta
+    low, high = bounds(meta.size, planner.record.ranges) if isinstance(meta, ScalarMeta) and meta.size else (None, None)
+    if low is not None and low >= 0:
+        return 0
+    if high is not None and high <= 0 and isinstance(size, int):
+        return size
+    raise Refuse("a slice whose computed start may count from either end", node.name)
 
 
 def gather(anchor: str, table: Plan, rank: int, indices: list[tuple[int, Plan]], out_rank: int) -> Value:
@@ -91,3 +104,14 @@ def gather(anchor: str, table: Plan, rank: int, indices: list[tuple[int, Plan]],
     if order != list(range(rank + 1)):
         plan = Call("aten.permute.default", (plan, tuple(order)), anchor)
     return Value(plan, True, out_rank)
+
+
+def gather_lane(anchor: str, plan: Plan, rank: int, dim: int, index: Plan) -> Value:
+    """``plan[lane, ..., idx[lane], ...]``: rows along ``dim`` of a value with a lane, by an index ``[lane, seq]``."""
+    for _ in range(dim):
+        index = Call("aten.unsqueeze.default", (index, 1), anchor)
+    for _ in range(rank - dim - 1):
+        index = Call("aten.unsqueeze.default", (index, -1), anchor)
+    sizes = [-1 if d == dim + 1 else Call("aten.sym_size.int", (plan, d), anchor) for d in range(rank + 1)]
+    spread = Call("aten.expand.default", (index, tuple(sizes)), anchor)
+    return Value(Call("aten.gather.default", (plan, dim + 1, spread), anchor), True, rank)

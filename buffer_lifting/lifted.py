@@ -13,7 +13,7 @@ from buffer_lifting.errors import FeedError
 from buffer_lifting.feed import FeedProgram, Lengths, check_lengths
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
 from buffer_lifting.sharding import shard_inputs
-from buffer_lifting.streams import Streams, parse_shard
+from buffer_lifting.streams import axis_streams, parse_shard
 
 
 @dataclass
@@ -48,21 +48,25 @@ class LiftedProgram:
         seq_len: Lengths,
         inputs: Mapping[str, torch.Tensor] | None = None,
         order: Any = None,
-        positions: torch.Tensor | None = None,
+        positions: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         shard: Any = (0, 1),
         device: torch.device | str | None = None,
     ) -> dict[str, torch.Tensor]:
         """The tensors for the lifted placeholders, for one rank and step.
+
+        A program with several sequence axes (``lifted.axes.lengths`` has their names) takes ``seq_len``, ``order``
+        and ``positions`` as mappings from axis name, as in ``seq_len={"seq": 11, "decoder": 7}``.
 
         Args:
             batch_size: samples in the batch.
             seq_len: tokens of the whole (global) sequence; a mapping from axis name to tokens if there are several.
             inputs: whole, unsharded user inputs by name, needed when values are hoisted from them.
             order: ``(S,)``, ``(1, S)`` or ``(B, S)`` integers, local slot -> global slot, all ranks' shards in a
-                row; or a torch context-parallel load balancer; or ``None`` for the natural order.
+                row; or a torch context-parallel load balancer; or ``None`` for the natural order; or a mapping from
+                axis name to one of these, in which an axis that is left out is in natural order.
             positions: ``(S,)`` or ``(B, S)`` position ids of the whole sequence in natural order, below ``S``
-                (packed documents restart at 0).
-            shard: ``(rank, size)`` of this context-parallel rank, or a 1-D DeviceMesh.
+                (packed documents restart at 0); or a mapping from axis name to such a tensor.
+            shard: ``(rank, size)`` of this context-parallel rank, or a 1-D DeviceMesh; every axis is cut alike.
             device: where the tensors go; default: where the program's tables are.
 
         Returns:
@@ -71,8 +75,8 @@ class LiftedProgram:
             copies: the batch dim has stride 0.
 
         Raises:
-            AxesError: a size that a static program does not have.
-            FeedError: an order, positions, inputs or shard that does not fit.
+            AxesError: a size that a static program does not have, or a ``seq_len`` without one of the axes.
+            FeedError: an order, positions, inputs or shard that does not fit; one order for several axes.
         """
         rank, size = parse_shard(shard)
         self._check_shard(size)
@@ -101,7 +105,7 @@ class LiftedProgram:
         seq_len: Lengths,
         inputs: Mapping[str, torch.Tensor] | None,
         order: Any,
-        positions: torch.Tensor | None,
+        positions: torch.Tensor | Mapping[str, torch.Tensor] | None,
         shard: tuple[int, int],
         device: torch.device | str | None,
         names: frozenset[str] | None = None,
@@ -110,8 +114,7 @@ class LiftedProgram:
         if unknown:
             raise FeedError(f"inputs= names {unknown}, which are no inputs of the program ({sorted(self.input_axes)})")
         lengths = check_lengths(self.axes, batch_size, seq_len, self.feed_program.max_lengths)
-        length = next(iter(lengths.values()), 1)
-        streams = Streams(batch_size, length, order, positions, shard)
+        streams = axis_streams(batch_size, lengths, order, positions, shard)
         place = None if device is None else torch.device(device)
         return self.feed_program.feed(batch_size, lengths, inputs, streams, place, names)
 
@@ -121,7 +124,7 @@ class LiftedProgram:
         """User inputs in the order of the shards, each cut along its own sequence dims.
 
         Args:
-            order: as in :meth:`feed`.
+            order: as in :meth:`feed`: a mapping from axis name if the program has several sequence axes.
             shard: as in :meth:`feed`.
             inputs: whole user inputs by name. A sequence dim of role ``row`` is reordered and cut to this shard,
                 one of role ``col`` is reordered and kept whole.

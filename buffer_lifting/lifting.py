@@ -31,7 +31,11 @@ def scan(program: ExportedProgram | GraphModule, axes: Axes | None = None) -> Sc
         program: a fresh ExportedProgram, or an ``fx.GraphModule`` with ``get_attr`` state whose nodes have
             ``meta["val"]``. It is not modified.
         axes: input name -> dim -> ``"batch"``, ``"seq"`` (any name), ``"seq:row"`` or ``"seq:col"``; inputs that
-            are not named are inferred.
+            are not named are inferred. Axes of different names are different sequences, with lengths and orders of
+            their own (an encoder-decoder: ``{"input_ids": {0: "batch", 1: "enc"}, "decoder_input_ids": {0: "batch",
+            1: "dec"}}``). Inference calls the main input's ``"seq"``, and one that a further input of tokens or
+            hidden states opens after that input (``"decoder"`` for ``decoder_input_ids``); an input that is named
+            with its batch dim only has no sequence.
 
     Returns:
         The report. Ambiguity and everything unknown is a finding in it.
@@ -117,9 +121,9 @@ def feed_program(
         if output.program != "iota" and output.node not in by_kind[output.program]:
             by_kind[output.program].append(output.node)
     graphs = {
-        "natural": extract(normalized.graph, by_kind["natural"], states, frozenset()),
+        "natural": extract(normalized.graph, by_kind["natural"], states, {}),
         "substituted": extract(normalized.graph, by_kind["substituted"], states, plan.substituted),
-        "hoisted": extract(normalized.graph, by_kind["hoisted"], states, frozenset()),
+        "hoisted": extract(normalized.graph, by_kind["hoisted"], states, {}),
     }
     used = {fqn for graph in graphs.values() if graph for fqn in graph.states.values()}
     tensors: dict[str, Any] = {**program.constants, **program.state_dict}
@@ -163,9 +167,8 @@ def _example_feed(program: ExportedProgram, feed: FeedProgram, plan: LiftPlan) -
     sizes = example_sizes(program, plan.input_axes)
     if sizes is None or any(value.device.type == "meta" for value in feed.state.values()):
         return None
-    from buffer_lifting.streams import Streams
+    from buffer_lifting.streams import axis_streams
 
     batch, lengths, inputs = sizes
-    length = next(iter(lengths.values()), 1)
-    result = feed.feed(batch, lengths, inputs, Streams(batch, length), None)
+    result = feed.feed(batch, lengths, inputs, axis_streams(batch, lengths), None)
     return {name: value.contiguous() for name, value in result.items()}

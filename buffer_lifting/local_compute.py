@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from buffer_lifting.gathering import operand_of
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.labels import DimLabel, Labels, is_labelled
-from buffer_lifting.local_rules import dim_size, local_rule, unchanged
+from buffer_lifting.local_rules import dim_size, local_rule, spread, unchanged
 from buffer_lifting.plan import Call, Context, Existing, Plan, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -137,6 +137,64 @@ def _repeat_interleave(planner: Planner, node: Node, labels: Labels, context: Co
     value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim + 1 :]), context, picked=dim)
     call = Call("aten.repeat_interleave.self_int", (value.plan, times, dim + value.lane), node.name)
     return unchanged(node, value) or Value(call, value.lane, len(labels))
+
+
+@local_rule("flip", "roll")
+def _moved(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = operand_of(planner, node)
+    dims = node.args.get("dims")
+    over = [d % len(shape) for d in dims if isinstance(d, int)] if isinstance(dims, tuple) else []
+    if not over or any(is_labelled(labels[d]) for d in over):
+        raise Refuse(f"{node.op} along the sequence", node.name)
+    value = planner.rebuild(source.name, labels, context)
+    moved = tuple(d + value.lane for d in over)
+    args = (value.plan, moved) if node.base_op == "aten.flip" else (value.plan, node.args["shifts"], moved)
+    return unchanged(node, value) or Value(Call(f"{node.base_op}.default", args, node.name), value.lane, len(labels))
+
+
+@local_rule("softmax", "log_softmax")
+def _softmax(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = operand_of(planner, node)
+    dim = int(node.args["dim"]) % len(shape)  # type: ignore[arg-type]
+    if is_labelled(labels[dim]):
+        raise Refuse("a softmax along the sequence", node.name)
+    value = planner.rebuild(source.name, labels, context)
+    call = Call(f"{node.base_op}.int", (value.plan, dim + value.lane), node.name)
+    return unchanged(node, value) or Value(call, value.lane, len(labels))
+
+
+@local_rule("view_as_complex", "view_as_real")
+def _complex(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, _ = operand_of(planner, node)
+    own = (*labels, ()) if node.base_op == "aten.view_as_complex" else labels[:-1]
+    value = planner.rebuild(source.name, own, context)
+    return unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
+
+
+@local_rule("slice_scatter", "select_scatter")
+def _part_replaced(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """A part of a dim other than the sequence replaced: ``r[..., 0::2] = sin``."""
+    source, shape = operand_of(planner, node)
+    part, _ = operand_of(planner, node, "src")
+    dim = int(node.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+    if is_labelled(labels[dim]):
+        raise Refuse("a part of the sequence replaced", node.name)
+    selects = node.base_op == "aten.select_scatter"
+    own = (*labels[:dim], *labels[dim + 1 :]) if selects else (*labels[:dim], (), *labels[dim + 1 :])
+    whole, piece = planner.rebuild(source.name, labels, context), planner.rebuild(part.name, own, context)
+    same = unchanged(node, whole, piece)
+    if same:
+        return same
+    first = whole.plan if whole.lane else piece.plan
+    lane = Call("aten.sym_size.int", (first, 0), node.name)
+    plans = [value.plan if value.lane else spread(value, lane, node.name) for value in (whole, piece)]
+    if selects:
+        args: tuple[object, ...] = (*plans, dim + 1, node.args["index"])
+    else:
+        args = (*plans, dim + 1, *(node.args.get(key) for key in ("start", "end", "step")))
+    if any(isinstance(arg, Ref) for arg in args):
+        raise Refuse("a part with computed bounds replaced", node.name)
+    return Value(Call(f"{node.base_op}.default", args, node.name), True, len(labels))
 
 
 @local_rule("gather")

@@ -7,10 +7,11 @@ raises :class:`Refuse`. A new pattern is one entry here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import permutation
-from buffer_lifting.gathering import gather, gather_rows, operand_of
+from buffer_lifting.gathering import gather, gather_lane, gather_rows, operand_of
 from buffer_lifting.graph.record import Node, Ref, TensorMeta
 from buffer_lifting.graph.sizes import Size, product
 from buffer_lifting.labels import BATCH, COL, ROW, DimLabel, Factor, Labels, has_seq, is_labelled, regroup
@@ -120,14 +121,14 @@ def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -
     if same:
         return same
     lane = any(value.lane for _, value in operands)
-    replace = numbers
+    operands_now = numbers
     for path, value in operands:
         plan = value.plan
         if value.lane:
             for _ in range(rank - value.rank):
                 plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
-        replace.append((path, plan))
-    return Value(Reapply(node.name, tuple(replace)), lane, rank)
+        operands_now.append((path, plan))
+    return Value(Reapply(node.name, tuple(operands_now)), lane, rank)
 
 
 def _fill(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
@@ -181,7 +182,8 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
             rest.pop(0)
     if sum(has_seq(dim) for d, dim in enumerate(own) if d in over) != 1:
         raise Refuse("a reduction over dims of which not exactly one is the sequence", node.name)
-    value = planner.rebuild(source.name, tuple(own), context)
+    # the length of the sequence, whatever its position ids
+    value = planner.rebuild(source.name, tuple(own), replace(context, stream="slots"))
     if not value.lane:
         raise Refuse("a reduction of a value that does not follow the sequence", node.name)
     op = {"aten.max": "aten.amax", "aten.min": "aten.amin"}.get(node.base_op, node.base_op)
@@ -402,20 +404,54 @@ def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -
 
 @local_rule("index")
 def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, _ = operand_of(planner, node)
+    source, shape = operand_of(planner, node)
     indices = node.args.get("indices")
-    if not isinstance(indices, tuple) or len(indices) != 1 or not isinstance(indices[0], Ref):
-        raise Refuse("an index over several dims", node.name)
-    if not planner.is_table(source.name):
-        raise Refuse("a gather from a value that follows the sequence", node.name)
-    index_meta = planner.record.nodes[indices[0].name].tensor
-    if index_meta is None or index_meta.dtype == "bool":
+    if not isinstance(indices, tuple):
+        raise Refuse("an index without indices", node.name)
+    given = [(dim, arg.name) for dim, arg in enumerate(indices) if isinstance(arg, Ref)]
+    metas = [planner.record.nodes[name].tensor for _, name in given]
+    if not given or any(meta is None or meta.dtype == "bool" for meta in metas):
         raise Refuse("a boolean index", node.name)
-    rank = len(index_meta.shape)
-    if any(is_labelled(dim) for dim in labels[rank:]):
-        raise Refuse("the rows of an indexed table run along the sequence", node.name)
-    value = planner.rebuild(indices[0].name, labels[:rank], context)
-    return unchanged(node, value) or Value(Reapply(node.name, (("indices.0", value.plan),)), value.lane, len(labels))
+    dims = [dim for dim, _ in given]
+    if dims != list(range(dims[0], dims[0] + len(dims))):
+        raise Refuse("indices of dims that are not side by side", node.name)
+    rank = max(len(meta.shape) for meta in metas if meta is not None)
+    before, middle, after = labels[: dims[0]], labels[dims[0] : dims[0] + rank], labels[dims[0] + rank :]
+    rest = (*before, *[()] * len(dims), *after)
+    if not planner.is_table(source.name) or has_batch_or_seq(rest):
+        meta = metas[0]
+        if len(given) > 1 or meta is None or len(meta.shape) != 1:
+            raise Refuse("a gather from a value that follows the sequence", node.name)
+        value = planner.rebuild(given[0][1], middle, context)
+        if not value.lane:
+            raise Refuse("an index that does not follow the sequence", node.name)
+        return _rows_again(planner, node, source, rest, dims[0], value.plan, context)
+    values = []
+    for (_, name), meta in zip(given, metas, strict=True):
+        assert meta is not None
+        own = middle[rank - len(meta.shape) :]
+        own = tuple(() if size == 1 else dim for size, dim in zip(meta.shape, own, strict=True))
+        values.append((name, planner.rebuild(name, own, context)))
+    same = unchanged(node, *(value for _, value in values))
+    if same:
+        return same
+    plans: list[Plan] = []
+    for _, value in values:
+        plan = value.plan
+        if value.lane:
+            for _ in range(rank - value.rank):
+                plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
+        plans.append(plan)
+    order = [*dims, *(d for d in range(len(shape)) if d not in dims)]
+    table: Plan = Existing(source.name)
+    if dims[0]:
+        table = Call("aten.permute.default", (table, tuple(order)), node.name)
+    result: Plan = Call("aten.index.Tensor", (table, tuple(plans)), node.name)
+    if dims[0]:  # [lane, *middle, *before, *after] -> [lane, *before, *middle, *after]
+        first = [1 + rank + d for d in range(dims[0])]
+        last = [1 + rank + d for d in range(dims[0], len(rest) - len(dims))]
+        result = Call("aten.permute.default", (result, (0, *first, *range(1, 1 + rank), *last)), node.name)
+    return Value(result, True, len(labels))
 
 
 @local_rule("index_select")
@@ -423,12 +459,25 @@ def _index_select(planner: Planner, node: Node, labels: Labels, context: Context
     source, shape = operand_of(planner, node)
     index, _ = operand_of(planner, node, "index")
     dim = int(node.args["dim"]) % len(shape)  # type: ignore[arg-type]
-    if not planner.is_table(source.name) or any(is_labelled(x) for d, x in enumerate(labels) if d != dim):
-        raise Refuse("a gather from a value that follows the sequence", node.name)
     value = planner.rebuild(index.name, (labels[dim],), context)
     if not value.lane:
         raise Refuse("an index that does not follow the sequence", node.name)
-    return gather(node.name, Existing(source.name), len(shape), [(dim, value.plan)], len(labels))
+    rest = (*labels[:dim], (), *labels[dim + 1 :])
+    if not has_batch_or_seq(rest) and planner.is_table(source.name):
+        return gather(node.name, Existing(source.name), len(shape), [(dim, value.plan)], len(labels))
+    return _rows_again(planner, node, source, rest, dim, value.plan, context)
+
+
+def _rows_again(
+    planner: Planner, node: Node, source: Node, rest: Labels, dim: int, index: Plan, context: Context
+) -> Value:
+    """Rows along one dim of a value that follows the sequence along another: the columns of a mask's rows."""
+    if not planner.is_fixed_along(source.name, dim):
+        raise Refuse("a gather from a value that follows the sequence", node.name)
+    value = planner.rebuild(source.name, rest, context, picked=dim)
+    if not value.lane:
+        raise Refuse("a gather from a value that follows the sequence", node.name)
+    return gather_lane(node.name, value.plan, len(rest), dim, index)
 
 
 @local_rule("cat", "concat", "concatenate", "stack")
@@ -446,11 +495,11 @@ def _cat(planner: Planner, node: Node, labels: Labels, context: Context) -> Valu
     if first is None:
         raise Refuse("changed values without a batch are joined", node.name)
     lane = Call("aten.sym_size.int", (first, 0), node.name)
-    parts = tuple(value.plan if value.lane else _spread(value, lane, node.name) for _, value in values)
+    parts = tuple(value.plan if value.lane else spread(value, lane, node.name) for _, value in values)
     return Value(Call(f"aten.{'stack' if stacked else 'cat'}.default", (parts, dim + 1), node.name), True, len(labels))
 
 
-def _spread(value: Value, lane: Plan, anchor: str) -> Plan:
+def spread(value: Value, lane: Plan, anchor: str) -> Plan:
     """A value that is the same for all samples, repeated for each."""
     lifted = Call("aten.unsqueeze.default", (value.plan, 0), anchor)
     return Call("aten.expand.default", (lifted, (lane, *[-1] * value.rank)), anchor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
+from buffer_lifting.axes import SEQ
 from buffer_lifting.graph.record import GraphRecord, NodeKind, StateKind
 from buffer_lifting.labels import COL
 from buffer_lifting.ops import content_operands
@@ -18,30 +19,37 @@ if TYPE_CHECKING:
 RESERVED = frozenset({"self", "args", "kwargs", "target", "losses", "return_outputs", "loss_kwargs"})
 
 
-def name_outputs(planner: Planner, record: GraphRecord) -> tuple[dict[CutKey, FeedOutput], frozenset[str]]:
-    """One :class:`FeedOutput` a cut, in order of first use, and the iota nodes that stand for position ids.
+def name_outputs(planner: Planner, record: GraphRecord) -> tuple[dict[CutKey, FeedOutput], dict[str, str]]:
+    """One :class:`FeedOutput` a cut, in order of first use, and the iota nodes that stand for position ids, by axis.
 
     An iota stands for position ids if it reaches a one-axis read. A value in a two-axis read that is computed from
-    such an iota by an op that mixes the sequence (document ids) is evaluated from the position ids.
+    such an iota by an op that mixes the sequence (document ids) is evaluated from the position ids. An iota that is
+    read along several axes has the axis ``""``: which axis's ids it stands for is not known.
     """
     taken = set(record.nodes) | RESERVED
-    position_iotas = frozenset(
-        name
+    pairs = planner.position_iotas | {
+        (name, cut.key.axis)
         for cut in planner.cuts.values()
         if cut.one_axis_read
         for name in cut.ancestors
         if record.nodes[name].base_op == "aten.arange"
-    ) | frozenset(planner.position_iotas)
+    }
+    position_iotas: dict[str, str] = {}
+    for name, axis in sorted(pairs):
+        position_iotas[name] = "" if name in position_iotas else axis
     outputs = {}
     for key, cut in planner.cuts.items():
-        name = _unique(_wanted(planner, record, cut), taken)
+        name = _wanted(planner, record, cut)
+        if name in taken and key.axis != SEQ:
+            name = f"{name}_{key.axis}"
+        name = _unique(name, taken)
         taken.add(name)
         program: Literal["iota", "natural", "substituted", "hoisted"] = "natural"
         if cut.node is None:
             program = "iota"
         elif cut.hoisted:
             program = "hoisted"
-        elif not cut.one_axis_read and cut.ancestors & position_iotas:
+        elif not cut.one_axis_read and not cut.ancestors.isdisjoint(position_iotas):
             program = "substituted"
         form: Form = "positions" if cut.node is None else "values"
         stream: Stream = "inputs" if cut.hoisted else ("slots" if key.stream == "slots" else "positions")
@@ -70,7 +78,7 @@ def _source(planner: Planner, cut: Cut) -> str:
 def _wanted(planner: Planner, record: GraphRecord, cut: Cut) -> str:
     suffix = "_keys" if cut.key.role == COL else ""
     if cut.node is None:
-        axis = "" if cut.key.axis == "seq" else f"{cut.key.axis}_"
+        axis = "" if cut.key.axis == SEQ else f"{cut.key.axis}_"
         return f"lifted_{axis}{cut.key.stream}{suffix}"
     states = [record.nodes[name] for name in sorted(cut.ancestors) if record.nodes[name].kind is NodeKind.STATE]
     states.sort(key=lambda node: node.state_kind is StateKind.PARAMETER)

@@ -61,6 +61,17 @@ _ELEMENTWISE_UNTAGGED = frozenset(
         "masked_fill",
         "prelu",
         "lerp",
+        "subtract",
+        "multiply",
+        "divide",
+        "negative",
+        "absolute",
+        "greater",
+        "greater_equal",
+        "less",
+        "less_equal",
+        "not_equal",
+        "fix",
     ]
 )
 #: Ops whose tensor operands other than the first give only a dtype, device or shape.
@@ -91,6 +102,7 @@ _LIKE_OTHER = ("aten.expand_as", "aten.view_as", "aten.reshape_as")
 FILLS = frozenset(
     f"aten.{name}"
     for name in ["full", "zeros", "ones", "new_ones", "new_zeros", "new_full", "zeros_like", "ones_like", "full_like"]
+    + ["empty", "new_empty", "empty_like"]  # no value at all: a write follows, or nothing reads it
 )
 ATTENTION = "aten.scaled_dot_product_attention"
 #: Checks without a value; analysis passes over them.

@@ -205,7 +205,7 @@ class LoadedStage:
         seq_len: Lengths,
         inputs: Mapping[str, torch.Tensor] | None = None,
         order: Any = None,
-        positions: torch.Tensor | None = None,
+        positions: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         shard: Any = (0, 1),
         device: torch.device | str | None = None,
         n_microbatches: int | None = None,

@@ -24,6 +24,8 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.ops import ASSERTIONS, is_mutating
 from buffer_lifting.passes.context_parallel import lifted_axes
 from buffer_lifting.passes.normalize import normalize
+from buffer_lifting.routing import makes_rows
+from buffer_lifting.scanner import scan_record
 from buffer_lifting.stage_builder import StageBuilder
 from buffer_lifting.stages import Stage, StagedProgram, check_names
 from buffer_lifting.torch_compat import root_spec, tree_unflatten
@@ -113,6 +115,8 @@ class _Partition:
         if len(results) != len(output.args["results"]):  # type: ignore[arg-type]
             raise PartitionError("the program returns values that are no tensors; stages return tensors only")
         self._check_in_place()
+        routes = self.count > 1 and any(makes_rows(self.record, node) for node in self.record.nodes.values())
+        routed = scan_record(self.record, lifted_axes(self.lifted)).routed if routes else frozenset()
         builders: list[StageBuilder] = []
         order = {name: place for place, name in enumerate(self.record.nodes)}
         carried: list[str] = []  # what the stage behind receives, walking from the last stage to the first
@@ -136,6 +140,7 @@ class _Partition:
             )
             builders.insert(0, builder)
             carried = builder.received
+            self._check_routing(index, carried, routed)
         stages = []
         for index, builder in enumerate(builders):
             last = index == self.count - 1
@@ -163,6 +168,15 @@ class _Partition:
             keywords=user_keywords,
             tied=self._tied_stages(stages),
         )
+
+    def _check_routing(self, index: int, received: list[str], routed: frozenset[str]) -> None:
+        """No stage begins between the gather of tokens by expert and the way back: its rows are data's to count."""
+        crossing = next((name for name in received if name in routed), None)
+        if crossing is not None:
+            raise PartitionError(
+                f"stage {index} would begin inside the routing of tokens to experts: it needs {crossing!r}; split "
+                "before or behind the module that routes"
+            )
 
     def _check_in_place(self) -> None:
         for name, stage in self.stage_of.items():

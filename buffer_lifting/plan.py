@@ -151,7 +151,8 @@ class LiftPlan:
     frontier: list[FrontierEdge]
     data_labels: dict[str, tuple[Labels, ...] | None]
     input_axes: dict[str, InputAxes]
-    substituted: frozenset[str] = frozenset()  # the iota nodes that stand for position ids
+    substituted: dict[str, str] = field(default_factory=dict)  # the iota nodes that stand for position ids: their axis
+    routed: frozenset[str] = frozenset()  # the values inside routing regions: no stage may begin there
     trace: Trace = field(default_factory=lambda: Trace())
 
 

@@ -57,7 +57,7 @@ class Planner:
         self.col_inputs = col_inputs
         self.cuts: dict[CutKey, Cut] = {}
         self.input_roles: dict[str, set[str]] = {}
-        self.position_iotas: set[str] = set()  # arange nodes that a one-axis read takes as position ids
+        self.position_iotas: set[tuple[str, str]] = set()  # (arange, axis) that a one-axis read takes as position ids
         self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
         self.trace = Trace()
         self._memo = self.trace.rebuilt
@@ -65,6 +65,8 @@ class Planner:
         self._interned: dict[object, int] = {}
         self._tables: dict[str, bool] = {}
         self._scalars: dict[str, Plan] = {}
+        self._whole: dict[str, Plan] = {}
+        self._whole_open: list[str] = []
         self.variation = Variation(record)
         self._ancestors: dict[str, frozenset[str]] = {}
         self._length_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
@@ -102,6 +104,24 @@ class Planner:
         below = dim - (len(node.tensor.shape) - len(meta.shape))
         return below >= 0 and meta.shape[below] == node.tensor.shape[dim] and self.is_table_along(source.name, below)
 
+    def is_fixed_along(self, name: str, dim: int) -> bool:
+        """Whether a value has, along ``dim``, a table's rows and not the sequence."""
+        node = self.record.nodes[name]
+        source = node.args.get("self")
+        if self.is_table(name):
+            return True
+        if node.tensor is None or not isinstance(node.tensor.shape[dim], int) or not isinstance(source, Ref):
+            return False
+        if self.axis_of(node.tensor.shape[dim]) is not None:
+            return False
+        if node.base_op == "aten.index_select":
+            return node.args["dim"] != dim and self.is_fixed_along(source.name, dim)
+        indices = node.args.get("indices")
+        if node.base_op == "aten.index" and isinstance(indices, tuple) and len(indices) == 1:
+            added = len(node.tensor.shape) - len(self.record.nodes[source.name].tensor.shape)  # type: ignore[union-attr]
+            return dim > added and self.is_fixed_along(source.name, dim - added)
+        return False
+
     def _counts_the_sequence(self, name: str) -> bool:
         """Whether a value is computed from an arange as long as a sequence (or one whose length is not known)."""
         lengths = set(self.inputs.lengths.values())
@@ -119,8 +139,9 @@ class Planner:
         return any(self.is_length_of_sequence(operand) for operand in self.record.nodes[name].refs())
 
     def axis_of(self, size: Size) -> str | None:
-        """The sequence axis that has this size, if one has."""
-        return next((axis for axis, length in self.inputs.lengths.items() if size == length), None)
+        """The sequence axis that has this size, if exactly one has."""
+        axes = [axis for axis, length in self.inputs.lengths.items() if size == length]
+        return axes[0] if len(axes) == 1 else None
 
     def varies_along(self, name: str, labels: Labels) -> bool:
         """Whether a value can differ along one of the sequence dims of ``labels``."""
@@ -143,6 +164,33 @@ class Planner:
             parts = [(path, self.scalar(ref)) for path, ref in node.named_refs() if Dep.LENGTH in self.deps[ref]]
             return self._scalars.setdefault(name, Reapply(name, tuple(parts)))
         raise Refuse(f"a number computed from the sequence length by {node.op}", name, "BL104")
+
+    def at_full_length(self, name: str) -> Plan:
+        """A value without user contents in natural order, as long as the whole sequence on every rank.
+
+        Raises:
+            Refuse: a size on the way is not known to be made from the length.
+        """
+        if name in self._whole:
+            return self._whole[name]
+        if len(self._whole_open) > 400:
+            raise Refuse("a chain of more than 400 ops", name)
+        node = self.record.nodes[name]
+        replace: list[tuple[str, object]] = []
+        self._whole_open.append(name)
+        for path, ref in node.named_refs():
+            operand = self.record.nodes[ref]
+            if not isinstance(operand.meta, TensorMeta | tuple):
+                plan = self.scalar(ref)
+            elif Dep.USER in self.deps[ref]:
+                raise Refuse("it is computed from user inputs", ref)
+            else:
+                plan = self.at_full_length(ref)
+            if not isinstance(plan, Existing):
+                replace.append((path, plan))
+        self._whole_open.pop()
+        self._whole[name] = Reapply(name, tuple(replace)) if replace else Existing(name)
+        return self._whole[name]
 
     # -- rebuilding -----------------------------------------------------------------------------------------
 
@@ -329,7 +377,7 @@ class Planner:
             plan = self.iota(factor, context)
             if context.stream == "positions":
                 self.position_iotas.update(
-                    a for a in self.ancestors(node.name) if self.record.nodes[a].base_op == "aten.arange"
+                    (a, factor.axis) for a in self.ancestors(node.name) if self.record.nodes[a].base_op == "aten.arange"
                 )
         else:
             layout = row_shape

@@ -44,6 +44,8 @@ from buffer_lifting.program import (
     SequenceMixing,
     Stream,
 )
+from buffer_lifting.routing import Routing
+from buffer_lifting.routing.facts import has_routed
 
 FormOption = str | Mapping[str, str]
 
@@ -103,6 +105,7 @@ class _Scan:
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.completion = Completion(inputs)
+        self.routing = Routing(record)
         if not inputs.lengths:
             self._no_axis()
         read = {
@@ -126,6 +129,9 @@ class _Scan:
                 self._visit(node)
             elif node.kind is NodeKind.OUTPUT:
                 self._returned(node)
+        for node, path in self.routing.counted_sizes():
+            self._mix(node, f"a number of routed tokens enters at {path!r}", False, "BL201")
+        self.mixing.extend(self.routing.regions())
 
     def result(self) -> LiftPlan:
         """The plan; cuts that no accepted replacement reads are dropped.
@@ -155,6 +161,7 @@ class _Scan:
             self.labels,
             axes,
             substituted,
+            self.routing.inside(self.labels),
             trace=self.planner.trace,
         )
 
@@ -185,6 +192,10 @@ class _Scan:
         for path, name in node.named_refs():
             value, dep = self.record.nodes[name], self.deps[name]
             shape = value.tensor.shape if value.tensor else ()
+            known = self.labels.get(name)
+            routed = self.routing.returned(name, known[0] if known else None)
+            if routed:
+                self._mix(value, routed, False, "BL201")
             if name in self.mixed and Dep.DATA not in dep:
                 why = "it is returned, and computed from user inputs by an op that mixes the sequence"
                 self._refused(node, path, value, (), Refuse(why, name, hint="compute it outside the model"))
@@ -223,10 +234,10 @@ class _Scan:
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
         view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data)
-        result = apply_rule(view)
         if Dep.DATA not in dep:
-            self._visit_user(node, result)
+            self._visit_user(node, apply_rule(view))
             return
+        result = self.routing.apply(view)
         carries = self._carries(node)
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
@@ -247,14 +258,14 @@ class _Scan:
         if meta is None or dep & (Dep.USER | Dep.DATA) or not dep & (Dep.IOTA | Dep.STATE | Dep.PARAM):
             return None
         result: list[DimLabel] = []
-        seen: set[str] = set()
+        seen = False
         for size, varies in zip(meta.shape, self.planner.variation.of(name), strict=True):
             axis = self.planner.axis_of(size) if varies else None
             if axis is None:
                 result.append(feature(size))
                 continue
-            result.append((Factor(axis, COL if axis in seen else ROW, size),))
-            seen.add(axis)
+            result.append((Factor(axis, COL if seen else ROW, size),))
+            seen = True
         return tuple(result) if seen else None
 
     def _outputs(self, node: Node, result: AxisResult) -> tuple[Labels, ...] | None:
@@ -283,7 +294,14 @@ class _Scan:
             self._causal(node)
         for path, name in node.named_refs():
             value = self.record.nodes[name]
+            if result is not None and path in result.consumed:
+                continue
             if Dep.DATA in self.deps[name]:
+                if result and not self._lines_up(name, result.operands.get(path)):
+                    why = (
+                        f"operand {path!r} is data, but not known to follow the sequence where it meets data that does"
+                    )
+                    self._mix(node, why, False, "BL202")
                 continue
             if not isinstance(value.meta, TensorMeta):
                 if Dep.LENGTH in self.deps[name] and (path, name) in length_operands(node):
@@ -298,9 +316,13 @@ class _Scan:
                     why = f"how operand {path!r} of {node.op} lines up with the sequence is not known"
                     self._refused(node, path, value, (), Refuse(why, node.name))
                 continue
-            if (
+            if has_routed(alignment.labels):
+                why = self.routing.aligned(value, alignment.labels)
+                if why:
+                    self._refused(node, path, value, (), Refuse(why, name))
+            elif (
                 name in self.mixed
-                or any(has_seq(dim) for dim in alignment.labels)
+                or has_seq_dims(alignment.labels)
                 or (Dep.LENGTH in self.deps[name] and Dep.USER not in self.deps[name])
             ):
                 self._read(_Edge(node, path, value, alignment))
@@ -310,6 +332,17 @@ class _Scan:
             elif self._runs_along(value.meta) and Dep.USER not in self.deps[name]:
                 why = "it has the size of the sequence, but does not line up with the data's sequence dim"
                 self._refused(node, path, value, (), Refuse(why, name))
+
+    def _lines_up(self, name: str, alignment: Alignment | None) -> bool:
+        """Whether each dim of a data operand runs along the sequence and in the role that its reader aligns it to."""
+        meta, known = self.record.nodes[name].tensor, self.labels.get(name)
+        if alignment is None or meta is None or len(alignment.labels) != len(meta.shape):
+            return True
+        own = known[0] if known else ((),) * len(meta.shape)
+        return all(
+            size == 1 or not has_seq(wanted) or seq_axes((wanted,)) == seq_axes((has,))
+            for size, wanted, has in zip(meta.shape, alignment.labels, own, strict=True)
+        )
 
     def _length(self, node: Node, path: str, value: Node) -> None:
         """A number made from a sequence length: taken from the keys, which are as many as the whole sequence."""
@@ -355,16 +388,15 @@ class _Scan:
         try:
             rebuilt = self.planner.rebuild(value.name, labels, context)
             form: Form | None = None
-        except Refuse as refusal:
+        except Refuse as refused:
             natural = self._natural(edge, context)
             if natural is None:
+                lost = value.name in self.mixed and not has_seq_dims(labels)
+                refusal = self._mixed_refusal(value.name) if lost else refused
                 self._refused(edge.consumer, edge.path, value, labels, refusal)
                 return
             rebuilt, form = natural, "natural"
         used = list(dict.fromkeys(self.planner.trail))
-        if value.name in self.mixed and not any(key.stream == "inputs" for key in used):
-            self._refused(edge.consumer, edge.path, value, labels, self._mixed_refusal(value.name))
-            return
         if not used or not rebuilt.changed:
             return
         self._accept(edge, rebuilt, used, form)

@@ -10,7 +10,7 @@ import torch
 from buffer_lifting.errors import FeedError
 from buffer_lifting.labels import COL
 from buffer_lifting.program import InputAxes
-from buffer_lifting.streams import Streams
+from buffer_lifting.streams import Streams, by_axis
 
 
 def shard_inputs(
@@ -18,10 +18,14 @@ def shard_inputs(
 ) -> dict[str, torch.Tensor]:
     """Each input reordered along its sequence dims, and cut to the shard where its role is ``row``.
 
+    ``order`` may be a mapping from axis name to order, and has to be one if ``axes`` has several sequence axes.
+
     Raises:
         FeedError: an unknown input, or an order or shard that does not fit it.
     """
     result = {}
+    names = list(dict.fromkeys(axis for own in axes.values() for _, axis, _ in own.seq_dims))
+    orders = by_axis("order", order, names)
     for name, value in inputs.items():
         own = axes.get(name)
         if own is None:
@@ -29,14 +33,15 @@ def shard_inputs(
         if value.ndim != own.rank:
             raise FeedError(f"input {name!r} has {value.ndim} dims, the program's has {own.rank}")
         batch = value.shape[own.batch_dim] if own.batch_dim is not None else 1
-        per_sample = isinstance(order, torch.Tensor) and order.ndim == 2 and order.shape[0] > 1
-        if own.seq_dims and own.batch_dim is None and per_sample:
-            raise FeedError(
-                f"input {name!r} {tuple(value.shape)} has no batch dim: an order per sample cannot be applied; "
-                "export with it expanded to the batch, or give one order for all samples"
-            )
-        for dim, _, role in own.seq_dims:
-            streams = Streams(batch, value.shape[dim], order, None, shard)
+        for dim, axis, role in own.seq_dims:
+            order = orders[axis]
+            per_sample = isinstance(order, torch.Tensor) and order.ndim == 2 and order.shape[0] > 1
+            if own.batch_dim is None and per_sample:
+                raise FeedError(
+                    f"input {name!r} {tuple(value.shape)} has no batch dim: an order per sample cannot be applied; "
+                    "export with it expanded to the batch, or give one order for all samples"
+                )
+            streams = Streams(batch, value.shape[dim], order, None, shard, axis if len(names) > 1 else "")
             value = _along(value, dim, own.batch_dim, streams, role)
         result[name] = value
     return result

@@ -81,7 +81,7 @@ class StagedProgram:
         seq_len: Lengths,
         inputs: Mapping[str, torch.Tensor] | None = None,
         order: Any = None,
-        positions: torch.Tensor | None = None,
+        positions: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         shard: Any = (0, 1),
         device: torch.device | str | None = None,
         n_microbatches: int | None = None,
@@ -249,6 +249,8 @@ def check_names(axes: Mapping[str, InputAxes], names: Iterable[str]) -> None:
 
 
 def _rows_of(value: Any, start: int, count: int, batch: int) -> Any:
+    if isinstance(value, Mapping):
+        return {axis: _rows_of(part, start, count, batch) for axis, part in value.items()}
     if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[0] == batch and batch > 1:
         return value[start : start + count]
     return value

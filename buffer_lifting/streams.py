@@ -1,7 +1,8 @@
-"""The two index streams, for one rank and step: which global slots this shard holds, and their position ids."""
+"""The two index streams of each axis, for one rank and step: which global slots this shard holds, and their ids."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from buffer_lifting.torch_compat import balancer_indices, is_load_balancer, mesh
 
 
 class Streams:
-    """Validated ``order``, ``positions`` and ``shard``. Index tensors are ``[1 or batch, seq]`` int64.
+    """Validated ``order``, ``positions`` and ``shard`` of one axis. Index tensors are ``[1 or batch, seq]`` int64.
+
+    ``axis`` names the axis in messages, where there are several.
 
     Raises:
         FeedError: a tensor of the wrong dtype, shape or range, an order that is no permutation, or a shard that
@@ -20,16 +23,23 @@ class Streams:
     """
 
     def __init__(
-        self, batch_size: int, length: int, order: Any = None, positions: Any = None, shard: Any = (0, 1)
+        self,
+        batch_size: int,
+        length: int,
+        order: Any = None,
+        positions: Any = None,
+        shard: Any = (0, 1),
+        axis: str = "",
     ) -> None:
         self.batch_size, self.length = batch_size, length
         self.rank, self.size = parse_shard(shard)
+        of = f" of axis {axis!r}" if axis else ""
         if length % self.size:
-            raise FeedError(f"a sequence of {length} does not divide into {self.size} shards")
+            raise FeedError(f"a sequence of {length}{of} does not divide into {self.size} shards")
         if is_load_balancer(order):
             order = balancer_indices(order)
-        self.order = None if order is None else self._checked("order", order, permutation=True)
-        self.positions = None if positions is None else self._checked("positions", positions, permutation=False)
+        self.order = None if order is None else self._checked(f"order{of}", order, permutation=True)
+        self.positions = None if positions is None else self._checked(f"positions{of}", positions, permutation=False)
 
     def _checked(self, name: str, value: Any, permutation: bool) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):
@@ -111,6 +121,44 @@ class Streams:
         if self.positions is None:
             return [torch.arange(length)]
         return list(self.positions)
+
+
+def axis_streams(
+    batch_size: int, lengths: Mapping[str, int], order: Any = None, positions: Any = None, shard: Any = (0, 1)
+) -> dict[str, Streams]:
+    """The streams of every axis, by name; ``order`` and ``positions`` as :func:`by_axis` takes them.
+
+    Raises:
+        FeedError: what :class:`Streams` and :func:`by_axis` refuse.
+    """
+    orders, ids = by_axis("order", order, lengths), by_axis("positions", positions, lengths)
+    several = len(lengths) > 1
+    return {
+        axis: Streams(batch_size, length, orders[axis], ids[axis], shard, axis if several else "")
+        for axis, length in lengths.items()
+    }
+
+
+def by_axis(name: str, value: Any, axes: Collection[str]) -> dict[str, Any]:
+    """An argument of each axis: a mapping from axis name (``None`` where it lacks one), or one value for one axis.
+
+    Raises:
+        FeedError: one value for several axes, or a name that is no axis.
+    """
+    known = ", ".join(repr(axis) for axis in sorted(axes)) or "none"
+    if value is None:
+        return dict.fromkeys(axes)
+    if isinstance(value, Mapping):
+        unknown = sorted(str(axis) for axis in value if axis not in axes)
+        if unknown:
+            raise FeedError(f"{name} names the axes {', '.join(map(repr, unknown))}; the program's are {known}")
+        return {axis: value.get(axis) for axis in axes}
+    if len(axes) > 1:
+        raise FeedError(
+            f"the program has several sequence axes, {known}: give {name} as a mapping from axis name; an axis that "
+            "it lacks stays as it is"
+        )
+    return dict.fromkeys(axes, value)
 
 
 def parse_shard(shard: Any) -> tuple[int, int]:

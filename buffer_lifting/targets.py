@@ -36,17 +36,19 @@ def load_program(target: str) -> Any:
     return _checked(target, program)
 
 
-def load_lifted(target: str) -> Any:
-    """A saved lifted program, or any target of :func:`load_program`, which is lifted.
+def load_lifted(target: str, axes: Any = None) -> Any:
+    """A saved lifted program, or any target of :func:`load_program`, which is lifted with ``axes``.
 
     Raises:
-        TargetError: it cannot be loaded.
+        TargetError: it cannot be loaded, or is lifted already and ``axes`` are given.
         LiftingError: it cannot be lifted.
     """
     if not target.endswith(".lifted"):
         from buffer_lifting.lifting import lift
 
-        return lift(load_program(target))
+        return lift(load_program(target), axes)
+    if axes:
+        raise TargetError(f"{target}: a lifted program, whose axes are known; --axes is for one that is to be lifted")
     from buffer_lifting.package import load
 
     with redirect_stdout(sys.stderr):

@@ -35,13 +35,14 @@ def verify(
     """Checks that a lifted (or staged) program is the original, wherever its tokens stand.
 
     - ``values``: what each op on data reads by position equals, bitwise, what it read in the original, gathered by
-      the order; natural, random per sample, packed documents, and a shard that does not start at 0. It names the op.
+      the order; natural, random per sample and axis, packed documents, and a shard that does not start at 0. It
+      names the op.
     - ``identity``: in natural order, outputs and the gradient of every parameter are bitwise the original's
       (gradients of learned tables that are read by position: to the precision of their dtype; everything to
       1e-5 where :func:`buffer_lifting.context_parallel` put a mask in the place of ``is_causal``: another kernel).
-    - ``equivariance``: in float64, for another permutation per sample, outputs and gradients are the original's,
-      permuted, to 1e-9; dropout is switched off for it. Each lifted input is perturbed as a control: it has to move
-      something, else the report names it as not proven.
+    - ``equivariance``: in float64, for another permutation per sample and axis, outputs and gradients are the
+      original's, permuted, to 1e-9; dropout is switched off for it. Each lifted input is perturbed as a control: it
+      has to move something, else the report names it as not proven.
     - ``composition`` (staged programs): the stages in sequence equal the lifted program.
 
     Args:

@@ -229,14 +229,18 @@ class MutantFeed(FeedProgram):
     """A feed program that is given other streams, or whose result is changed."""
 
     change: Callable[[Streams], Streams] = staticmethod(lambda streams: streams)
+    exchange: Callable[[dict[str, Streams]], dict[str, Streams]] = staticmethod(lambda streams: streams)
     after: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = staticmethod(lambda feed: feed)
 
     def feed(self, batch_size, lengths, inputs, streams, device, names=None):  # type: ignore[no-untyped-def]
         """As the base, with the fault."""
-        return self.after(super().feed(batch_size, lengths, inputs, self.change(streams), device, names))
+        changed = self.exchange({axis: self.change(own) for axis, own in streams.items()})
+        return self.after(super().feed(batch_size, lengths, inputs, changed, device, names))
 
 
-def with_feed(lifted: bl.LiftedProgram, change: Any = None, after: Any = None, **fields: Any) -> bl.LiftedProgram:
+def with_feed(
+    lifted: bl.LiftedProgram, change: Any = None, after: Any = None, exchange: Any = None, **fields: Any
+) -> bl.LiftedProgram:
     """The lifted program with a faulty feed."""
     base = lifted.feed_program
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.init}
@@ -245,6 +249,8 @@ def with_feed(lifted: bl.LiftedProgram, change: Any = None, after: Any = None, *
         feed.change = change
     if after:
         feed.after = after
+    if exchange:
+        feed.exchange = exchange
     return dataclasses.replace(lifted, feed_program=feed)
 
 

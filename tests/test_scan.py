@@ -180,6 +180,11 @@ LIFTS: dict[str, tuple[Read, set[str]]] = {
     "index_select": (lambda n, x, t: x + n.table.index_select(0, arange(x)), {"lifted_table"}),
     "index": (lambda n, x, t: x + n.table[arange(x)], {"lifted_table"}),
     "transposed": (lambda n, x, t: x + n.wide[:, : x.shape[1]].t(), {"lifted_wide"}),
+    "flat": (
+        lambda n, x, t: (x.reshape(-1, DIM) + n.table[: x.shape[1]].repeat(x.shape[0], 1)).view(x.shape),
+        {"lifted_table"},
+    ),
+    "projected": (lambda n, x, t: x + n.table[: x.shape[1]] @ n.out.weight, {"lifted_positions"}),
     "flipped": (lambda n, x, t: x + n.table[: x.shape[1]].flip(0), {"lifted_table"}),
     "rolled_table": (lambda n, x, t: x + n.table.roll(1, 0)[: x.shape[1]], {"lifted_table"}),
     "batch_first": (lambda n, x, t: x + n.table[: x.shape[1]].expand(x.shape[0], -1, -1), {"lifted_table"}),
@@ -376,18 +381,10 @@ REFUSED: dict[str, tuple[Read, str]] = {
         "line up|a sum over",
     ),
     "pair_mask": (_pair_mask, "elements at different sequence positions meet"),
-    "flat_positions": (
-        lambda n, x, t: (x.reshape(-1, DIM) + n.table[: x.shape[1]].repeat(x.shape[0], 1)).view(x.shape),
-        "its sequence dim is folded with other dims",
-    ),
     "batch_iota": (lambda n, x, t: x + torch.arange(x.shape[0])[:, None, None], "varies along the batch"),
     "random": (
         lambda n, x, t: x + torch.rand(x.shape[1], DIM, dtype=x.dtype),
         "draws random numbers",
-    ),
-    "projected_table": (
-        lambda n, x, t: x + n.table[: x.shape[1]] @ n.out.weight,
-        "aten.matmul.default is not known",
     ),
     "moe_by_arange": (_moe_by_arange, "lines up with the sequence is not known"),
     "batch_mean": (lambda n, x, t: x + x.mean(0, keepdim=True), "a reduction over the batch"),
@@ -413,9 +410,13 @@ def test_refused(name: str, dynamic: bool) -> None:
         bl.lift(ep)
 
 
-def test_length_in_data_is_refused_when_dynamic() -> None:
-    ep = export(make(lambda n, x, t: x * x.shape[1]), tokens())
-    assert [read.code for read in bl.scan(ep).reads] == ["BL104"]
+def test_a_length_in_data_is_the_number_of_keys() -> None:
+    """The local length would be that of the shard; a static program states the number."""
+    model, x = make(lambda n, x, t: x * x.shape[1]), tokens()
+    lifted = check_lift(model, export(model, x), x, sensitive=False)
+    assert [(read.code, read.source_kind) for read in lifted.report.reads] == [("BL003", "length")]
+    assert [item.name for item in lifted.inputs] == ["lifted_slots_keys"]
+    assert bl.scan(export(model, x, dynamic=False)).reads == ()
 
 
 def test_padding_by_widths() -> None:

@@ -64,6 +64,8 @@ def _matmul(view: OpView) -> AxisResult:
     )
     mixing, handled = "", False
     inner = (lhs[-1], rhs[-2])
+    if _meet(*inner):
+        return AxisResult(None, mixing="elements at positions of different sequences meet")
     if any(has_seq(dim) for dim in inner):
         if any(factor.role == COL for dim in inner for factor in dim):
             mixing, handled = "attention: a sum over keys", True
@@ -93,6 +95,12 @@ def _operand_of_matmul(view: OpView, path: str, left_path: str, lhs: Labels, rhs
         matrix = (lhs[-1], feature(shape[-1]))
     batch = batch_dim(out)
     return Alignment((*outer, *matrix), None if batch is None else len(out) - batch)
+
+
+def _meet(one: DimLabel, other: DimLabel) -> bool:
+    """Whether two dims that are paired element by element run along different sequence axes."""
+    axes = [{factor.axis for factor in dim if factor.is_seq} for dim in (one, other)]
+    return bool(axes[0] and axes[1] and axes[0] != axes[1])
 
 
 @rule("einsum")
@@ -160,7 +168,7 @@ def _softmax(view: OpView) -> AxisResult:
         return AxisResult(None)
     dim = labels[view.dim("dim", len(labels), -1)]
     if has_seq(dim):
-        handled = any(factor.role == COL for factor in dim)
+        handled = any(factor.role in KEYS for factor in dim)
         why = "attention: a softmax over keys" if handled else "a softmax along the sequence"
         return AxisResult((labels,), mixing=why, handled=handled)
     if is_labelled(dim):
@@ -235,6 +243,8 @@ def _attention(view: OpView) -> AxisResult:
     shape = view.shape("out")
     if query is None or key is None or value is None or shape is None:
         return AxisResult(None, mixing="attention whose keys or queries are not known to follow the sequence")
+    if _meet(key[-2], value[-2]):
+        return AxisResult(None, mixing="attention whose keys and values run along different sequences")
     out = (*query[:-1], feature(shape[-1]))
     operands = {}
     mask = view.shape("attn_mask")

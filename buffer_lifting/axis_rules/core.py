@@ -46,6 +46,7 @@ class AxisResult:
     operands: dict[str, Alignment] = field(default_factory=dict)
     mixing: str = ""  # why the op moves information along the sequence; "" if it does not
     handled: bool = False  # the context-parallel pass takes care of it
+    consumed: frozenset[str] = frozenset()  # operands without data that are no reads by position (accumulators)
 
 
 class OpView:
@@ -187,12 +188,15 @@ def pointwise(view: OpView) -> AxisResult:
 
 
 def _born(view: OpView, out: Labels) -> Labels:
-    """An axis that only an index brings: ``arange(S) < lengths[:, None]``."""
-    own = {f.axis for dim in out for f in dim}
+    """An axis that only an index brings: ``arange(S) < lengths[:, None]``, a user's mask where a bias is read."""
+    present = {(f.axis, f.role) for dim in out for f in dim}
+    data = [shape for path, shape in view.tensors() if view.is_data(path)]
     result = list(out)
     for path, _ in view.tensors():
         for offset, dim in enumerate(reversed(view.positional(path) or ()), 1):
-            if has_seq(dim) and not is_labelled(result[-offset]) and not own & {f.axis for f in dim}:
+            of_data = any(offset <= len(shape) and shape[-offset] != 1 for shape in data)
+            free = not is_labelled(result[-offset]) and not present & {(f.axis, f.role) for f in dim}
+            if has_seq(dim) and free and not of_data:
                 result[-offset] = dim
     return tuple(result)
 

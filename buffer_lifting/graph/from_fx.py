@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.fx import Node as FxNode
 
 from buffer_lifting.dataflow import written_storage
 from buffer_lifting.graph.choices import resolve_choices
+from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.graph.record import (
     Arg,
     GraphRecord,
@@ -31,7 +31,6 @@ from buffer_lifting.graph.record import (
 from buffer_lifting.graph.sizes import Ranges, is_symbol
 from buffer_lifting.torch_compat import OpOverload, Symbolic, schema_args, size_of, tree_flatten
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n(?:\s*([^\n]*))?')
 _STATE_KINDS = {
     InputKind.PARAMETER: StateKind.PARAMETER,
     InputKind.BUFFER: StateKind.BUFFER,
@@ -76,7 +75,7 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
             node.modules = tuple((entry[0], _class_name(entry[1])) for entry in stack.values())
             trace = fx_node.meta.get("stack_trace") or ""
             if trace not in locations:
-                locations[trace] = _location(trace)
+                locations[trace] = innermost_location(trace)
             node.location = locations[trace]
         nodes[node.name] = node
     record = GraphRecord(nodes, ranges, _hints(program, nodes))
@@ -112,7 +111,8 @@ def _op_name(node: FxNode) -> str:
     if isinstance(node.target, OpOverload):
         return str(node.target)
     name = getattr(node.target, "__name__", str(node.target))
-    return _OPERATORS.get(name, f"hop.{name}" if "Operator" in type(node.target).__name__ else f"sym.{name}")
+    higher_order = any(base.__name__ == "HigherOrderOperator" for base in type(node.target).__mro__)
+    return f"hop.{name}" if higher_order else _OPERATORS.get(name, f"sym.{name}")
 
 
 def _user_names(program: ExportedProgram) -> dict[str, str]:
@@ -139,14 +139,6 @@ def _meta(value: Any, ranges: Ranges) -> Meta:
         return tuple(_meta(item, ranges) for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return ScalarMeta(value)
-    return None
-
-
-def _location(trace: str) -> Location | None:
-    """The innermost frame outside torch."""
-    for file, line, function, code in reversed(_FRAME.findall(trace)):
-        if "/torch/" not in file.replace("\\", "/"):
-            return Location(file, int(line), (code or "").strip(), function)
     return None
 
 

@@ -1,7 +1,7 @@
 """Order equivariance: with another permutation per sample, the lifted program permutes the original's outputs.
 
-In float64. A control perturbs each lifted input: if nothing moves by 100 times the tolerance, the check proves
-nothing, and says so.
+Each sequence axis has permutations of its own. In float64. A control perturbs each lifted input: if nothing moves by
+100 times the tolerance, the check proves nothing, and says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.graph.from_fx import build_record
@@ -25,6 +26,7 @@ from buffer_lifting.sharding import shard_inputs
 
 TOLERANCE = 1e-9
 CONTROL = 100 * TOLERANCE
+Orders = dict[str, torch.Tensor]
 
 
 def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: list[Case], seed: int) -> Check:
@@ -60,6 +62,10 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
     return Check("equivariance", True, compared, worst, "", note)
 
 
+def _is_size(node: Node) -> bool:
+    return "sym_size" in str(node.target)
+
+
 class _Result:
     def __init__(self) -> None:
         self.compared, self.worst, self.where = 0, 0.0, ""
@@ -82,28 +88,26 @@ class _Pair:
     ) -> None:
         self.original, self.changed, self.lifted, self.labels = original, changed, lifted, labels
 
-    def order(self, case: Case, seed: int) -> torch.Tensor:
-        """A random permutation per sample (one for all without a batch axis)."""
-        generator = torch.Generator().manual_seed(seed)
-        rows = case.batch if per_sample(self.lifted) else 1
-        return torch.stack([torch.randperm(case.length, generator=generator) for _ in range(rows)])
+    def orders(self, case: Case, seed: int) -> Orders:
+        """A random permutation per sample (one for all without a batch axis) and axis."""
+        return case.orders(torch.Generator().manual_seed(seed), case.batch if per_sample(self.lifted) else 1)
 
-    def _inputs(self, case: Case, order: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _inputs(self, case: Case, orders: Orders) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         whole = {name: doubled(value) for name, value in case.named.items()}
         tensors = {name: value for name, value in whole.items() if isinstance(value, torch.Tensor)}
         known = {name: value for name, value in tensors.items() if name in self.lifted.input_axes}
-        permuted = {**whole, **shard_inputs(self.lifted.input_axes, known, order, (0, 1))}
-        feed = self.lifted._feed(case.batch, case.lengths, tensors, order, None, (0, 1), None)
+        permuted = {**whole, **shard_inputs(self.lifted.input_axes, known, orders, (0, 1))}
+        feed = self.lifted._feed(case.batch, case.lengths, tensors, orders, None, (0, 1), None)
         return whole, permuted, feed
 
     def compare(self, case: Case, seed: int) -> _Result:
         """The original on whole inputs against the lifted program on permuted ones."""
-        order = self.order(case, seed)
-        whole, permuted, feed = self._inputs(case, order)
-        expected = self._run_original(whole, order, seed)
+        orders = self.orders(case, seed)
+        whole, permuted, feed = self._inputs(case, orders)
+        expected = self._run_original(whole, orders, seed)
         return self._against(expected, self._run_changed({**permuted, **feed}, expected))
 
-    def _run_original(self, whole: dict[str, Any], order: torch.Tensor, seed: int) -> dict[str, Any]:
+    def _run_original(self, whole: dict[str, Any], orders: Orders, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
         outputs, parameters, _ = self.original.run(whole)
         tensors = [i for i, value in enumerate(outputs) if isinstance(value, torch.Tensor)]
@@ -114,8 +118,8 @@ class _Pair:
         return {
             "chosen": chosen,
             "names": names,
-            "outputs": [self._permute(value.detach(), name, order) for value, name in zip(kept, names, strict=True)],
-            "weights": [self._permute(weight, name, order) for weight, name in zip(weights, names, strict=True)],
+            "outputs": [self._permute(value.detach(), name, orders) for value, name in zip(kept, names, strict=True)],
+            "weights": [self._permute(weight, name, orders) for weight, name in zip(weights, names, strict=True)],
             "gradients": gradients(kept, weights, parameters),
             "unknown": [self.original.outputs[i] for i in tensors if i not in chosen],
             "seed": seed,
@@ -146,21 +150,33 @@ class _Pair:
 
     def controls(self, case: Case, seed: int) -> list[str]:
         """The lifted inputs whose perturbation moves nothing."""
-        order = self.order(case, seed)
-        whole, permuted, feed = self._inputs(case, order)
-        expected = self._run_original(whole, order, seed)
+        orders = self.orders(case, seed)
+        whole, permuted, feed = self._inputs(case, orders)
+        expected = self._run_original(whole, orders, seed)
         silent = []
         for lifted in self.lifted.inputs:
-            moved = {**feed, lifted.name: perturbed(feed[lifted.name], 1 if lifted.batched else 0)}
+            dim = 1 if lifted.batched else 0
+            value = feed[lifted.name]
+            if self._is_read_for_its_size(lifted.name):
+                other = torch.cat([value, value.narrow(dim, 0, 1)], dim)  # one key more: another length
+            else:
+                other = perturbed(value, dim)
+            moved = {**feed, lifted.name: other}
             result = self._against(expected, self._run_changed({**permuted, **moved}, expected))
             if not result.worst >= CONTROL:
                 silent.append(lifted.name)
         return silent
 
+    def _is_read_for_its_size(self, name: str) -> bool:
+        """Whether only the number of keys is read from a lifted input."""
+        node = next(n for n in self.changed.graph.nodes if n.op == "placeholder" and n.name == name)
+        readers = [user for spread in node.users for user in ([spread] if _is_size(spread) else spread.users)]
+        return bool(readers) and all(_is_size(user) for user in readers)
+
     def first_difference(self, case: Case, seed: int) -> str:
         """The first op on data, in graph order, whose value is not the original's, permuted."""
-        order = self.order(case, seed)
-        whole, permuted, feed = self._inputs(case, order)
+        orders = self.orders(case, seed)
+        whole, permuted, feed = self._inputs(case, orders)
         names = {name for name, known in self.labels.items() if known and any(has_seq(d) for d in known[0])}
         present = {node.name for node in self.changed.graph.nodes}
         names &= present & {node.name for node in self.original.graph.nodes}
@@ -173,7 +189,7 @@ class _Pair:
                 return node.name
             if not any(has_batch(d) for d in self._labels_of(node.name)) or not self._plain(node.name):
                 continue
-            expected = self._permute(left[node.name], node.name, order)
+            expected = self._permute(left[node.name], node.name, orders)
             scale = float(expected.abs().max()) if expected.is_floating_point() and expected.numel() else 1.0
             if difference(expected, right[node.name]) > 1e-7 * max(scale, 1e-12):
                 return node.name
@@ -191,20 +207,21 @@ class _Pair:
         known = self.labels.get(name)
         return bool(known) and len(self._labels_of(name)) == value.ndim
 
-    def _permute(self, value: torch.Tensor, name: str, order: torch.Tensor) -> torch.Tensor:
+    def _permute(self, value: torch.Tensor, name: str, orders: Orders) -> torch.Tensor:
         """A value of the original with its sequence dims in the order of the shards."""
         shape: list[int] = []
         batch: int | None = None
-        sequences: list[int] = []
+        sequences: list[tuple[int, str]] = []
         for label, size in zip(self._labels_of(name), value.shape, strict=True):
             for factor in label or (None,):
                 if factor is not None and factor.axis == BATCH:
                     batch = len(shape)
                 elif factor is not None and factor.is_seq:
-                    sequences.append(len(shape))
-                shape.append(size if len(label) <= 1 else self._factor_size(factor, order))
+                    sequences.append((len(shape), factor.axis))
+                shape.append(size if len(label) <= 1 else self._factor_size(factor, orders))
         laid = value.reshape(shape)
-        for dim in sequences:
+        for dim, axis in sequences:
+            order = orders[axis]
             if batch is None:
                 laid = laid.index_select(dim, order[0])
                 continue
@@ -215,11 +232,11 @@ class _Pair:
         return laid.reshape(value.shape)
 
     @staticmethod
-    def _factor_size(factor: Factor | None, order: torch.Tensor) -> int:
+    def _factor_size(factor: Factor | None, orders: Orders) -> int:
         """The run-time size of a factor of a folded dim; -1 for what a reshape can infer."""
         if factor is None or not factor.axis:
             return factor.size if factor is not None and isinstance(factor.size, int) else -1
-        return order.shape[1] if factor.is_seq else order.shape[0]
+        return orders[factor.axis].shape[1] if factor.is_seq else next(iter(orders.values())).shape[0]
 
 
 def perturbed(value: torch.Tensor, dim: int) -> torch.Tensor:

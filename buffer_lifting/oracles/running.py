@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.examples import named_inputs
-from buffer_lifting.feed import FeedGraph, FeedProgram, above
+from buffer_lifting.feed import FeedGraph, above
 from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.oracles.grouped import grouped_product
 from buffer_lifting.passes.normalize import Normalized, normalize
 from buffer_lifting.torch_compat import schema_names, set_arguments, tree_flatten
 
@@ -36,9 +38,18 @@ class Case:
     lengths: dict[str, int]
 
     @property
-    def length(self) -> int:
-        """The length of the (first) sequence axis."""
-        return next(iter(self.lengths.values()), 1)
+    def length(self) -> str:
+        """The length for a person: of the one axis, or of each by name."""
+        if len(self.lengths) < 2:
+            return str(next(iter(self.lengths.values()), 1))
+        return " ".join(f"{axis} {length}" for axis, length in self.lengths.items())
+
+    def orders(self, generator: torch.Generator, rows: int) -> dict[str, torch.Tensor]:
+        """A random order of each axis, ``[rows, length]``."""
+        return {
+            axis: torch.stack([torch.randperm(length, generator=generator) for _ in range(rows)])
+            for axis, length in self.lengths.items()
+        }
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensor inputs by name."""
@@ -118,6 +129,9 @@ def to_double(graph: Graph) -> None:
         if node.op != "call_function":
             continue
         names = schema_names(node)
+        if node.target is torch.ops.aten._grouped_mm.default:
+            node.target = grouped_product
+            continue
         if names & {"train", "dropout_p"} and "dropout" in f"{node.target}{sorted(names)}":
             set_arguments(
                 node, {key: {"train": False, "dropout_p": 0.0}[key] for key in names & {"train", "dropout_p"}}
@@ -127,6 +141,11 @@ def to_double(graph: Graph) -> None:
             node.kwargs = {k: _DOUBLE.get(v, v) if isinstance(v, torch.dtype) else v for k, v in node.kwargs.items()}
         elif _makes_floats(node):
             node.kwargs = {**node.kwargs, "dtype": torch.float64}
+        elif _promotes(node):  # attention reads a float32 mask beside float64 queries wrongly, without an error
+            with graph.inserting_after(node):
+                wide = graph.call_function(torch.ops.aten.to.dtype, (node, _DOUBLE[node.meta["val"].dtype]))
+            wide.meta = dict(node.meta)
+            node.replace_all_uses_with(wide, lambda user, wide=wide: user is not wide)
 
 
 def _makes_floats(node: Node) -> bool:
@@ -135,6 +154,14 @@ def _makes_floats(node: Node) -> bool:
     names = schema_names(node)
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     return "dtype" in names and not tensors and isinstance(value, torch.Tensor) and value.dtype in _DOUBLE
+
+
+def _promotes(node: Node) -> bool:
+    """Whether an op makes floats of the default dtype out of booleans and integers (``where`` of two numbers)."""
+    value = node.meta.get("val")
+    operands = [v for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+    floats = any(operand.is_floating_point() or operand.is_complex() for operand in operands)
+    return bool(operands) and not floats and isinstance(value, torch.Tensor) and value.dtype in _DOUBLE
 
 
 def double_feed(lifted: LiftedProgram) -> LiftedProgram:
@@ -153,17 +180,10 @@ def double_feed(lifted: LiftedProgram) -> LiftedProgram:
         module.meta.update(graph.module.meta)
         return replace(graph, module=module)
 
-    program = FeedProgram(
-        outputs=feed.outputs,
-        axes=feed.axes,
-        input_axes=feed.input_axes,
-        input_shapes=feed.input_shapes,
-        state={fqn: doubled(value) for fqn, value in feed.state.items()},
-        natural=convert(feed.natural),
-        substituted=convert(feed.substituted),
-        hoisted=convert(feed.hoisted),
-        max_lengths=feed.max_lengths,
-    )
+    program = copy(feed)
+    program.state = {fqn: doubled(value) for fqn, value in feed.state.items()}
+    program.natural, program.substituted = convert(feed.natural), convert(feed.substituted)
+    program.hoisted, program._tables = convert(feed.hoisted), {}
     return replace(lifted, feed_program=program)
 
 
@@ -232,12 +252,15 @@ def _resized(program: ExportedProgram, lifted: LiftedProgram, case: Case, seed: 
     if axes.batch is not None and all(length is not None for length in axes.lengths.values()):
         return None
     batch = case.batch if axes.batch is not None or not axes.has_batch else max(2, case.batch - 1)
-    lengths = {}
+    lengths: dict[str, int] = {}
     for axis, length in case.lengths.items():
         fixed = axes.lengths.get(axis)
         # no power of two and not the table's full length: sizes at which models take another path
         bigger = min(length + 7, lifted.feed_program.max_lengths.get(axis, length + 7) - 1)
-        lengths[axis] = length if fixed is not None else (bigger if bigger > length else max(2, length - 2))
+        wanted = length if fixed is not None else (bigger if bigger > length else max(2, length - 2))
+        if fixed is None and wanted in lengths.values() and wanted > 3:
+            wanted -= 2  # axes of the same length in the example get different ones here
+        lengths[axis] = wanted
     generator = torch.Generator().manual_seed(seed)
     named = {name: resize(value, name, lifted, batch, lengths, generator) for name, value in case.named.items()}
     leaves = iter(named.values())

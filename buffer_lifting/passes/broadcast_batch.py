@@ -76,14 +76,13 @@ def broadcast_batch(
             spread = graph.call_function(torch.ops.aten.expand.default, (node, [batch] + [-1] * (rank - 1)))
         spread.meta = {"nn_module_stack": stack, "val": node.meta["val"].expand(node.meta["val"].shape)}
         sizes.last = spread
+        carriers.setdefault((key.axis, lifted.role), (spread, 1 if lifted.batched else 0))
         if not lifted.batched:
             with graph.inserting_after(spread):
                 lane = graph.call_function(torch.ops.aten.unsqueeze.default, (spread, 0))
             lane.meta = {**spread.meta, "val": spread.meta["val"].unsqueeze(0)}
             sizes.last = spread = lane
         result.nodes[key] = spread
-    for key, lifted, node in added:
-        carriers.setdefault((key.axis, lifted.role), (node, 1 if lifted.batched else 0))
     result.sizes = sizes
     return result
 

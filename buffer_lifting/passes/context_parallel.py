@@ -207,12 +207,11 @@ def context_parallel(
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:
     from buffer_lifting.examples import example_sizes
-    from buffer_lifting.streams import Streams
+    from buffer_lifting.streams import axis_streams
 
     sizes = example_sizes(lifted.program, lifted.input_axes)
     if sizes is None:
         return None
     batch, lengths, _ = sizes
-    length = next(iter(lengths.values()), 1)
-    feed = replace(lifted.feed_program, outputs=added).feed(batch, lengths, None, Streams(batch, length), None)
+    feed = replace(lifted.feed_program, outputs=added).feed(batch, lengths, None, axis_streams(batch, lengths), None)
     return {name: value.contiguous() for name, value in feed.items()}

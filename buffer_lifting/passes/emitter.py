@@ -25,6 +25,8 @@ class Emitter:
         self._memo: dict[int, Node] = {}
         self._keep: list[Plan] = []  # memo keys are ids: keep the plans alive
         self._fakes: dict[Any, Any] = {}
+        metas = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
+        self._any_fake = next(value for value in metas if isinstance(value, torch.Tensor))
 
     def land(self, replacement: Replacement) -> Node:
         """Emits a plan and gives its lane to the consumer's batch dim; returns the node to read instead."""
@@ -122,11 +124,10 @@ class Emitter:
             sizes: list[Any] = [size for fake in fakes for size in fake.shape]
             symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
             before = replacements(symbols[0]) if symbols else 0
-            if fakes:
-                with fake_mode_of(fakes[0]), torch.no_grad():
-                    result = target(*values[0], **values[1])
-            else:
-                result = target(*values[0], **values[1])  # arithmetic of symbolic numbers
+            if target is torch.ops.aten.sym_size.int:  # the op itself would fix a symbolic size to its example
+                return values[0][0].shape[values[0][1]]
+            with fake_mode_of(fakes[0] if fakes else self._any_fake), torch.no_grad():
+                result = target(*values[0], **values[1])
             if symbols and replacements(symbols[0]) != before:
                 raise UnsupportedReadError(
                     f"emitting {target} would fix a dynamic size of the program; please report this model"

@@ -105,6 +105,9 @@ class _Functionalizer:
         self.storage: dict[Node, _Storage] = {}
         self.source: dict[Node, Node] = {}  # view -> what it looks at
         self.changed = False
+        self.final: dict[Node, Node] = {}  # a write -> the value it left in its operand
+        self.made: set[Node] = set()  # values of writes that this pass has made
+        self.returned: dict[Node, str] = {}  # what an output reads now -> the name it read before
 
     def run(self) -> bool:
         nodes = list(self.graph.nodes)
@@ -156,7 +159,7 @@ class _Functionalizer:
         for one, other in ((left, right), (right, left)):
             late = [at for at in written.get(one.base, []) if at > after]
             if late and any(
-                order[user] > min(late) for n in (other.base, *other.views) for user in n.users if n is not node
+                order[user] > min(late) for n in (other.base, *other.views) for user in n.users if user is not node
             ):
                 left.frozen = right.frozen = True
 
@@ -174,6 +177,8 @@ class _Functionalizer:
         if not stale:
             return
         fresh = {n: self._value(n, before=node) for n in stale}
+        if node.op == "output":
+            self.returned = {new: old.name for old, new in fresh.items()}
         node.args = torch.fx.map_arg(node.args, lambda n: fresh.get(n, n))
         node.kwargs = torch.fx.map_arg(node.kwargs, lambda n: fresh.get(n, n))
 
@@ -245,7 +250,7 @@ class _Functionalizer:
             with self.graph.inserting_before(node):
                 known.effect = self.graph.call_function(aten.copy_.default, (known.base, current))
             known.effect.meta = {**node.meta, "val": known.base.meta["val"]}
-        node.meta["functionalized"] = True
+        self.final[node] = value
 
     def _functional(self, node: Node, target: Any) -> Node:
         """The value that the write leaves in the operand."""
@@ -272,19 +277,41 @@ class _Functionalizer:
 
     def _call(self, target: Any, args: Any, like: Node, value: Any, kwargs: dict[str, Any] | None = None) -> Node:
         made = self.graph.call_function(target, tuple(args), kwargs or {})
-        made.meta = {key: item for key, item in like.meta.items() if key != "functionalized"}
-        made.meta["val"] = value
+        made.meta = {**like.meta, "val": value}
+        self.made.add(made)
         return made
+
+    def _rename_output(self, node: Node, name: str) -> None:
+        """Keeps the name that the program's signature has for an output."""
+        taken = {other.name for other in self.graph.nodes}
+        if name not in taken and node in self.made:
+            node.name = name
+            return
+        output = self.graph.output_node()
+        with self.graph.inserting_before(output):
+            copy = self.graph.call_function(aten.alias.default, (node,))
+        copy.meta = dict(node.meta)
+        output.args = torch.fx.map_arg(output.args, lambda n: copy if n is node else n)
+        for other in self.graph.nodes:
+            if other.name == name:
+                other.name = f"{name}_before"
+        copy.name = name
 
     # -- writes to state --------------------------------------------------------------------------------------
 
     def _drop_effects(self) -> None:
-        """Removes the writes that are values now; and writes to buffers that no read needs."""
+        """Removes the writes that are values now, and writes to buffers that no read needs."""
+        names = {self.final[node]: node.name for node in self.final if self.final[node] in self.made}
         for node in reversed(list(self.graph.nodes)):
-            if node.meta.get("functionalized"):
+            if node in self.final:
                 if node.users:
-                    node.replace_all_uses_with(self.storage[node].latest.get(node, node))
+                    node.replace_all_uses_with(self.final[node])
                 self.graph.erase_node(node)
+        for made, name in names.items():
+            made.name = name  # findings and output specs go on naming it
+        for made, name in self.returned.items():
+            if made.name != name:
+                self._rename_output(made, name)
         needed: set[Node] = set()
         stack = [n for n in self.graph.nodes if n.op == "output"]
         while stack:

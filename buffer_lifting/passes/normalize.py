@@ -3,12 +3,13 @@
 Cases handled:
 1. ``wrap_with_set_grad_enabled(True, body, ...)``: inlined.
 2. ``wrap_with_set_grad_enabled(False, body, ...)``: inlined; an operand that can carry a gradient is detached.
-3. ``wrap_with_autocast(device, dtype, False, ...)``: inlined (autocast was off while it was traced as well).
+3. ``wrap_with_autocast(device, dtype, enabled, ...)``: inlined; where it is on, its casts are written out
+   (:mod:`buffer_lifting.passes.autocast`).
 4. Bodies inside bodies: likewise.
 
 5. Writes in place become values (:mod:`buffer_lifting.passes.functionalize`).
 
-Case left alone: ``wrap_with_autocast`` that switches autocast on, and every other higher-order op.
+Case left alone: every other higher-order op.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from buffer_lifting.passes.autocast import with_casts
 from buffer_lifting.passes.functionalize import functionalize, writes_in_place
 from buffer_lifting.torch_compat import AUTOCAST_HOP, GRAD_MODE_HOP
 
@@ -63,7 +65,9 @@ class _Inliner:
     def __init__(self) -> None:
         self.inlined: list[str] = []
 
-    def copy_into(self, new: Graph, module: GraphModule, env: dict[Node, Any], prefix: str) -> Any:
+    def copy_into(
+        self, new: Graph, module: GraphModule, env: dict[Node, Any], prefix: str, autocast: bool = False
+    ) -> Any:
         """Copies the nodes of ``module`` to ``new``; returns what the body's output refers to."""
         for node in module.graph.nodes:
             if node.op == "placeholder" and node in env:
@@ -73,19 +77,25 @@ class _Inliner:
             body = _inlinable(node, module)
             if body is not None:
                 self.inlined.append(node.name)
-                env[node] = self._inline(new, node, body, env)
+                env[node] = self._inline(new, node, body, env, autocast)
                 continue
             if node.op == "call_function" and node.target is operator.getitem:
                 source = env[node.args[0]]
                 if isinstance(source, tuple | list):
                     env[node] = source[node.args[1]]
                     continue
-            copied = new.node_copy(node, lambda n: env[n])
+            if autocast and node.op == "call_function":
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+                args, kwargs = with_casts(new, node, args, kwargs)
+                copied = new.call_function(node.target, args, kwargs)
+                copied.meta = dict(node.meta)
+            else:
+                copied = new.node_copy(node, lambda n: env[n])
             copied.name = node.name if not prefix else f"{prefix}_{node.name}"
             env[node] = copied
         return None
 
-    def _inline(self, new: Graph, node: Node, body: GraphModule, env: dict[Node, Any]) -> Any:
+    def _inline(self, new: Graph, node: Node, body: GraphModule, env: dict[Node, Any], autocast: bool) -> Any:
         skip = 2 if node.target is GRAD_MODE_HOP else 5
         no_grad = node.target is GRAD_MODE_HOP and node.args[0] is False
         inner: dict[Node, Any] = {}
@@ -97,7 +107,9 @@ class _Inliner:
                 detached.meta = {**value.meta, **{k: v for k, v in node.meta.items() if k != "val"}}
                 value = detached
             inner[placeholder] = value
-        return self.copy_into(new, body, inner, prefix=node.name)
+        if node.target is AUTOCAST_HOP:
+            autocast = bool(node.args[2])
+        return self.copy_into(new, body, inner, node.name, autocast)
 
 
 def _inlinable(node: Node, module: GraphModule) -> GraphModule | None:
@@ -105,7 +117,7 @@ def _inlinable(node: Node, module: GraphModule) -> GraphModule | None:
         return None
     if node.target is GRAD_MODE_HOP:
         reference = node.args[1]
-    elif node.target is AUTOCAST_HOP and node.args[2] is False:
+    elif node.target is AUTOCAST_HOP:
         reference = node.args[4]
     else:
         return None

@@ -20,7 +20,15 @@ from torch.export import Dim, ExportedProgram
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Shape = Literal["dynamic", "static"]
-MODULES = ("transformers_decoders", "transformers_others", "torch_libraries", "x_transformers_models", "handwritten")
+MODULES = (
+    "transformers_decoders",
+    "transformers_moe",
+    "transformers_others",
+    "transformers_pairs",
+    "torch_libraries",
+    "x_transformers_models",
+    "handwritten",
+)
 BATCH, SEQ = 3, 11
 
 

@@ -1,0 +1,141 @@
+"""What must hold for a random program: it is refused with a reason, or it is lifted and every oracle agrees."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import buffer_lifting as bl
+
+from .build import Net, axes_of, export_spec, make_inputs
+from .reads import Inputs
+from .spec import Spec
+
+VERIFIED, REFUSED, FAILED, NOT_EXPORTED = "verified", "refused", "failed", "not exported"
+SQUARE = "square_mask"
+TOLERANCE = 1e-4  # float32; a wrong row is off by far more
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one spec: its status, the codes of a refusal, the reason, and how long it took."""
+
+    spec: Spec
+    status: str
+    code: str = ""
+    detail: str = ""
+    seconds: float = 0.0
+    inputs: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.code} {self.detail}\n  {self.spec!r}"
+
+
+def judge(spec: Spec, by_hand: bool = True) -> Outcome:
+    """Exports, lifts, splits and verifies one module; never raises.
+
+    Args:
+        spec: the module.
+        by_hand: also compare with the module itself, run eagerly: the oracle that shares no code with the library.
+    """
+    began = time.process_time()
+    try:
+        module, program = export_spec(spec)
+    except Exception as error:  # whatever torch.export cannot do is no concern of the library
+        return Outcome(spec, NOT_EXPORTED, type(error).__name__, _line(error), time.process_time() - began)
+    status, code, detail, count = _judged(spec, module, program, by_hand)
+    return Outcome(spec, status, code, detail, time.process_time() - began, count)
+
+
+def _judged(spec: Spec, module: Net, program: torch.export.ExportedProgram, by_hand: bool) -> tuple[str, str, str, int]:
+    stage = "lift"
+    try:
+        lifted = bl.lift(program, axes=axes_of(spec))
+        stage = "context_parallel"
+        follows = bl.context_parallel(lifted, size=1)
+        stage = "partition"
+        staged = bl.partition(follows, num_stages=2)
+        stage = "verify"
+        bl.verify(program, staged)
+        stage = "by hand"
+        count = len(lifted.inputs)
+        if count and not spec.positional:
+            return FAILED, "false lift", ", ".join(item.name for item in lifted.inputs), count
+        for oracle, made in ((equivariance_error, staged), (shard_error, lifted)) if by_hand else ():
+            error = oracle(spec, module, made)
+            if error > TOLERANCE:
+                return FAILED, oracle.__name__, f"off by {error:.2e} although verify passed: a silent error", count
+        return VERIFIED, "", "", count
+    except bl.LiftingError as error:
+        if stage in ("verify", "by hand"):
+            return FAILED, f"{stage}: {type(error).__name__}", _line(error), 0
+        return REFUSED, _codes(program, spec, stage, error), _line(error), 0
+    except Exception as error:  # any other error is a bug: it is counted, not raised, so that a campaign goes on
+        return FAILED, f"{stage}: {type(error).__name__}", _line(error), 0
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " | ".join(lines[:3])[:400]
+
+
+def _codes(program: torch.export.ExportedProgram, spec: Spec, stage: str, error: Exception) -> str:
+    if stage != "lift":
+        return f"{stage}: {type(error).__name__}"
+    report = bl.scan(program, axes=axes_of(spec))
+    return ", ".join(sorted({item.code for item in report.refused})) or type(error).__name__
+
+
+def permuted(inputs: Inputs, order: Tensor) -> Inputs:
+    """Whole inputs with the tokens of each sample in its own order."""
+    result = {}
+    for name, value in inputs.items():
+        index = order
+        if name == SQUARE:
+            value = value.gather(2, order[:, None, :].expand_as(value))
+            index = order[:, :, None].expand_as(value)
+        result[name] = value.gather(1, index)
+    return result
+
+
+def equivariance_error(spec: Spec, module: Net, staged: bl.StagedProgram, seed: int = 7) -> float:
+    """The module itself in natural order against the stages on permuted tokens; relative to the largest output.
+
+    At a batch and length that are not those of the export, where the program is dynamic.
+    """
+    batch, seq = (3, spec.seq + 2) if spec.dynamic else (spec.batch, spec.seq)
+    whole = make_inputs(spec, batch, seq, seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(seq, generator=generator) for _ in range(batch)])
+    feed = staged.feed(batch_size=batch, seq_len=seq, order=order, inputs=whole)
+    with torch.no_grad():
+        expected = module(**whole)
+        actual = staged(**permuted(whole, order), **feed)
+    wanted = expected.gather(1, order[..., None].expand_as(expected))
+    return float((actual - wanted).abs().max() / expected.abs().max().clamp_min(1e-3))
+
+
+def shard_error(spec: Spec, module: Net, lifted: bl.LiftedProgram, ranks: int = 2) -> float:
+    """The module itself on whole sequences against the lifted program on each shard of them.
+
+    Without attention and with dynamic shapes only: anything else has no shards yet, and counts as right. It sees
+    what permutations cannot: the length of a shard in the place of that of the sequence.
+    """
+    if spec.attends or not spec.dynamic:
+        return 0.0
+    batch, part = 3, 4
+    whole = make_inputs(spec, batch, part * ranks)
+    program = lifted.program.module(check_guards=False)
+    worst = 0.0
+    with torch.no_grad():
+        expected = module(**whole)
+        for rank in range(ranks):
+            own = slice(part * rank, part * (rank + 1))
+            feed = lifted.feed(batch, part * ranks, inputs=whole, shard=(rank, ranks))
+            given = {name: value[:, own] for name, value in whole.items()}
+            ids = given.pop("ids")
+            worst = max(worst, float((program(ids, **given, **feed) - expected[:, own]).abs().max()))
+    return worst / float(expected.abs().max().clamp_min(1e-3))
