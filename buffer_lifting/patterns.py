@@ -51,7 +51,7 @@ _pattern(
     "rows of a table read by an index (embedding)",
     "a weight that is the same for every position, an index that can be rebuilt",
 )
-_pattern("index", "rows of a table read by an index", f"one integer index, on dim 0, {_TABLE}")
+_pattern("index", "rows of a table read by an index", f"integer indices of dims side by side, {_TABLE}")
 _pattern("index_select gather", "rows of a table read by an index", f"an index that follows the sequence, {_TABLE}")
 _pattern("cat concat concatenate stack", "values joined along features", "a dim that is not the sequence or batch")
 _pattern("tril triu", "a triangle of queries and keys", "sequence dims (row, col) at the end, a constant diagonal")
@@ -74,6 +74,14 @@ _pattern("matmul bmm mm", "a product of rows and columns", "two matrices, summed
 _pattern("einsum", "an einsum over features", "an equation with an output, tensors")
 _pattern("pad constant_pad_nd", "a padding of features", "constant widths, no padding along the sequence")
 _pattern("permute transpose t numpy_T mT movedim swapaxes", "a permutation", "constant dims")
+_pattern("flip roll", "features in another order", "dims that run along neither batch nor sequence")
+_pattern("softmax log_softmax", "a softmax over features", "a dim that runs along neither batch nor sequence")
+_pattern("slice_scatter select_scatter", "a part of features replaced", "a part of another dim, constant bounds")
+_pattern(
+    "unsqueeze expand expand_as broadcast_to alias contiguous clone detach view_as_complex view_as_real scalar_tensor",
+    "the same value in another layout",
+    "an operand that can be rebuilt, dims of known size",
+)
 
 #: Kinds of ops, by name. The first that fits counts.
 _FAMILIES: tuple[tuple[str, frozenset[str]], ...] = tuple(
