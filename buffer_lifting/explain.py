@@ -152,7 +152,7 @@ class Explainer:
             mark, detail = marks.get(name, ("rebuilt" if 0 <= site < index else above, ""))
             if operand is not None and index == last:
                 mark, detail = "consumer", f"operand {operand!r}"
-            elif site >= 0 and index < site:
+            elif 0 <= index < site and mark not in ("cut", "gathered"):
                 mark, detail = above, ""
             met = name in settled
             mark = mark if name in marks else settled.get(name, mark)
@@ -251,6 +251,10 @@ class Explainer:
                     queue.append(operand)
         return []
 
+    def _down(self, name: str, value: str, closed: Collection[str]) -> list[str]:
+        """The shortest chain from a node down to a value, if it can be not through ``closed`` nodes."""
+        return self._up(value, lambda node: node.name == name, closed) or self._up(value, lambda n: n.name == name)
+
     def _chains(self, read: PositionRead, through: list[str], closed: Collection[str] = ()) -> list[list[str]]:
         """The chain from the read's source to its consumer, through one of the nodes if it can be, and branches."""
         main = self._main(read, through, closed) or [read.value]
@@ -260,10 +264,11 @@ class Explainer:
             through = [*through, *self._up(read.value, self._is_index)[:1]]
             closed = ()
         for name in through:
-            down = self._up(read.value, lambda node, name=name: node.name == name, closed)  # type: ignore[misc]
-            joint = next((index for index, below in enumerate(down) if below in covered), None)
-            if joint:
-                top = self._up(name, self._is_index) or self._up(name, self._is_leaf)
+            down = self._down(name, read.value, closed)
+            met = name in covered  # above another cut: only its way down is new
+            joint = next((index for index, below in enumerate(down) if index >= met and below in covered), 0)
+            if joint > met:
+                top = [name] if met else self._up(name, self._is_index) or self._up(name, self._is_leaf)
                 start = max((i for i, above in enumerate(top[:-1]) if above in covered), default=0)
                 chains.append(top[start:] + down[1 : joint + 1])
                 covered.update(chains[-1])
@@ -274,7 +279,7 @@ class Explainer:
             for name in through:
                 head = self._up(name, is_source)
                 if head:
-                    return head + self._up(read.value, lambda node: node.name == name, closed)[1:]  # noqa: B023
+                    return head + self._down(name, read.value, closed)[1:]
             found = self._up(read.value, is_source)
             if found:
                 return found

@@ -357,6 +357,22 @@ def test_chains_of_refusals(read: Read) -> None:
         assert [s.node for chain in chains for s in chain if s.mark == "refused"] == [made.stopped]
 
 
+def test_a_value_may_be_cut_above_a_cut() -> None:
+    """It is an input for one reader, and computed in the feed for another: both ways down are shown."""
+
+    def mask(net: Net, x: Tensor, tokens: Tensor) -> Tensor:
+        index = torch.arange(x.shape[1]).cumsum(0)
+        above = index.cumsum(0)
+        return attend(x, (above[:, None] >= above) & (index[:, None] >= index))
+
+    record, plan = analysed(export(mask))
+    (read,) = [read for read in plan.report.reads if read.operand == "attn_mask"]
+    made = explain(record, plan, read)
+    check_read(record, plan, read, made)
+    cuts = [[step.node for step in chain if step.mark == "cut"] for chain in (made.steps, *made.branches)]
+    assert ["cumsum"] in cuts and any("cumsum_1" in nodes for nodes in cuts)
+
+
 def test_roles_of_a_static_program() -> None:
     """Without symbols the dims still say what they run along, below the cut and above it."""
     record, plan = analysed(export(rotary, dynamic=False))
