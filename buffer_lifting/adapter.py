@@ -59,7 +59,7 @@ def _from_graph_module(module: GraphModule) -> ExportedProgram:
             continue
         target = str(node.target)
         value = _attribute(module, target)
-        if isinstance(value, GraphModule):
+        if not isinstance(value, torch.Tensor):  # the body of a higher-order op, or a spec that one takes
             bodies.add(target)
             continue
         if target not in states:

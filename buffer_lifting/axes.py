@@ -9,6 +9,7 @@ from buffer_lifting.errors import AxesError
 from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
 from buffer_lifting.graph.sizes import Size, is_symbol, rename
 from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, feature
+from buffer_lifting.ops import FLEX_ATTENTION
 from buffer_lifting.program import Axes, AxesInfo, Finding, InputAxes
 
 SEQ = "seq"
@@ -79,10 +80,13 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
         if node is not main and node.fqn not in given and _has_own_axis(node, result):
             _open_axis(node, node.tensor.shape[1], given, result)  # type: ignore[union-attr]
     _unify_symbols(record, inputs, given, result)
+    blocks = _block_inputs(record)
     for node in inputs:
         assert node.tensor is not None
         if node.fqn in given:
             result.labels[node.name] = _given_labels(node, given[node.fqn])
+        elif node.name in blocks:
+            result.labels[node.name] = _block_labels(node, result)
         else:
             result.labels[node.name] = _inferred(node, result)
     return result
@@ -139,6 +143,27 @@ def _same(one: Size, other: Size, hints: dict[str, int]) -> bool:
         return one == other
     sizes = hints.get(str(one)), hints.get(str(other))
     return None in sizes or sizes[0] == sizes[1]
+
+
+def _block_inputs(record: GraphRecord) -> set[str]:
+    """The inputs that only block masks of ``flex_attention`` read: leaves of a BlockMask that the user gives."""
+    inside: set[str] = set()
+    elsewhere: set[str] = set()
+    for node in record.nodes.values():
+        for path, name in node.named_refs():
+            own = node.base_op == FLEX_ATTENTION and path.startswith("block_mask.")
+            (inside if own else elsewhere).add(name)
+    return {node.name for node in record.inputs() if node.name in inside - elsewhere}
+
+
+def _block_labels(node: Node, result: InputLabels) -> Labels:
+    """Numbers and indices of blocks: ``[batch or 1, heads or 1, ...]``, no dim of which runs along the sequence."""
+    assert node.tensor is not None
+    shape = node.tensor.shape
+    labels = [feature(size) for size in shape]
+    if result.batch is not None and shape[0] == result.batch and shape[0] != 1:
+        labels[0] = (Factor(BATCH, "", shape[0]),)
+    return tuple(labels)
 
 
 def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result: InputLabels) -> None:

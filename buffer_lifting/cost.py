@@ -6,7 +6,7 @@ from torch.utils.flop_counter import mm_flop, sdpa_flop_count
 
 from buffer_lifting.graph.record import GraphRecord, Node, Ref, TensorMeta
 from buffer_lifting.graph.sizes import Size
-from buffer_lifting.ops import ATTENTION
+from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION
 
 ITEM_BYTES = {
     "complex128": 16,
@@ -52,7 +52,7 @@ def tensor_bytes(meta: TensorMeta, hints: dict[str, int]) -> int:
 def flops(record: GraphRecord, node: Node, hints: dict[str, int]) -> int:
     """Forward FLOPs of the ops that carry the cost of a model: matrix products and attention."""
     out = node.tensor
-    if out is None:
+    if out is None and node.base_op != FLEX_ATTENTION:
         return 0
 
     def shape(key: str) -> tuple[int, ...] | None:
@@ -60,7 +60,7 @@ def flops(record: GraphRecord, node: Node, hints: dict[str, int]) -> int:
         meta = record.nodes[arg.name].tensor if isinstance(arg, Ref) else None
         return None if meta is None else shape_of(meta, hints)
 
-    if node.base_op == ATTENTION:
+    if node.base_op in (ATTENTION, FLEX_ATTENTION):
         query, key, value = shape("query"), shape("key"), shape("value")
         if query and key and value and len(query) == 4 and len(key) == 4:
             heads = (key[0], query[1], *key[2:])
@@ -75,7 +75,7 @@ def flops(record: GraphRecord, node: Node, hints: dict[str, int]) -> int:
         "aten.baddbmm": "batch1",
     }.get(node.base_op)
     operand = shape(left) if left else None
-    if operand is None:
+    if operand is None or out is None:
         return 0
     rows = 1
     result = shape_of(out, hints)

@@ -77,7 +77,7 @@ def lift(
     plan = scan_record(record, axes, form)
     _check(plan.report, strict)
     feed = feed_program(program, normalized, record, plan, axes)
-    state = LiftState(normalized.graph, plan)
+    state = LiftState(normalized.graph, plan, normalized.submodules)
     LiftBuffers()(state)
     lifted_inputs = tuple(output.input for output in plan.outputs.values())
     try:

@@ -101,10 +101,14 @@ _LIKE_OTHER = ("aten.expand_as", "aten.view_as", "aten.reshape_as")
 #: Fills: the same value at every index.
 FILLS = frozenset(
     f"aten.{name}"
-    for name in ["full", "zeros", "ones", "new_ones", "new_zeros", "new_full", "zeros_like", "ones_like", "full_like"]
-    + ["empty", "new_empty", "empty_like"]  # no value at all: a write follows, or nothing reads it
+    for line in [
+        "full zeros ones new_ones new_zeros new_full zeros_like ones_like full_like",
+        "empty new_empty empty_like",  # no value at all: a write follows, or nothing reads it
+    ]
+    for name in line.split()
 )
 ATTENTION = "aten.scaled_dot_product_attention"
+FLEX_ATTENTION = "hop.flex_attention"
 #: Checks without a value; analysis passes over them.
 ASSERTIONS = frozenset(
     [

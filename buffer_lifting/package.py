@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 from buffer_lifting.errors import LiftingError, PartitionError
 from buffer_lifting.feed import Lengths
 from buffer_lifting.feed_json import decode_lifted, encode_feed, encode_records
+from buffer_lifting.graph.bodies import flex_nodes
 from buffer_lifting.graph.record import StateKind
 from buffer_lifting.graph_json import decode_graph, decode_record, encode_graph, encode_record
 from buffer_lifting.lifted import LiftedProgram
@@ -50,6 +51,7 @@ def save_lifted(lifted: LiftedProgram, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.exists() and _kind_of_file(path) != LIFTED:
         raise LiftingError(f"{path} exists and is no lifted package; it is not overwritten")
+    _check_flex(lifted)
     with _beside(path) as work:
         torch.export.save(lifted.program, work / _PROGRAM)
         known = {**lifted.program.constants, **lifted.program.state_dict}
@@ -63,6 +65,14 @@ def save_lifted(lifted: LiftedProgram, path: str | os.PathLike[str]) -> None:
             archive.write(work / _TABLES, _TABLES)
             archive.writestr(_FEED, _dumps(feed))
         os.replace(work / "package", path)
+
+
+def _check_flex(lifted: LiftedProgram) -> None:
+    if flex_nodes(lifted.program.graph):
+        raise LiftingError(
+            "the program has flex_attention, which torch cannot save (torch.export.save has no form for its score_mod "
+            "and mask_mod): export and lift it again in each process"
+        )
 
 
 def load(path: str | os.PathLike[str]) -> LiftedProgram:
@@ -125,6 +135,7 @@ def save_staged(staged: StagedProgram, directory: str | os.PathLike[str]) -> Non
     directory = Path(directory)
     if directory.exists() and not _replaceable(directory):
         raise LiftingError(f"{directory} exists and is no staged package; it is not overwritten")
+    _check_flex(staged.lifted)
     with _beside(directory) as work:
         package = work / "package"
         package.mkdir()

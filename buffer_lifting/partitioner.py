@@ -24,11 +24,12 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.ops import ASSERTIONS, is_mutating
 from buffer_lifting.passes.context_parallel import lifted_axes
 from buffer_lifting.passes.normalize import normalize
+from buffer_lifting.passes.vmap import vmap_regions
 from buffer_lifting.routing import makes_rows
 from buffer_lifting.scanner import scan_record
 from buffer_lifting.stage_builder import StageBuilder
 from buffer_lifting.stages import Stage, StagedProgram, check_names
-from buffer_lifting.torch_compat import root_spec, tree_unflatten
+from buffer_lifting.torch_compat import flat_names, root_spec
 
 
 def partition(
@@ -66,6 +67,11 @@ def partition(
             f"the program writes to the buffers {', '.join(written)}; export the model without its cache"
         )
     nodes = {node.name: node for node in normalized.graph.nodes}
+    if vmap_regions(normalized.graph):
+        raise PartitionError(
+            "the program has values computed under torch.vmap, which a stage cannot compute on its own; write them "
+            "with broadcasting, or export after run_decompositions({})"
+        )
     user = list(lifted.input_axes) or []
     check_names(lifted.input_axes, user)
     labels = label_inputs(record, lifted_axes(lifted))
@@ -100,11 +106,13 @@ class _Partition:
         self.stage_of = {name: index for index, names in enumerate(self.owned) for name in names}
         program = lifted.program
         self.in_spec, self.out_spec = root_spec(program)
-        args, kwargs = tree_unflatten([str(name) for name in program.graph_signature.user_inputs], self.in_spec)
-        flat = [*args, *kwargs.values()]
-        if not all(isinstance(name, str) for name in flat):
-            raise PartitionError("the program takes nested inputs (lists or dicts); stages take plain tensors only")
-        self.positional, self.keywords = tuple(args), tuple(kwargs)
+        flat = flat_names(self.in_spec, [str(name) for name in program.graph_signature.user_inputs])
+        if flat is None:
+            raise PartitionError(
+                "the program takes nested inputs (lists, dicts, a BlockMask); stages take plain tensors only: build a "
+                "block mask in the model's forward"
+            )
+        self.positional, self.keywords = tuple(flat[0]), tuple(flat[1])
         self.state = {**program.constants, **program.state_dict}
         parameters = (n for n in record.nodes.values() if n.state_kind is StateKind.PARAMETER)
         self.aliases = {node.fqn: node.aliases for node in parameters}

@@ -8,11 +8,15 @@ size of this shard (role ``row``) or of all shards (role ``col``).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.graph.record import Node
 from buffer_lifting.labels import Labels
 from buffer_lifting.program import FeedOutput, InputAxes, PositionRead, ScanReport
+
+if TYPE_CHECKING:
+    from buffer_lifting.flex_plan import FlexPlan
 
 
 class Refuse(Exception):
@@ -153,6 +157,7 @@ class LiftPlan:
     input_axes: dict[str, InputAxes]
     substituted: dict[str, str] = field(default_factory=dict)  # the iota nodes that stand for position ids: their axis
     routed: frozenset[str] = frozenset()  # the values inside routing regions: no stage may begin there
+    flex: list[FlexPlan] = field(default_factory=list)
     trace: Trace = field(default_factory=lambda: Trace())
 
 

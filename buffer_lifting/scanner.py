@@ -15,6 +15,8 @@ from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
 from buffer_lifting.completion import Completion
 from buffer_lifting.dataflow import Dep, analyse
+from buffer_lifting.flex import plan_flex
+from buffer_lifting.flex_plan import FlexPlan
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
@@ -32,7 +34,7 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.naming import name_outputs
-from buffer_lifting.ops import ATTENTION, content_operands, is_mutating, is_pointwise, length_operands
+from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, content_operands, is_mutating, is_pointwise, length_operands
 from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (
@@ -102,6 +104,7 @@ class _Scan:
         self.findings: list[Finding] = list(inputs.findings)
         self.replacements: list[Replacement] = []
         self.frontier: list[FrontierEdge] = []
+        self.flex: list[FlexPlan] = []
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.completion = Completion(inputs)
@@ -143,7 +146,7 @@ class _Scan:
         if unmatched:
             sources = sorted({read.source for read in self.reads})
             raise ValueError(f"form= names {unmatched}, which match none of the sources {sources}")
-        used = {key for edge in self.frontier for key in edge.keys}
+        used = {key for edge in self.frontier for key in edge.keys} | {key for plan in self.flex for key in plan.keys}
         self.planner.cuts = {key: cut for key, cut in self.planner.cuts.items() if key in used}
         outputs, substituted = name_outputs(self.planner, self.record)
         axes = {
@@ -162,6 +165,7 @@ class _Scan:
             axes,
             substituted,
             self.routing.inside(self.labels),
+            self.flex,
             trace=self.planner.trace,
         )
 
@@ -290,6 +294,9 @@ class _Scan:
     # -- the frontier ---------------------------------------------------------------------------------------
 
     def _operands(self, node: Node, result: AxisResult | None) -> None:
+        if node.base_op == FLEX_ATTENTION:
+            plan_flex(self, node)
+            return
         if node.base_op == ATTENTION and node.args.get("is_causal") is True:
             self._causal(node)
         for path, name in node.named_refs():

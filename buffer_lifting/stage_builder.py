@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
+from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.record import GraphRecord, NodeKind, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.torch_compat import returns_alias
 
@@ -132,6 +133,8 @@ class StageBuilder:
                 env[name].meta = dict(self.nodes[name].meta)
             else:
                 env[name] = graph.node_copy(self.nodes[name], lambda n: env[n.name])
+                if env[name].op == "get_attr":
+                    _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
         results = [self._fresh(graph, env[name], name) for name in self.sent]
         graph.output(results[0] if len(results) == 1 else tuple(results))
         module = GraphModule(root, graph)
@@ -153,6 +156,17 @@ def _unread_tail(positional: tuple[str, ...], needed: set[str]) -> tuple[str, ..
     """The positional inputs behind the last one that the first stage reads: they may be given or left out."""
     read = [index for index, name in enumerate(positional) if name in needed]
     return positional[max(read, default=-1) + 1 :]
+
+
+def _register_body(root: Module, target: str, value: Any) -> None:
+    """Puts the body of a higher-order op (or a spec that one takes) where its node looks for it."""
+    *path, leaf = target.split(".")
+    holder = root
+    for part in path:
+        if part not in holder._modules:
+            holder.add_module(part, Module())
+        holder = holder.get_submodule(part)
+    setattr(holder, leaf, value)
 
 
 def _register(root: Module, fqn: str, value: Any, kind: StateKind | None, persistent: bool) -> None:

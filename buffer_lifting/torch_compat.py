@@ -10,7 +10,9 @@ from typing import Any, cast
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch._export.verifier import TrainingIRVerifier  # no public name for the training dialect's verifier
+from torch._higher_order_ops.flex_attention import flex_attention as FLEX_HOP  # torch.ops.higher_order has no type
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled  # operators, no alias
+from torch._ops import HigherOrderOperator as HigherOrderOperator  # the class of an op, as the next
 from torch._ops import OpOverload as OpOverload  # the class of an op; torch.ops has only its instances
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
@@ -26,6 +28,19 @@ TreeSpec = pytree.TreeSpec
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
 tree_map = pytree.tree_map
+
+#: The operands of ``flex_attention``, a higher-order op without a schema, by position.
+FLEX_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "score_mod",
+    "block_mask",
+    "scale",
+    "kernel_options",
+    "score_buffers",
+    "mask_buffers",
+)
 
 _SIZES: dict[sympy.Expr, sizes.Size] = {}
 
@@ -80,7 +95,8 @@ def schema_args(node: Node) -> dict[str, Any]:
     """
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return {str(i): arg for i, arg in enumerate(node.args)} | dict(node.kwargs)
+        names = FLEX_ARGUMENTS if node.target is FLEX_HOP else tuple(str(i) for i in range(len(node.args)))
+        return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     result = {}
     for index, argument in enumerate(schema.arguments):
         if index < len(node.args) and not argument.kwarg_only:
@@ -199,6 +215,23 @@ def root_spec(program: ExportedProgram) -> tuple[TreeSpec, TreeSpec]:
     """The pytree specs of a program's inputs and outputs. Private: ``ExportedProgram.call_spec`` has both."""
     spec = program.call_spec
     return spec.in_spec, spec.out_spec
+
+
+def with_keywords(spec: TreeSpec, names: tuple[str, ...]) -> TreeSpec:
+    """The spec of a call with further keywords. Private: TreeSpec's constructor; unflattening the spec with stand-ins
+    and flattening the result would run the constructors of the user's own containers (a BlockMask)."""
+    args, kwargs = spec.children()
+    leaves = [pytree.treespec_leaf() for _ in names]
+    return TreeSpec(tuple, None, [args, TreeSpec(dict, [*kwargs.context, *names], [*kwargs.children(), *leaves])])
+
+
+def flat_names(spec: TreeSpec, names: Sequence[str]) -> tuple[list[str], dict[str, str]] | None:
+    """The leaves' names by positional argument and by keyword, or ``None`` if an argument is a container."""
+    args, kwargs = spec.children()
+    if not all(child.is_leaf() for child in (*args.children(), *kwargs.children())):
+        return None
+    count = args.num_children
+    return list(names[:count]), dict(zip(kwargs.context, names[count:], strict=True))
 
 
 def input_spec(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TreeSpec:

@@ -165,7 +165,7 @@ def _buckets(net: Net, x: Tensor, _: Tensor) -> Tensor:
 
 
 #: Parameters whose rows are read more than once a sample.
-SUMMED = ("relative.weight", "bias2d", "wpe.weight")
+SUMMED = ("relative.weight", "bias2d", "wpe.weight", "out.weight")
 #: Reads whose value is the same for every order: nothing would move if the feed were left natural.
 BLIND = ("eye", "padding_of_tokens")
 #: How to read -> names of the lifted inputs.

@@ -4,8 +4,19 @@
 without a rule is unknown, never assumed to be local.
 """
 
-from buffer_lifting.axis_rules import compute, views
+from buffer_lifting.axis_rules import compute, flex, views
 from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, apply_rule, ruled_ops
 from buffer_lifting.axis_rules.views import permutation
 
-__all__ = ["Alignment", "AxisResult", "OpView", "align", "apply_rule", "compute", "permutation", "ruled_ops", "views"]
+__all__ = [
+    "Alignment",
+    "AxisResult",
+    "OpView",
+    "align",
+    "apply_rule",
+    "compute",
+    "flex",
+    "permutation",
+    "ruled_ops",
+    "views",
+]

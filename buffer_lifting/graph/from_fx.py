@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 from torch.fx import Node as FxNode
 
 from buffer_lifting.dataflow import written_storage
+from buffer_lifting.graph.bodies import attribute_of, body_nodes, flex_nodes, is_mod_index, mod_index_args
 from buffer_lifting.graph.choices import resolve_choices
 from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.graph.record import (
@@ -29,7 +30,7 @@ from buffer_lifting.graph.record import (
     TensorMeta,
 )
 from buffer_lifting.graph.sizes import Ranges, is_symbol
-from buffer_lifting.torch_compat import OpOverload, Symbolic, schema_args, size_of, tree_flatten
+from buffer_lifting.torch_compat import HigherOrderOperator, OpOverload, Symbolic, schema_args, size_of, tree_flatten
 
 _STATE_KINDS = {
     InputKind.PARAMETER: StateKind.PARAMETER,
@@ -78,12 +79,41 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
                 locations[trace] = innermost_location(trace)
             node.location = locations[trace]
         nodes[node.name] = node
-    record = GraphRecord(nodes, ranges, _hints(program, nodes))
+    record = GraphRecord(nodes, ranges, _hints(program, nodes), _bodies(program, graph))
     resolve_choices(record)
     for name in written_storage(record):  # the training dialect writes in the graph, not by the signature
         if nodes[name].kind is NodeKind.STATE:
             nodes[name].mutated = True
     return record
+
+
+def _bodies(program: ExportedProgram, graph: Graph) -> dict[str, GraphRecord]:
+    """The records of the bodies of ``flex_attention``, by the name of the node that names the body."""
+    bodies = {}
+    for fx_node in flex_nodes(graph):
+        for node in body_nodes(fx_node).values():
+            module = attribute_of(node, program.graph_module)
+            if isinstance(module, GraphModule) and node.name not in bodies:
+                bodies[node.name] = _body(module)
+    return bodies
+
+
+def _body(module: GraphModule) -> GraphRecord:
+    nodes: dict[str, Node] = {}
+    for fx_node in module.graph.nodes:
+        node = Node(name=fx_node.name, kind=NodeKind.OP, meta=_meta(fx_node.meta.get("val"), {}))
+        if fx_node.op == "placeholder":
+            node.kind = NodeKind.INPUT
+        elif fx_node.op == "output":
+            node.kind, node.args = NodeKind.OUTPUT, {"results": _arg(fx_node.args[0])}
+        elif is_mod_index(fx_node):
+            node.op, node.args = "aten.index.Tensor", mod_index_args(fx_node)
+        else:
+            node.op = _op_name(fx_node)
+            node.args = {key: _arg(value) for key, value in schema_args(fx_node).items()}
+        node.location = innermost_location(fx_node.meta.get("stack_trace") or "")
+        nodes[node.name] = node
+    return GraphRecord(nodes)
 
 
 def _hints(program: ExportedProgram, nodes: dict[str, Node]) -> dict[str, int]:
@@ -111,8 +141,7 @@ def _op_name(node: FxNode) -> str:
     if isinstance(node.target, OpOverload):
         return str(node.target)
     name = getattr(node.target, "__name__", str(node.target))
-    higher_order = any(base.__name__ == "HigherOrderOperator" for base in type(node.target).__mro__)
-    return f"hop.{name}" if higher_order else _OPERATORS.get(name, f"sym.{name}")
+    return f"hop.{name}" if isinstance(node.target, HigherOrderOperator) else _OPERATORS.get(name, f"sym.{name}")
 
 
 def _user_names(program: ExportedProgram) -> dict[str, str]:

@@ -12,6 +12,6 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d{1,9}), in (\S+)\n(?:\s*([^\n]*))?
 def innermost_location(trace: str) -> Location | None:
     """The innermost frame of a stack trace that is outside torch; ``None`` if there is none."""
     for file, line, function, code in reversed(_FRAME.findall(trace)):
-        if "/torch/" not in file.replace("\\", "/"):
+        if not file.startswith("<") and "/torch/" not in file.replace("\\", "/"):
             return Location(file, int(line), (code or "").strip(), function)
     return None

@@ -157,11 +157,14 @@ class GraphRecord:
     nodes: dict[str, Node]
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     hints: dict[str, int] = field(default_factory=dict)  # size symbol -> its size in the example inputs
+    bodies: dict[str, GraphRecord] = field(default_factory=dict)  # bodies of flex_attention, by the node that names one
 
     def rename_symbols(self, names: dict[str, str] | dict[str, Size]) -> None:
         """Renames size symbols in every node's meta (two symbols that are known to be one size), or replaces them."""
         for node in self.nodes.values():
             node.meta = _renamed(node.meta, names)
+        for body in self.bodies.values():
+            body.rename_symbols(names)
 
     def inputs(self) -> list[Node]:
         """The user inputs, in the order of the signature."""

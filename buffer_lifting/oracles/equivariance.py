@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from buffer_lifting.errors import LiftingError
+from buffer_lifting.graph.bodies import flex_nodes
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.labels import BATCH, Factor, Labels, has_batch, has_seq
 from buffer_lifting.lifted import LiftedProgram
@@ -37,6 +38,8 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
     follows = double_feed(follows)
     plan = scan_record(build_record(program, normalize(program, read_only=True).graph), user_axes(lifted))
     pair = _Pair(runnable(program, double=True), runnable(follows.program, double=True), follows, plan.data_labels)
+    if flex_nodes(program.graph):
+        pair.try_backward(cases[0], seed)
     compared, worst = 0, 0.0
     for case in cases:
         result = pair.compare(case, seed)
@@ -59,6 +62,8 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
     note = f"float64, {len(follows.inputs) - len(silent)} controls move it"
     if silent:
         note += f"; it proves nothing for {', '.join(silent)}, which move no output and no gradient here"
+    if pair.forward_only:
+        note += f"; forward only: the original's own backward does not run ({pair.forward_only})"
     return Check("equivariance", True, compared, worst, "", note)
 
 
@@ -87,6 +92,18 @@ class _Pair:
         labels: dict[str, tuple[Labels, ...] | None],
     ) -> None:
         self.original, self.changed, self.lifted, self.labels = original, changed, lifted, labels
+        self.forward_only = ""  # why there are no gradients to compare
+
+    def try_backward(self, case: Case, seed: int) -> None:
+        """Finds out whether the original has gradients: eager flex_attention cannot differentiate every body."""
+        whole, _, _ = self._inputs(case, self.orders(case, seed))
+        try:
+            outputs, parameters, _ = self.original.run(whole)
+            kept = [value for value in outputs if isinstance(value, torch.Tensor)]
+            gradients(kept, loss_weights(kept, seed), parameters)
+        except (RuntimeError, AssertionError, ValueError, IndexError) as broken:
+            self.forward_only = (str(broken).strip() or type(broken).__name__).splitlines()[0]
+            self.original.frozen = self.changed.frozen = True
 
     def orders(self, case: Case, seed: int) -> Orders:
         """A random permutation per sample (one for all without a batch axis) and axis."""

@@ -60,7 +60,10 @@ def check_identity(program: ExportedProgram, lifted: LiftedProgram, cases: list[
                 node, detail = name, f"its gradient differs by {error:.2e} (relative) {_at(case)}"
     if not compared:
         return Check("identity", False, 0, 0.0, "", "there was nothing to compare")
-    return Check("identity", not node, compared, worst, node, detail or _sizes(cases, "" if bitwise else loose))
+    trained = any(parameter.requires_grad for parameter in original.parameters())
+    return Check(
+        "identity", not node, compared, worst, node, detail or _sizes(cases, "" if bitwise else loose, trained)
+    )
 
 
 def _why_not_bitwise(program: ExportedProgram, lifted: LiftedProgram) -> str:
@@ -96,9 +99,10 @@ def _at(case: Case) -> str:
     return f"at batch {case.batch}, length {case.length}"
 
 
-def _sizes(cases: list[Case], loose: str) -> str:
+def _sizes(cases: list[Case], loose: str, trained: bool) -> str:
+    frozen = "" if trained else "; forward only: no parameter requires a gradient"
     how = f"to {TOLERANCE:.0e} ({loose})" if loose else "bitwise"
-    return f"{how}, at (batch, length) " + ", ".join(f"({case.batch}, {case.length})" for case in cases)
+    return f"{how}, at (batch, length) " + ", ".join(f"({case.batch}, {case.length})" for case in cases) + frozen
 
 
 def _run(

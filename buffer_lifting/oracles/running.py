@@ -65,12 +65,16 @@ class Runnable:
     state: dict[str, torch.Tensor]  # placeholder -> tensor
     parameters: dict[str, str]  # placeholder -> FQN
     outputs: list[str] = field(default_factory=list)  # names of the output nodes
+    frozen: bool = False  # the parameters require no gradients
 
     def run(
         self, values: Mapping[str, Any], capture: set[str] | None = None
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
         """Outputs, the parameters as fresh leaves by FQN, and the values of the captured nodes."""
-        leaves = {n: self.state[n].detach().requires_grad_(self.state[n].is_floating_point()) for n in self.parameters}
+        leaves = {
+            n: self.state[n].detach().requires_grad_(self.state[n].is_floating_point() and not self.frozen)
+            for n in self.parameters
+        }
         feed = {**self.state, **leaves, **values}
         names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         interpreter = _Capture(self.module, capture or set())
@@ -107,7 +111,8 @@ def runnable(program: ExportedProgram, double: bool = False) -> Runnable:
     state = {name: store[fqn].detach() for name, fqn in fqns.items()}
     if double:
         state = {name: doubled(value) for name, value in state.items()}
-    module = GraphModule(dict(normalized.submodules), normalized.graph)
+    bodies = normalized.submodules if not double else {n: _double_body(b) for n, b in normalized.submodules.items()}
+    module = GraphModule(dict(bodies), normalized.graph)
     output = normalized.graph.output_node().args[0]
     names = [item.name if isinstance(item, Node) else "" for item in tree_flatten(output)[0]]
     return Runnable(normalized.graph, module, state, dict(signature.inputs_to_parameters), names)
@@ -162,6 +167,18 @@ def _promotes(node: Node) -> bool:
     operands = [v for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
     floats = any(operand.is_floating_point() or operand.is_complex() for operand in operands)
     return bool(operands) and not floats and isinstance(value, torch.Tensor) and value.dtype in _DOUBLE
+
+
+def _double_body(body: Any) -> Any:
+    """A copy of the body of a higher-order op that computes in double precision."""
+    if not isinstance(body, GraphModule):
+        return body
+    new = Graph()
+    new.output(new.graph_copy(body.graph, {}))
+    for before, after in zip(body.graph.nodes, new.nodes, strict=True):
+        after.meta = dict(before.meta)
+    to_double(new)
+    return GraphModule(body, new)
 
 
 def double_feed(lifted: LiftedProgram) -> LiftedProgram:

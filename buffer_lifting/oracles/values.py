@@ -11,6 +11,7 @@ from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.labels import BATCH, COL, Labels, has_batch
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.compare import difference, same_bits
+from buffer_lifting.oracles.flex import flex_error
 from buffer_lifting.oracles.running import Case, Runnable, evaluate, per_sample, runnable
 from buffer_lifting.passes.context_parallel import user_axes
 from buffer_lifting.plan import FrontierEdge, LiftPlan
@@ -78,6 +79,11 @@ def check_values(program: ExportedProgram, lifted: LiftedProgram, cases: list[Ca
                     worst, why = failed
                     where = f"operand {edge.path!r} ({edge.read.source}) {why} [{arrangement.name}]"
                     return Check("values", False, compared, worst, edge.consumer, where)
+            for flex in plan.flex:
+                node, compared = oracle.nodes.get(flex.node), compared + 1
+                why = flex_error(flex, node, case, arrangement, lambda n: oracle._lifted_value(n, case, arrangement))  # noqa: B023
+                if why:
+                    return Check("values", False, compared, float("inf"), flex.node, why)
             for read in plan.report.reads:
                 if read.source_kind == "is_causal" and lifted.cp_size is not None:
                     why = oracle.causal(read, case, arrangement)

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph
 
-from buffer_lifting.torch_compat import input_spec, rebuild_program, root_spec, tree_unflatten
+from buffer_lifting.torch_compat import rebuild_program, root_spec, with_keywords
 
 
 def assemble(
@@ -34,8 +34,7 @@ def assemble(
     root = program.module_call_graph[0].signature
     names = list(root.forward_arg_names or []) if root is not None else []
     if added:
-        args, kwargs = tree_unflatten([0] * in_spec.num_leaves, in_spec)
-        in_spec = input_spec(args, {**kwargs, **dict.fromkeys(added, 0)})
+        in_spec = with_keywords(in_spec, added)
     return rebuild_program(
         program,
         graph,

@@ -7,13 +7,16 @@ Cases refused (before anything is edited): what the scan refused, unless ``stric
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import Graph, Node
 
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.broadcast_batch import Broadcast, broadcast_batch
 from buffer_lifting.passes.emitter import Emitter
+from buffer_lifting.passes.flex import rewrite_flex
+from buffer_lifting.passes.vmap import drop_vmap
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.torch_compat import replace_operands
 
@@ -24,6 +27,7 @@ class LiftState:
 
     graph: Graph
     plan: LiftPlan
+    submodules: dict[str, Any] = field(default_factory=dict)
     broadcast: Broadcast | None = None
 
 
@@ -40,7 +44,7 @@ class LiftBuffers(GraphPass[LiftState]):
     def call(self, state: LiftState) -> PassResult[LiftState]:
         """Adds the placeholders, emits each replacement, and drops the chains that nothing reads any more."""
         graph, plan = state.graph, state.plan
-        if not plan.replacements:
+        if not plan.replacements and not plan.flex:
             return PassResult(state, False)
         state.broadcast = broadcast_batch(graph, plan.outputs, plan.input_axes)
         assert state.broadcast.sizes is not None
@@ -52,6 +56,8 @@ class LiftBuffers(GraphPass[LiftState]):
                 landed[key] = emitter.land(replacement)
             consumer = emitter.nodes[replacement.consumer]
             consumer.args, consumer.kwargs = replace_operands(consumer, {replacement.path: landed[key]})
+        rewrite_flex(emitter, plan.flex, state.submodules)
+        drop_vmap(graph)
         drop_dead(graph)
         return PassResult(state, True)
 

@@ -22,6 +22,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.passes.autocast import with_casts
 from buffer_lifting.passes.functionalize import functionalize, writes_in_place
 from buffer_lifting.torch_compat import AUTOCAST_HOP, GRAD_MODE_HOP
@@ -32,7 +33,7 @@ class Normalized:
     """A graph that may be edited, and the submodules that its ``get_attr`` nodes name."""
 
     graph: Graph
-    submodules: dict[str, GraphModule]
+    submodules: dict[str, Any]  # and the specs that some higher-order ops take
     inlined: tuple[str, ...]  # names of the higher-order nodes that are gone
 
 
@@ -49,8 +50,7 @@ def normalize(program: ExportedProgram, read_only: bool = False) -> Normalized:
     inliner.copy_into(new, program.graph_module, {}, prefix="")
     functionalize(new, _not_in_checkpoints(program))
     new.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
-    used = {str(node.target) for node in new.nodes if node.op == "get_attr"}
-    modules = {name: module for name, module in program.graph_module.named_children() if name in used}
+    modules = {str(n.target): n.meta["body"] for n in new.nodes if n.op == "get_attr" and "body" in n.meta}
     return Normalized(new, modules, tuple(inliner.inlined))
 
 
@@ -92,6 +92,9 @@ class _Inliner:
             else:
                 copied = new.node_copy(node, lambda n: env[n])
             copied.name = node.name if not prefix else f"{prefix}_{node.name}"
+            if node.op == "get_attr":
+                copied.meta["body"] = attribute_of(node, module)
+                copied.target = node.target if not prefix else f"{prefix}_{str(node.target).replace('.', '_')}"
             env[node] = copied
         return None
 

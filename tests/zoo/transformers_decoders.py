@@ -250,7 +250,7 @@ _TABLES = (
         "gpt_neo",
         "GPTNeo",
         "eager positions mask full",
-        "learned mask_table slice equal_buffers mask_causal mask_window user_positions mask_padding",
+        "learned mask_table slice full equal_buffers mask_causal mask_window user_positions mask_padding",
         quick=True,
         attention="eager",
         num_layers=2,
@@ -291,7 +291,7 @@ _TABLES = (
         "OpenAIGPTLMHeadModel",
         "OpenAIGPTConfig",
         "eager positions mask labels full",
-        "position_ids_buffer learned mask_table slice equal_buffers user_positions mask_padding labels",
+        "position_ids_buffer learned mask_table slice full equal_buffers user_positions mask_padding labels",
         attention="eager",
     ),
 )
