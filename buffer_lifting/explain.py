@@ -56,9 +56,11 @@ class Explainer:
         """The explanation of an item of the plan's report."""
         if isinstance(item, SequenceMixing):
             return self._mixing(item)
-        if item.source_kind == "is_causal":
-            step = self._step(item.node, "consumer", "its own mask, made from the natural order")
-            return Explanation(item, (step,))
+        if item.value == item.node:  # a flag or a body of the op: nothing stands above it
+            mark: Mark = "refused" if item.refusal else "consumer"
+            detail = "its own mask, made from the natural order" if item.source_kind == "is_causal" else item.operand
+            steps = (self._step(item.node, mark, detail),)
+            return Explanation(item, steps, stopped=item.node if item.refusal else "", reason=item.refusal or "")
         if item.refusal:
             return self._refused(item)
         return self._lifted(item)
