@@ -37,6 +37,11 @@ def local_rule(*names: str) -> Callable[[LocalRule], LocalRule]:
     return register
 
 
+def rule_docs() -> dict[str, str]:
+    """Each op that has a rule, and the first line of the rule's documentation."""
+    return {name: (function.__doc__ or "").strip().split("\n")[0] for name, function in _RULES.items()}
+
+
 def local(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """Rebuilds a value from its operands, if its op is local along the sequence.
 
