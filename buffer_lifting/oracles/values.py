@@ -191,7 +191,8 @@ class _Values:
     def _expected(self, edge: FrontierEdge, case: Case, arrangement: Arrangement) -> torch.Tensor:
         """The original's value, gathered: ``[batch, *dims]`` with folded dims unfolded and no batch dim of its own."""
         programs = {self.plan.outputs[key].program for key in edge.keys}
-        streams = {key.stream for key in edge.keys}
+        along = {factor.role for dim in edge.labels for factor in dim if factor.is_seq}
+        streams = {key.stream for key in edge.keys if key.role in along}  # keys read for their number have none
         samples = []
         for sample in range(case.batch):
             iotas = None
