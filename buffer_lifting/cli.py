@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from buffer_lifting.render import lifted_table, render_scan, scan_json
 
 if TYPE_CHECKING:
+    from buffer_lifting.graph.record import GraphRecord
+    from buffer_lifting.plan import LiftPlan
     from buffer_lifting.program import (
         Axes,
         Finding,
@@ -55,6 +57,8 @@ JSON_HELP = """\
   inputs    the user's inputs: name, batch_dim, seq_dims, rank
   lifted    the inputs that lifting adds: name, form, stream, role, source, dtype, row_shape, axis, batched
   summary   counts: reads (by form, "refused" included), mixing_handled, refused
+  explanations  with --explain: for each of reads and of mixing, in their order, the steps of its chain (node, op,
+            shape, dtype, roles, location, mark, detail), branches, fed_by, stopped, reason, nearest
 A location is null or {file, line, code, function}; seq_dims are [{dim, axis, role}].
 """
 
@@ -70,8 +74,8 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _plan(program: Any, axes: Axes | None) -> tuple[ScanReport, list[LiftedInput]]:
-    """The scan, and what lifting would add."""
+def _analysed(program: Any, axes: Axes | None) -> tuple[GraphRecord, LiftPlan]:
+    """The record of a program and its plan."""
     from buffer_lifting.adapter import as_program
     from buffer_lifting.errors import AxesError
     from buffer_lifting.graph.from_fx import build_record
@@ -79,10 +83,16 @@ def _plan(program: Any, axes: Axes | None) -> tuple[ScanReport, list[LiftedInput
     from buffer_lifting.scanner import scan_record
 
     program = as_program(program)
+    record = build_record(program, normalize(program, read_only=True).graph)
     try:
-        plan = scan_record(build_record(program, normalize(program, read_only=True).graph), axes)
+        return record, scan_record(record, axes)
     except AxesError as error:
         raise UsageError(f"--axes: {error}") from error
+
+
+def _plan(program: Any, axes: Axes | None) -> tuple[ScanReport, list[LiftedInput]]:
+    """The scan, and what lifting would add."""
+    _, plan = _analysed(program, axes)
     return plan.report, [output.input for output in plan.outputs.values()]
 
 
@@ -111,11 +121,17 @@ def _scan(args: argparse.Namespace) -> int:
     from buffer_lifting.targets import load_program
 
     axes = parse_axes(args.axes)
-    report, lifted = _plan(load_program(args.target), axes)
+    record, plan = _analysed(load_program(args.target), axes)
+    report, lifted = plan.report, [output.input for output in plan.outputs.values()]
+    explainer = None
+    if args.explain:
+        from buffer_lifting.explain import Explainer
+
+        explainer = Explainer(record, plan)
     if args.json:
-        print(json.dumps(scan_json(report, lifted, args.target), indent=2))
+        print(json.dumps(scan_json(report, lifted, args.target, explainer), indent=2))
     else:
-        print(render_scan(report, lifted, args.target, args.all))
+        print(render_scan(report, lifted, args.target, args.all, explainer))
     return FINDINGS if report.refused else CLEAN
 
 
@@ -252,6 +268,12 @@ def make_parser() -> argparse.ArgumentParser:
     scan = command("scan", _scan, "show what the program reads by position", [target, axes], JSON_HELP + "\n")
     scan.add_argument("--json", action="store_true", help="print the report as JSON")
     scan.add_argument("--all", action="store_true", help="list handled ops too, and name every module")
+    scan.add_argument(
+        "--explain",
+        action="store_true",
+        help="show the chain from source to consumer under each line, and the pattern nearest to what is refused; "
+        "with --all for every read, in full",
+    )
 
     lift = command("lift", _lift_command, "lift the reads to inputs, and save the program", [target, axes])
     lift.add_argument("-o", "--output", metavar="OUT.lifted", required=True, help="the file to write")

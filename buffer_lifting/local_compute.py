@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from buffer_lifting.gathering import operand_of
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.labels import DimLabel, Labels, is_labelled
-from buffer_lifting.local_rules import dim_size, local_rule, spread, unchanged
+from buffer_lifting.local_rules import dim_size, local_rule, over_features, spread, unchanged
 from buffer_lifting.plan import Call, Context, Existing, Plan, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -161,6 +161,11 @@ def _softmax(planner: Planner, node: Node, labels: Labels, context: Context) -> 
     value = planner.rebuild(source.name, labels, context)
     call = Call(f"{node.base_op}.int", (value.plan, dim + value.lane), node.name)
     return unchanged(node, value) or Value(call, value.lane, len(labels))
+
+
+@local_rule("mean", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "argmax", "argmin")
+def _over_features(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    return over_features(planner, node, labels, context)
 
 
 @local_rule("view_as_complex", "view_as_real")

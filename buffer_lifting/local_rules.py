@@ -37,6 +37,11 @@ def local_rule(*names: str) -> Callable[[LocalRule], LocalRule]:
     return register
 
 
+def rule_docs() -> dict[str, str]:
+    """Each op that has a rule, and the first line of the rule's documentation."""
+    return {name: (function.__doc__ or "").strip().split("\n")[0] for name, function in _RULES.items()}
+
+
 def local(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """Rebuilds a value from its operands, if its op is local along the sequence.
 
@@ -162,12 +167,16 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
     source, shape = operand_of(planner, node)
     assert node.tensor is not None
     exact = node.base_op in ORDER_FREE or not node.tensor.is_floating
-    if not exact or node.op in ("aten.max.dim", "aten.min.dim"):
+    if node.op in ("aten.max.dim", "aten.min.dim"):
         raise Refuse(f"{node.op} is not known to be local along the sequence", node.name)
     dims = node.args.get("dim")
     chosen = dims if isinstance(dims, tuple) else () if dims is None else (dims,)
     over = sorted({d % len(shape) for d in chosen if isinstance(d, int)}) or list(range(len(shape)))
     keep = bool(node.args.get("keepdim"))
+    if chosen and not any(planner.axis_of(shape[dim]) for dim in over):
+        return over_features(planner, node, labels, context)
+    if not exact:
+        raise Refuse(f"{node.op} is not known to be local along the sequence", node.name)
     own: list[DimLabel] = []
     rest = list(labels)
     for dim, size in enumerate(shape):
@@ -185,6 +194,26 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
     overload = {"aten.amax": "default", "aten.amin": "default", "aten.sum": "dim_IntList"}.get(op, "dims")
     over_lane = tuple(d + 1 for d in over)
     return Value(Call(f"{op}.{overload}", (value.plan, over_lane, keep), node.name), True, len(labels))
+
+
+def over_features(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """A reduction over dims that are no sequence; dims are counted from the right, so a lane changes nothing."""
+    source, shape = operand_of(planner, node)
+    dims = node.args.get("dim")
+    given = dims if isinstance(dims, tuple) else (dims,)
+    over = {d % len(shape) for d in given if isinstance(d, int)}
+    if not over or any(planner.axis_of(shape[d]) for d in over):
+        raise Refuse(f"{node.op} is not known to be local along the sequence", node.name)
+    keep = bool(node.args.get("keepdim"))
+    rest = iter(labels)
+    own: list[DimLabel] = []
+    for dim in range(len(shape)):
+        label = next(rest) if keep or dim not in over else ()
+        own.append(() if dim in over else label)
+    value = planner.rebuild(source.name, tuple(own), context)
+    back = tuple(d - len(shape) for d in sorted(over))
+    replaced = (("self", value.plan), ("dim", back if isinstance(dims, tuple) else back[0]))
+    return unchanged(node, value) or Value(Reapply(node.name, replaced), value.lane, len(labels))
 
 
 @local_rule("getitem")

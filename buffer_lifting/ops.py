@@ -22,6 +22,8 @@ _ELEMENTWISE_UNTAGGED = frozenset(
         "real",
         "imag",
         "conj",
+        "_conj",
+        "conj_physical",
         "resolve_conj",
         "resolve_neg",
         "abs",

@@ -43,11 +43,12 @@ class Lifted:
 
 @dataclass(frozen=True, eq=False)
 class AxisSize:
-    """The run-time size of an axis in a role; ``fixed`` when the program is static there."""
+    """The run-time size of an axis in a role; ``fixed`` when the program is static there, ``of`` the input to ask."""
 
     axis: str
     role: str
     fixed: int | None
+    of: CutKey | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +134,18 @@ class Replacement:
 
 
 @dataclass
+class Trace:
+    """What the planner did and tried, kept as it is for ``explain.py``."""
+
+    #: (node, its labels, context) -> the rebuilt value and the cuts it reads, or why there is none.
+    rebuilt: dict[tuple[str, Labels, Context], tuple[Value, tuple[CutKey, ...]] | Refuse] = field(default_factory=dict)
+    #: (node, its labels, context, attempt: ``"_local"`` or ``"cut"``) -> why the attempt failed.
+    tried: dict[tuple[str, Labels, Context, str], Refuse] = field(default_factory=dict)
+    #: (consumer, operand) of a refused read -> the labels of the operand (``()``: not known), and why.
+    refused: dict[tuple[str, str], tuple[Labels, Refuse]] = field(default_factory=dict)
+
+
+@dataclass
 class LiftPlan:
     """The result of a scan: the report, and everything that lifting has to emit."""
 
@@ -146,6 +159,7 @@ class LiftPlan:
     substituted: dict[str, str] = field(default_factory=dict)  # the iota nodes that stand for position ids: their axis
     routed: frozenset[str] = frozenset()  # the values inside routing regions: no stage may begin there
     flex: list[FlexPlan] = field(default_factory=list)
+    trace: Trace = field(default_factory=lambda: Trace())
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,20 @@ from buffer_lifting.labels import (
 )
 from buffer_lifting.local_rules import local
 from buffer_lifting.ops import content_operands, is_random, is_view
-from buffer_lifting.plan import AxisSize, Call, Context, Cut, CutKey, Existing, Lifted, Plan, Reapply, Refuse, Value
+from buffer_lifting.plan import (
+    AxisSize,
+    Call,
+    Context,
+    Cut,
+    CutKey,
+    Existing,
+    Lifted,
+    Plan,
+    Reapply,
+    Refuse,
+    Trace,
+    Value,
+)
 from buffer_lifting.variation import Variation
 
 
@@ -46,7 +59,8 @@ class Planner:
         self.input_roles: dict[str, set[str]] = {}
         self.position_iotas: set[tuple[str, str]] = set()  # (arange, axis) that a one-axis read takes as position ids
         self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
-        self._memo: dict[tuple[str, Labels, Context], tuple[Value, tuple[CutKey, ...]] | Refuse] = {}
+        self.trace = Trace()
+        self._memo = self.trace.rebuilt
         self._numbers: dict[str, str] = {}
         self._interned: dict[object, int] = {}
         self._tables: dict[str, bool] = {}
@@ -143,9 +157,10 @@ class Planner:
         assert isinstance(node.meta, ScalarMeta)
         for axis, length in self.inputs.lengths.items():
             if node.meta.size == length:
-                factor = Factor(axis, COL, length)
-                self.iota(factor, Context("slots", "positions"))
-                return AxisSize(axis, COL, length if isinstance(length, int) else None)
+                keys = self.iota(Factor(axis, COL, length), Context("slots", "positions"))
+                assert isinstance(keys, Lifted)
+                size = AxisSize(axis, COL, length if isinstance(length, int) else None, keys.key)
+                return self._scalars.setdefault(f"length of {axis}", size)
         if node.op.startswith("sym."):
             parts = [(path, self.scalar(ref)) for path, ref in node.named_refs() if Dep.LENGTH in self.deps[ref]]
             return self._scalars.setdefault(name, Reapply(name, tuple(parts)))
@@ -238,6 +253,7 @@ class Planner:
             except Refuse as refusal:
                 del self.trail[mark:]  # what the refused attempt has used
                 refusals.append(refusal)
+                self.trace.tried[name, labels, context, attempt.__name__] = refusal
         raise refusals[0]
 
     def _local(self, node: Node, labels: Labels, context: Context) -> Value:
@@ -265,6 +281,7 @@ class Planner:
         try:
             return local(self, node, labels, context)
         except Refuse as refusal:
+            self.trace.tried[node.name, labels, context, "_local"] = refusal
             del self.trail[mark:]  # what the refused attempt has used
             if not context.hoist or refusal.code in ("BL104",):
                 raise

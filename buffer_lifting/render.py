@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from buffer_lifting.explain import Explainer
     from buffer_lifting.graph.record import Location
     from buffer_lifting.program import (
         Finding,
@@ -32,11 +33,16 @@ class _Group:
     hint: str
     refused: bool
     modules: list[str]
+    items: list[Item]
     count: int = 0
 
 
 def render_scan(
-    report: ScanReport, lifted: Sequence[LiftedInput] = (), target: str = "program", everything: bool = False
+    report: ScanReport,
+    lifted: Sequence[LiftedInput] = (),
+    target: str = "program",
+    everything: bool = False,
+    explainer: Explainer | None = None,
 ) -> str:
     """The findings with their source lines, and a summary.
 
@@ -45,6 +51,7 @@ def render_scan(
         lifted: the inputs that lifting would add, or has added.
         target: stands where a finding has no source line.
         everything: list handled ops too, and name all modules.
+        explainer: explains the first read of each line (with ``everything`` all of them, in full).
     """
     items: list[Item] = [*report.findings, *report.reads]
     items += [mix for mix in report.mixing if everything or not mix.handled]
@@ -58,7 +65,20 @@ def render_scan(
             lines.append(f"    help: {group.hint}")
         if everything:
             lines += [f"    in {module}" for module in group.modules]
-    return "\n".join([*lines, *([""] if lines else []), *_summary(report, lifted)])
+        if explainer is not None:
+            lines += _explained(group, explainer, everything)
+    return "\n".join([*lines, *([""] if lines and lines[-1] else []), *_summary(report, lifted)])
+
+
+def _explained(group: _Group, explainer: Explainer, everything: bool) -> list[str]:
+    from buffer_lifting.program import Finding
+    from buffer_lifting.render_explain import explanation_lines
+
+    lines: list[str] = []
+    for item in group.items if everything else group.items[:1]:
+        if not isinstance(item, Finding):
+            lines += explanation_lines(explainer.explain(item), everything)
+    return [*lines, ""] if lines else []
 
 
 def _grouped(items: Iterable[Item]) -> list[_Group]:
@@ -66,8 +86,9 @@ def _grouped(items: Iterable[Item]) -> list[_Group]:
     for item in items:
         text, refused = _message(item)
         key = (item.location and (item.location.file, item.location.line), item.code, text, item.hint)
-        group = groups.setdefault(key, _Group(item.location, item.code, text, item.hint, refused, []))
+        group = groups.setdefault(key, _Group(item.location, item.code, text, item.hint, refused, [], []))
         group.count += 1
+        group.items.append(item)
         for module in getattr(item, "modules", ()):
             if module and module not in group.modules:
                 group.modules.append(module)
@@ -185,9 +206,11 @@ def _columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def scan_json(report: ScanReport, lifted: Sequence[LiftedInput], target: str) -> dict[str, Any]:
+def scan_json(
+    report: ScanReport, lifted: Sequence[LiftedInput], target: str, explainer: Explainer | None = None
+) -> dict[str, Any]:
     """The report as plain data: see ``JSON_HELP``."""
-    return {
+    plain: dict[str, Any] = {
         "version": 1,
         "target": target,
         "clean": not report.refused,
@@ -202,6 +225,14 @@ def scan_json(report: ScanReport, lifted: Sequence[LiftedInput], target: str) ->
             "refused": len(report.refused),
         },
     }
+    if explainer is not None:
+        from buffer_lifting.render_explain import explanation_json
+
+        plain["explanations"] = {
+            "reads": [explanation_json(explainer.explain(read)) for read in report.reads],
+            "mixing": [explanation_json(explainer.explain(mix)) for mix in report.mixing],
+        }
+    return plain
 
 
 def _plain(record: Any) -> dict[str, Any]:

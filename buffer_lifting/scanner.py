@@ -166,6 +166,7 @@ class _Scan:
             substituted,
             self.routing.inside(self.labels),
             self.flex,
+            trace=self.planner.trace,
         )
 
     def _visit_user(self, node: Node, result: AxisResult | None) -> None:
@@ -494,6 +495,7 @@ class _Scan:
         return read
 
     def _refused(self, node: Node, path: str, value: Node, labels: Labels, refusal: Refuse) -> None:
+        self.planner.trace.refused[node.name, path] = (labels, refusal)
         kind, source, aliases = self.planner.source_of(value.name)
         alignment = Alignment(labels or features(value.tensor.shape if value.tensor else ()), None)
         where = f" (at {refusal.node})" if refusal.node != value.name else ""

@@ -41,6 +41,46 @@ def test_python_snippets_run_as_written(tmp_path: Path) -> None:
         assert "torch.Size([4, 16, 64])" in result.stdout and "ok   composition" in result.stdout
 
 
+REFUSED = """\
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(64, 8)
+        self.positions = torch.nn.Parameter(torch.randn(128, 8))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        positions = self.positions[: tokens.shape[1]]
+        return x + positions.flip(0)
+
+
+def export():
+    dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    return torch.export.export(Model(), (torch.zeros(2, 16, dtype=torch.long),), dynamic_shapes=(dynamic,))
+"""
+
+
+def test_the_explanation_is_that_of_a_run(tmp_path: Path) -> None:
+    """The README's refusal, word by word."""
+    (tmp_path / "model.py").write_text(REFUSED)
+    command, *lines = blocks("text")[0].splitlines()
+    name, *arguments = command.removeprefix("$ ").split()
+    assert name == "buffer-lifting"
+    result = subprocess.run(
+        [sys.executable, "-m", "buffer_lifting", *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.splitlines()[: len(lines)] == lines
+
+
 def test_the_commands_of_the_readme_exist() -> None:
     """make targets, subcommands and files that the README names."""
     makefile = (ROOT / "Makefile").read_text()

@@ -141,7 +141,11 @@ def test_the_length_is_that_of_the_whole_sequence(name: str) -> None:
     module = lifted.program.module()
     for rank in range(2):
         shard = slice(4 * rank, 4 * rank + 4)
-        feed = lifted.feed(2, 8, shard=(rank, 2))
+        try:
+            feed = lifted.feed(2, 8, shard=(rank, 2))
+        except bl.FeedError as error:
+            assert "keys of the whole sequence" in str(error)  # without context_parallel
+            continue
         torch.testing.assert_close(module(ids[:, shard], **feed), ep.module()(ids)[:, shard])
 
 

@@ -5,7 +5,18 @@ without a rule is unknown, never assumed to be local.
 """
 
 from buffer_lifting.axis_rules import compute, flex, views
-from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, apply_rule
+from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, apply_rule, ruled_ops
 from buffer_lifting.axis_rules.views import permutation
 
-__all__ = ["Alignment", "AxisResult", "OpView", "align", "apply_rule", "compute", "flex", "permutation", "views"]
+__all__ = [
+    "Alignment",
+    "AxisResult",
+    "OpView",
+    "align",
+    "apply_rule",
+    "compute",
+    "flex",
+    "permutation",
+    "ruled_ops",
+    "views",
+]

@@ -132,8 +132,9 @@ def _einsum(view: OpView) -> AxisResult:
             mixing = mixing or "a sum over the batch"
     operands = {}
     for (path, own), letters in zip(view.tensors(), left.split(","), strict=True):
+        of_data = view.labels(path) if view.is_data(path) else None
         labels = tuple(by_letter.get(letter, feature(size)) for letter, size in zip(letters, own, strict=True))
-        operands[path] = Alignment(labels, None)
+        operands[path] = Alignment(of_data or labels, None)
     return AxisResult((tuple(out),), operands, mixing, handled)
 
 

@@ -137,6 +137,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def ruled_ops() -> frozenset[str]:
+    """The ops that have a rule of their own."""
+    return frozenset(_RULES)
+
+
 def apply_rule(view: OpView) -> AxisResult | None:
     """The axis result of an op, or ``None`` if no rule knows the op."""
     node = view.node

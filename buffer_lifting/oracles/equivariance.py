@@ -175,12 +175,14 @@ class _Pair:
             dim = 1 if lifted.batched else 0
             value = feed[lifted.name]
             if self._is_read_for_its_size(lifted.name):
-                other = torch.cat([value, value.narrow(dim, 0, 1)], dim)  # one key more: another length
+                others = [torch.cat([value, value.narrow(dim, 0, 1)], dim)]  # one key more: another length
             else:
-                other = perturbed(value, dim)
-            moved = {**feed, lifted.name: other}
-            result = self._against(expected, self._run_changed({**permuted, **moved}, expected))
-            if not result.worst >= CONTROL:
+                others = perturbed(value, dim)
+            for other in others:
+                moved = {**feed, lifted.name: other}
+                if self._against(expected, self._run_changed({**permuted, **moved}, expected)).worst >= CONTROL:
+                    break
+            else:
                 silent.append(lifted.name)
         return silent
 
@@ -256,11 +258,8 @@ class _Pair:
         return orders[factor.axis].shape[1] if factor.is_seq else next(iter(orders.values())).shape[0]
 
 
-def perturbed(value: torch.Tensor, dim: int) -> torch.Tensor:
-    """Another value of the same kind: reversed along the sequence, or, where that is the same, shifted in its half."""
-    flipped = value.flip(dim)
-    if not torch.equal(flipped, value):
-        return flipped
+def perturbed(value: torch.Tensor, dim: int) -> list[torch.Tensor]:
+    """Other values of the same kind: reversed along the sequence, shifted in its second half, and zero."""
     half = value.shape[dim] // 2
     moved = value.clone()
     part = moved.narrow(dim, half, value.shape[dim] - half)
@@ -268,4 +267,5 @@ def perturbed(value: torch.Tensor, dim: int) -> torch.Tensor:
         part.logical_not_()
     else:
         part.add_(1)
-    return moved
+    flipped = value.flip(dim)
+    return [*([] if torch.equal(flipped, value) else [flipped]), moved, torch.zeros_like(value)]

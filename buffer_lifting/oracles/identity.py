@@ -23,11 +23,10 @@ TABLE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e
 def check_identity(program: ExportedProgram, lifted: LiftedProgram, cases: list[Case], seed: int) -> Check:
     """Both programs as modules, on each case; the random generator is set alike before each run."""
     loose = _why_not_bitwise(program, lifted)
-    reads = [read for read in lifted.report.reads if read.source_kind == "parameter"]
-    tables = {name for read in reads for name in (read.source, *read.aliases)}
+    tables = table_names(lifted)
     # a gather of data sums its gradient by scattering, in an order that depends on the index's memory layout
     gathers = any(read.op.split(".")[1] in ("gather", "index", "index_select") for read in _lifted_reads(lifted))
-    coarsest = _coarsest(program)
+    coarsest = coarsest_dtype(program)
     compared, worst, node, detail, bitwise = 0, 0.0, "", "", True
     original, changed = program.module(), lifted.program.module()
     for case in cases:
@@ -83,11 +82,17 @@ def _why_not_bitwise(program: ExportedProgram, lifted: LiftedProgram) -> str:
     return ""
 
 
-def _coarsest(program: ExportedProgram) -> float:
+def coarsest_dtype(program: ExportedProgram) -> float:
     """The precision of the coarsest floating dtype of the program, which a gradient of a table may pass."""
     values = (node.meta.get("val") for node in program.graph.nodes)
     found = {value.dtype for value in values if isinstance(value, torch.Tensor)}
     return max((TABLE_TOLERANCE[dtype] for dtype in found if dtype in TABLE_TOLERANCE), default=TOLERANCE)
+
+
+def table_names(lifted: LiftedProgram) -> set[str]:
+    """The FQNs of parameters that are read by position."""
+    reads = [read for read in lifted.report.reads if read.source_kind == "parameter"]
+    return {name for read in reads for name in (read.source, *read.aliases)}
 
 
 def _lifted_reads(lifted: LiftedProgram) -> list[PositionRead]:

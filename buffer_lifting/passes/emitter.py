@@ -69,7 +69,7 @@ class Emitter:
         if isinstance(plan, Existing):
             node = self.nodes[plan.node]
         elif isinstance(plan, AxisSize):
-            node = self.sizes.node(plan.axis, plan.role)
+            node = self._length(plan.of) if plan.of else self.sizes.node(plan.axis, plan.role)
         elif isinstance(plan, Lifted):
             node = self.lifted[plan.key]
         elif isinstance(plan, Call):
@@ -78,6 +78,15 @@ class Emitter:
             node = self._reapply(plan)
         self._memo[id(plan)] = node
         self._keep.append(plan)
+        return node
+
+    def _length(self, key: CutKey) -> Node:
+        """How many rows a lifted input has, read at the top of the graph."""
+        source = self.lifted[key]
+        with self.graph.inserting_after(max(source, self.sizes.last)):
+            node = self.graph.call_function(torch.ops.aten.sym_size.int, (source, 1))
+        node.meta = {"nn_module_stack": self.sizes.stack, "val": source.meta["val"].shape[1]}
+        self.sizes.last = node
         return node
 
     def _argument(self, arg: object) -> Any:
@@ -126,6 +135,8 @@ class Emitter:
             before = replacements(symbols[0]) if symbols else 0
             if target is torch.ops.aten.sym_size.int:  # the op itself would fix a symbolic size to its example
                 return values[0][0].shape[values[0][1]]
+            if target is torch.ops.aten.polar.default:  # its fake compares sizes, and fixes them
+                target = torch.ops.aten.complex.default
             with fake_mode_of(fakes[0] if fakes else self._any_fake), torch.no_grad():
                 result = target(*values[0], **values[1])
             if symbols and replacements(symbols[0]) != before:
