@@ -38,7 +38,8 @@ INTRODUCTION = """\
 
 `python tools/model_docs.py` wrote this file from a run. The models are tiny and random, of the libraries' own classes
 with nothing edited; how each is built and exported stands in `tests/zoo/`, and what each export must give in
-`tests/zoo/expected_*.txt`, derived from the models' sources before the code ran.
+`tests/zoo/expected_*.txt`, derived from the models' sources before the code ran; what was corrected later
+says so there.
 
 **Verified** means: values read by position bitwise the original's, gathered by the order; outputs and all gradients
 the original's in natural order; order equivariance in float64, each lifted input with a control; and the same outputs
@@ -110,7 +111,7 @@ def rows_of(entry: Entry, records: Mapping[Cell, Record]) -> list[str]:
 def _columns(record: Record) -> tuple[str, ...]:
     """Reads, lifted inputs, verified, findings."""
     if record.error:
-        return "", "", "**no**", f"**{_cell(record.error.strip().splitlines()[-1])}**"
+        return "", "", "**no**", f"**{_cell(record.error.splitlines()[0])}**"
     notes = [f"**{_cell(line)}**" for line in record.findings]
     notes += [f"{_cell(reason)}: {count}" for reason, count in record.handled.items()]
     notes += [f"the control of {name} moves nothing" for name in record.silent]

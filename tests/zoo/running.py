@@ -47,7 +47,7 @@ class Record:
         gradients: number of parameters whose gradients were compared.
         silent: lifted inputs whose perturbation moved nothing: the control proves nothing for them.
         seconds: CPU seconds of all of it.
-        error: what went wrong, with its traceback; ``""`` when nothing did.
+        error: what went wrong in its first line, the traceback behind it; ``""`` when nothing did.
     """
 
     entry: str
@@ -72,8 +72,8 @@ def run_cell(cell: Cell) -> Record:
     entry = entries()[cell[0]]
     try:
         _run(record, entry, export_of(entry, cell[1]), cell[2])
-    except Exception:  # recorded as the cell's failure; ``differences`` never accepts a record with an error
-        record.error = traceback.format_exc()
+    except Exception as error:  # the cell's failure: ``differences`` accepts no record with an error
+        record.error = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     record.seconds = time.process_time() - started
     return record
 
@@ -127,7 +127,7 @@ def differences(record: Record, expected: Expected | None) -> list[str]:
     if expected is None:
         return ["it does not stand in the table"]
     if record.error:
-        return [f"it fails: {record.error.strip().splitlines()[-1]}"]
+        return [f"it fails: {record.error.splitlines()[0]}"]
     if expected.refusal:
         permitted = expected.refusal.split(",")
         if permitted[0] not in record.refusals:
