@@ -487,7 +487,7 @@ class Planner:
         nodes = [self.record.nodes[ancestor] for ancestor in sorted(self.ancestors(name))]
         for kind in (StateKind.PARAMETER, StateKind.BUFFER, StateKind.CONSTANT):
             for node in nodes:
-                if node.state_kind is kind:
+                if node.state_kind is kind and node.tensor is not None and node.tensor.shape:  # a number has no rows
                     return kind.value, node.fqn, node.aliases
         for node in nodes:
             if node.kind is NodeKind.INPUT and Dep.USER in self.deps[name]:
