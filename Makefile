@@ -41,11 +41,11 @@ lint: $(TEST)/.installed ## check format, lint and types only
 
 .PHONY: pytest
 pytest: $(TEST)/.installed ## run the tests only (not the slow ones)
-	OMP_NUM_THREADS=2 $(TEST)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(TEST)/.installed ## run the slow tests
-	OMP_NUM_THREADS=2 $(TEST)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
 .PHONY: format
 format: $(TEST)/.installed ## format the code, and fix what the linter can fix
@@ -75,5 +75,7 @@ $(DEMO)/.installed $(TEST)/.installed: $(SOURCES_OF_ENV)
 	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch
 	@echo "==> $(@D): installing buffer_lifting[$(EXTRAS)]"
 	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]"
+	@case "$(EXTRAS)" in *test*) \
+	    $(@D)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps litgpt torchtitan;; esac
 	@touch $@
 	@echo "==> $(@D): ready"

@@ -7,7 +7,7 @@ from enum import Flag, auto
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
 from buffer_lifting.labels import Labels, has_seq, is_labelled
-from buffer_lifting.ops import content_operands, is_mutating, is_random, is_view, length_operands
+from buffer_lifting.ops import INDICES, content_operands, is_mutating, is_random, is_view, length_operands
 
 
 class Dep(Flag):
@@ -47,7 +47,7 @@ def analyse(
             for name in content_operands(node):
                 dep |= deps[name] & ~Dep.LENGTH if isinstance(record.nodes[name].meta, ScalarMeta) else deps[name]
             dep |= _length(record, node, deps, lengths)
-            if node.base_op in ("aten.sym_size", "aten.arange", "aten.tril_indices", "aten.triu_indices"):
+            if node.base_op == "aten.sym_size" or node.base_op in INDICES:
                 dep |= Dep.IOTA
             if is_random(node):
                 dep |= Dep.RANDOM

@@ -109,6 +109,8 @@ FILLS = frozenset(
     ]
     for name in line.split()
 )
+#: Ops that make an index.
+INDICES = frozenset(["aten.arange", "aten.range", "aten.linspace", "aten.tril_indices", "aten.triu_indices"])
 ATTENTION = "aten.scaled_dot_product_attention"
 FLEX_ATTENTION = "hop.flex_attention"
 #: Checks without a value; analysis passes over them.

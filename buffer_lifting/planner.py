@@ -25,7 +25,7 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.local_rules import local
-from buffer_lifting.ops import content_operands, is_random, is_view
+from buffer_lifting.ops import INDICES, content_operands, is_random, is_view
 from buffer_lifting.plan import (
     AxisSize,
     Call,
@@ -125,9 +125,9 @@ class Planner:
     def _counts_the_sequence(self, name: str) -> bool:
         """Whether a value is computed from an arange as long as a sequence (or one whose length is not known)."""
         lengths = set(self.inputs.lengths.values())
-        aranges = (node for a in self.ancestors(name) if (node := self.record.nodes[a]).base_op == "aten.arange")
-        sizes = [node.tensor.shape[0] if node.tensor else None for node in aranges]
-        return not sizes or any(not isinstance(size, int) or size in lengths for size in sizes)
+        indices = [self.record.nodes[a] for a in self.ancestors(name) if self.record.nodes[a].base_op in INDICES]
+        sizes = [size for node in indices for size in (node.tensor.shape if node.tensor else (None,))]
+        return any(not isinstance(size, int) or size in lengths for size in sizes)
 
     def is_length_of_sequence(self, name: str) -> bool:
         """Whether a symbolic number is made from a sequence length."""
@@ -487,7 +487,7 @@ class Planner:
         nodes = [self.record.nodes[ancestor] for ancestor in sorted(self.ancestors(name))]
         for kind in (StateKind.PARAMETER, StateKind.BUFFER, StateKind.CONSTANT):
             for node in nodes:
-                if node.state_kind is kind:
+                if node.state_kind is kind and node.tensor is not None and node.tensor.shape:  # a number has no rows
                     return kind.value, node.fqn, node.aliases
         for node in nodes:
             if node.kind is NodeKind.INPUT and Dep.USER in self.deps[name]:

@@ -14,7 +14,7 @@ Varies = tuple[bool, ...]
 _COPIES = frozenset(f"aten.{name}" for name in ["alias", "clone", "contiguous", "detach", "detach_", "lift_fresh_copy"])
 _EXPANDS = ("aten.expand", "aten.expand_as", "aten.broadcast_to")
 _PERMUTES = frozenset(f"aten.{name}" for name in ["permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes"])
-_SAME_PART = ("aten.slice", "aten.narrow", "aten.repeat", "aten.split", "aten.chunk", "aten.split_with_sizes")
+_SAME_PART = ("aten.slice", "aten.narrow", "aten.split", "aten.chunk", "aten.split_with_sizes")
 
 
 class Variation:
@@ -76,7 +76,7 @@ class Variation:
             return _long(shape)
         if op in _COPIES or (op in _SAME_PART and len(own) == len(shape)):
             return own
-        if op in _EXPANDS:
+        if op in _EXPANDS or op == "aten.repeat":
             return (False,) * (len(shape) - len(own)) + own
         if op in _PERMUTES:
             order = permutation(node, len(own))

@@ -332,7 +332,10 @@ def _from_table(view: OpView, shape: tuple[Size, ...]) -> AxisResult:
         return AxisResult(None)
     if view.node.base_op == "aten.gather":
         index = view.labels("index")
-        return AxisResult(None if index is None else (index,), {} if index is None else {"index": as_it_is(index)})
+        if index is None:
+            return AxisResult(None)
+        table = Alignment(features(view.shape("self") or ()), None)
+        return AxisResult((index,), {"index": as_it_is(index), "self": table})
     arg = view.node.args.get("indices")
     paths = [f"indices.{d}" for d, item in enumerate(arg) if item is not None] if isinstance(arg, tuple) else ["index"]
     dim = view.dim("dim", len(view.shape("self") or ())) if paths == ["index"] else int(paths[0].partition(".")[2])
@@ -341,7 +344,8 @@ def _from_table(view: OpView, shape: tuple[Size, ...]) -> AxisResult:
         return AxisResult(None)
     rest = shape[dim + len(index) :]
     out = (*features(shape[:dim]), *index, *features(rest))
-    return AxisResult((out,), {paths[0]: as_it_is(index)})
+    table = Alignment(features(view.shape("self") or ()), None)
+    return AxisResult((out,), {paths[0]: as_it_is(index), "self": table})
 
 
 @rule("repeat_interleave")

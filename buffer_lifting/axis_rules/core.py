@@ -23,7 +23,7 @@ from buffer_lifting.labels import (
     transposed,
     with_role,
 )
-from buffer_lifting.ops import ASSERTIONS, is_pointwise
+from buffer_lifting.ops import ASSERTIONS, content_operands, is_pointwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,9 @@ def pointwise(view: OpView) -> AxisResult:
     shape = view.shape("out")
     if shape is None:
         return AxisResult(None)
-    tensors = view.tensors()
+    contents = set(content_operands(view.node))
+    refs = dict(view.node.named_refs())
+    tensors = [(path, own) for path, own in view.tensors() if refs[path] in contents]  # type_as takes only a dtype
     paths = [path for path, _ in tensors if view.is_data(path)] or [path for path, _ in tensors]
     known = [labels for path in paths if (labels := view.labels(path)) is not None]
     if not known and any(view.is_lost(path) for path in paths):
@@ -180,10 +182,10 @@ def pointwise(view: OpView) -> AxisResult:
         swapped = broadcast([known[0], *(transposed(labels) for labels in known[1:])], shape)
         if swapped is None:
             return AxisResult(None, mixing="elements at different sequence positions meet")
-        operands = {path: align(swapped, s) for path, s in view.tensors()}
+        operands = {path: align(swapped, s) for path, s in tensors}
         return AxisResult((swapped,) * len(view.shapes_out()), operands, TRANSPOSED, True)
     out = _born(view, out)
-    operands = {path: align(out, s) for path, s in view.tensors()}
+    operands = {path: align(out, s) for path, s in tensors}
     return AxisResult((out,) * len(view.shapes_out()), operands)
 
 

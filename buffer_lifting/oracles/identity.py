@@ -31,8 +31,13 @@ def check_identity(program: ExportedProgram, lifted: LiftedProgram, cases: list[
     original, changed = program.module(), lifted.program.module()
     for case in cases:
         feed = lifted.feed(case.batch, case.lengths, inputs=case.tensors())
-        left, left_grads = _run(original, case.args, case.kwargs, seed)
-        right, right_grads = _run(changed, case.args, {**case.kwargs, **feed}, seed)
+        left, left_grads, left_state = _run(original, case.args, case.kwargs, seed)
+        right, right_grads, right_state = _run(changed, case.args, {**case.kwargs, **feed}, seed)
+        for name in (left_state.keys() | right_state.keys()) - _caches(original, case, left_state, lifted):
+            compared += 1
+            a, b = left_state.get(name), right_state.get(name)
+            if (a is None or b is None or not same_bits(a, b)) and not node:
+                node, detail = name, f"the buffer is not written as in the original {_at(case)}"
         names = [str(name) for name in program.graph_signature.user_outputs]
         largest = max((float(g.abs().max()) for g in left_grads.values() if g is not None and g.numel()), default=0.0)
         for index, (a, b) in enumerate(zip(left, right, strict=True)):
@@ -110,10 +115,36 @@ def _sizes(cases: list[Case], loose: str, trained: bool) -> str:
     return f"{how}, at (batch, length) " + ", ".join(f"({case.batch}, {case.length})" for case in cases) + frozen
 
 
+def _caches(original: torch.nn.Module, case: Case, written: dict[str, torch.Tensor], lifted: LiftedProgram) -> set[str]:
+    """Buffers that the original overwrites in the same way each time, and that the lifted program has no use for."""
+    if not written:
+        return set()
+    buffers: dict[str, torch.Tensor] = dict(original.named_buffers())
+    before = {name: buffers[name].clone() for name in written}
+    with torch.no_grad():
+        for name, value in written.items():
+            buffers[name].copy_(value)
+        original(*case.args, **case.kwargs)
+        again = {name for name, value in written.items() if same_bits(buffers[name], value)}
+        for name, value in before.items():
+            buffers[name].copy_(value)
+    signature = lifted.program.graph_signature
+    used = {node.name for node in lifted.program.graph.nodes if node.op == "placeholder" and node.users}
+    return {fqn for name, fqn in signature.inputs_to_buffers.items() if fqn in again and name not in used}
+
+
 def _run(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
-) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None]]:
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
+    """Outputs, gradients, and the buffers that the run has changed, which are put back."""
+    buffers: dict[str, torch.Tensor] = dict(module.named_buffers())
+    before = {name: value.clone() for name, value in buffers.items()}
     torch.manual_seed(seed)
     outputs = [value for value in tree_flatten(module(*args, **kwargs))[0] if isinstance(value, torch.Tensor)]
     parameters: dict[str, torch.Tensor] = dict(module.named_parameters())
-    return outputs, gradients(outputs, loss_weights(outputs, seed), parameters)
+    found = gradients(outputs, loss_weights(outputs, seed), parameters)
+    changed = {name: value.clone() for name, value in buffers.items() if not same_bits(value, before[name])}
+    with torch.no_grad():
+        for name in changed:
+            buffers[name].copy_(before[name])
+    return outputs, found, changed

@@ -320,8 +320,30 @@ class _Functionalizer:
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
         for known in {id(s): s for s in self.storage.values()}.values():
-            if known.effect is not None and known.base.name in self.droppable and known.base not in needed:
+            if known.effect is None or known.base.name not in self.droppable or known.base in needed:
+                continue
+            if not self._keeps_count(known.current, known.base):
                 self.graph.erase_node(known.effect)
+
+    def _keeps_count(self, value: Node, base: Node) -> bool:
+        """Whether what is written is computed from what the buffer held (a counter), not only put beside it."""
+        stack, seen = [value], set()
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node is base:
+                return True
+            operands = list(node.all_input_nodes)
+            if getattr(node.target, "overloadpacket", None) in (aten.slice_scatter, aten.select_scatter):
+                whole = node.args[0]
+                while isinstance(whole, Node) and getattr(whole.target, "overloadpacket", None) in _VIEWS:
+                    whole = whole.args[0]
+                if whole is base:
+                    operands.remove(node.args[0])  # type: ignore[arg-type]
+            stack.extend(operands)
+        return False
 
 
 def _first(node: Node) -> Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView
+from buffer_lifting.axis_rules.core import as_it_is
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.graph.sizes import Size, product
 from buffer_lifting.labels import DimLabel, Labels, features, is_labelled
@@ -176,7 +177,8 @@ def _index(routing: Routing, view: OpView) -> AxisResult | None:
         if first is None or any(index != first for index in indices):
             return None
         out = (*features(shape[: dims[0]]), *first, *features(shape[dims[-1] + 1 :]))
-        return AxisResult((out,), {"self": Alignment(features(shape), None)})
+        aligned = {f"indices.{dim}": as_it_is(first) for dim in dims}
+        return AxisResult((out,), {"self": Alignment(features(shape), None), **aligned})
     if len(places) == 1 and is_routed(labels[dims[0]]):
         return _undone(routing, view, places[0], labels)
     found = _whole_place(routing, places, labels, view)
