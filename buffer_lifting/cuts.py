@@ -67,19 +67,15 @@ def layer_starts(record: GraphRecord, activations: Sequence[str], wanted: int = 
             lists[parent].append((fqn, index))
     if not lists:
         return []
-    outer = {
-        parent: entries
-        for parent, entries in lists.items()
-        if len(entries) >= max(wanted, 2) and not any(_inside(parent, other) for other in lists)
-    }
-    chosen = outer or lists
-    longest = max(chosen, key=lambda name: (len(chosen[name]), -min(index for _, index in chosen[name])))
-    entries = list(lists[longest])
-    for name, others in lists.items():
-        *path, last = name.split(".")
-        if name != longest and last == longest.rpartition(".")[2] and not any(part.isdigit() for part in path):
-            entries += others
-    return sorted(entries, key=lambda entry: entry[1])
+    groups: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for parent, entries in lists.items():
+        *path, last = parent.split(".")
+        groups[parent if any(part.isdigit() for part in path) else last].extend(entries)
+    nested = {parent for parent in groups if any(_inside(parent, other) for other in lists)}
+    outer = {name: entries for name, entries in groups.items() if name not in nested and len(entries) >= max(wanted, 2)}
+    chosen = outer or groups
+    longest = max(chosen.values(), key=lambda entries: (len(entries), -min(index for _, index in entries)))
+    return sorted(longest, key=lambda entry: entry[1])
 
 
 def _inside(fqn: str, parent: str) -> bool:

@@ -383,11 +383,7 @@ class _Scan:
     def _read(self, edge: _Edge) -> None:
         value, labels = edge.value, edge.alignment.labels
         dep = self.deps[value.name]
-        if (
-            has_seq_dims(labels)
-            and not dep & (Dep.USER | Dep.WRITTEN)
-            and not self.planner.varies_along(value.name, labels)
-        ):
+        if has_seq_dims(labels) and Dep.WRITTEN not in dep and not self.planner.varies_along(value.name, labels):
             return
         two_axis = len(seq_axes(labels)) > 1
         context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))

@@ -61,6 +61,8 @@ class Variation:
             fill = node.args.get("fill_value", node.args.get("value"))
             plain = not isinstance(fill, Ref) or self.record.nodes[fill.name].tensor is None or not shape
             return (False,) * len(shape) if plain or self._uniform(fill) else _long(shape)
+        if op == "aten.ge" and self._at_least(node.args.get("self"), node.args.get("other")):
+            return (False,) * len(shape)
         if is_pointwise(node):
             return self._broadcast(node, shape)
         if op == "aten.embedding":
@@ -101,6 +103,21 @@ class Variation:
                 if flag and offset <= len(shape):
                     flags[-offset] = True
         return tuple(flags)
+
+    def _at_least(self, arg: object, bound: object) -> bool:
+        """Whether an index is at least ``bound`` everywhere (``q_idx >= 0``, how no mask at all is written)."""
+        while isinstance(arg, Ref) and isinstance(bound, int):
+            node = self.record.nodes[arg.name]
+            if node.base_op == "aten.arange":
+                start, step = node.args.get("start", 0) or 0, node.args.get("step", 1)
+                return isinstance(start, int) and start >= bound and step in (1, None)
+            other = node.args.get("other")
+            if node.base_op == "aten.add" and isinstance(other, int) and node.args.get("alpha", 1) == 1:
+                bound -= other
+            elif node.base_op not in _EXPANDS and node.base_op not in ("aten.unsqueeze", "aten.slice", "aten.view"):
+                return False
+            arg = node.args.get("self")
+        return False
 
     def _operand(self, node: Node, key: str) -> Varies:
         arg = node.args.get(key)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from zoo import CASES, export_case, make_inputs
+from zoo.catalog import entries, export_cell, export_of
 
 import buffer_lifting as bl
 
@@ -161,3 +162,16 @@ def test_summary_names_every_stage() -> None:
     staged = bl.partition(bl.lift(export(Skips(), tokens())), num_stages=2)
     lines = staged.summary().splitlines()
     assert len(lines) == 3 and "lifted_table" in lines[1] and "lifted_table" in lines[2]
+
+
+def test_a_relative_bias_is_a_tied_weight_of_the_stages_that_read_it() -> None:
+    """T5 computes the bias in one layer and hands it on; stages compute it from a copy of the parameter instead."""
+    entry = entries()["hf_t5"]
+    program = export_cell(entry, export_of(entry, "eager"), "dynamic")
+    staged = bl.partition(bl.context_parallel(bl.lift(program)), num_stages=4)
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert staged.tied[f"encoder.{bias}"] == (0, 1) and staged.tied[f"decoder.{bias}"] == (2, 3)
+    hidden = 4 * 32  # bytes of one row: float32, width 32
+    sizes = [3 * 11 * hidden, 3 * (11 + 7) * hidden, 3 * (11 + 7) * hidden, 0]  # nothing of [S, S] is sent
+    assert [stage.boundary_bytes for stage in staged.stages] == sizes
+    assert bl.verify(program, staged, checks=("composition",)).passed

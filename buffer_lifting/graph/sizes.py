@@ -6,6 +6,7 @@ A size is an ``int`` or an :class:`Expr`, a polynomial with integer coefficients
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -121,16 +122,29 @@ def is_symbol(size: Size) -> bool:
 
 def rename(size: Size, names: Mapping[str, str] | Mapping[str, Size]) -> Size:
     """The size with atoms renamed, or replaced by sizes."""
-    if isinstance(size, int) or not any(atom in names for atom in atoms(size)):
+    if isinstance(size, int) or not any(atom in names or atom[0] == "(" for atom in atoms(size)):
         return size
     result: Size = 0
     for monomial, coefficient in size.terms:
         term: Size = coefficient
         for atom, power in monomial:
-            new = names.get(atom, atom)
-            term = product([term, *[symbol(new) if isinstance(new, str) else new] * power])
+            term = product([term, *[_renamed(atom, names)] * power])
         result = add(result, term)
     return result
+
+
+_QUOTIENT = re.compile(r"\(\((\d+)\*(\w+)\)//(\w+)\)")
+
+
+def _renamed(atom: str, names: Mapping[str, str] | Mapping[str, Size]) -> Size:
+    """What an atom becomes; ``((4*a)//b)`` is 4 once ``a`` and ``b`` are one size."""
+    quotient = _QUOTIENT.fullmatch(atom)
+    if quotient is not None:
+        factor, left, right = quotient.groups()
+        if names.get(left, left) == names.get(right, right):
+            return int(factor)
+    new = names.get(atom, atom)
+    return symbol(new) if isinstance(new, str) else new
 
 
 def is_choice(atom: str) -> bool:
