@@ -183,6 +183,8 @@ def pointwise(view: OpView) -> AxisResult:
         if swapped is None:
             return AxisResult(None, mixing="elements at different sequence positions meet")
         operands = {path: align(swapped, s) for path, s in tensors}
+        for path in paths:  # data keeps its own roles: that they are exchanged is what is reported
+            operands[path] = Alignment(view.labels(path) or (), operands[path].batch_from_right)
         return AxisResult((swapped,) * len(view.shapes_out()), operands, TRANSPOSED, True)
     out = _born(view, out)
     operands = {path: align(out, s) for path, s in tensors}

@@ -106,11 +106,14 @@ def _inputs_mrope(batch: int, seq: int, generator: torch.Generator, sections: in
 
 # Exports ------------------------------------------------------------------------------------------------
 
+_ONE_BATCH = {0: Dim("batch", min=2), 1: Dim.AUTO}
 _EXPORTS = {
     "sdpa": Export("sdpa", inputs_plain),
     "eager": Export("eager", inputs_plain, {"attention": "eager"}),
     "positions": Export("positions", inputs_positions),
     "mask": Export("mask", inputs_mask),
+    # Dim.AUTO gives the two inputs batch symbols of their own, and alibi's reshape divides one by the other
+    "mask_one_batch": Export("mask", inputs_mask, dims={"input_ids": _ONE_BATCH, "attention_mask": _ONE_BATCH}),
     "labels": Export("labels", inputs_labels),
     "full": Export("full", inputs_plain, shapes=("static",), seq=TABLE),  # a dynamic export would fix S at the length
     "long": Export("long", inputs_plain, seq=2 * SEQ),
@@ -307,7 +310,7 @@ _ALIBI = (
     lm(
         "falcon_alibi",
         "Falcon",
-        "sdpa eager mask labels",
+        "sdpa eager mask_one_batch labels",
         "alibi layout cumsum_ones cumsum_data mask_causal mask_padding labels",
         alibi=True,
     ),
