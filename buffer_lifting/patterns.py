@@ -1,4 +1,4 @@
-"""The patterns of ``local_rules.py`` in words, and which of them came nearest to a value that was refused."""
+"""The patterns of ``local_rules`` in words, and which of them came nearest to a value that was refused."""
 
 from __future__ import annotations
 
