@@ -93,6 +93,7 @@ class _Scan:
         self.flex: list[FlexPlan] = []
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
+        self.totals: set[str] = set()  # what is computed from a reduction over all tokens
         self.completion = Completion(inputs)
         self.routing = Routing(record)
         if not inputs.lengths:
@@ -163,7 +164,22 @@ class _Scan:
             self.labels[node.name] = self._outputs(node, result)
             if result.mixing and (result.outputs is None or carries):
                 self.reports.mix(node, result.mixing, result.handled, "BL200" if result.handled else "BL201")
+        self._total(node, result)
         self._operands(node, result)
+
+    def _total(self, node: Node, result: AxisResult | None) -> None:
+        """A reduction over all tokens is a loss, unless it goes back into the tokens."""
+        if result is not None and result.handled and result.mixing.startswith("a loss"):
+            self.totals.add(node.name)
+            return
+        reduced = [name for name in node.refs() if name in self.totals]
+        if not reduced:
+            return
+        if self._carries(node):
+            why = "a reduction over all tokens goes back into the tokens"
+            self.reports.mix(node, why, False, "BL201")
+        else:
+            self.totals.add(node.name)
 
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]

@@ -61,6 +61,12 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "first_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, :1])), "mixes the sequence"),
     "last_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, -1])[:, None]), "mixes the sequence"),
     "argmax_of_ids": (lambda n, i: n.h(n.e(i) + n.pe(i.argmax(1))[:, None]), "mixes the sequence"),
+    "best_key": (lambda n, i: n.h(n.e(i) + n.pe((n.e(i) @ n.e(i).mT).argmax(-1))), "an index along it is taken"),
+    "best_key_of_max": (
+        lambda n, i: n.h(n.e(i) + n.pe((n.e(i) @ n.e(i).mT).max(-1)[1])),
+        "an index along the sequence",
+    ),
+    "global_mean": (lambda n, i: n.h(n.e(i) - n.e(i).mean()), "goes back into the tokens"),
     "argmax_of_data": (lambda n, i: n.h(n.e(i) + (n.e(i).argmax() % 7).float()), "a reduction over the sequence"),
     "flattened_positions": (
         lambda n, i: n.h(n.e(i) + n.pe(torch.arange(i.numel()).view(i.shape))),

@@ -203,7 +203,9 @@ def _reduce(view: OpView) -> AxisResult:
         if index not in over:
             out.append(dim)
             continue
-        if has_seq(dim) and all(f.role in KEYS for f in dim if f.is_seq):
+        if has_seq(dim) and view.node.base_op in ("aten.argmax", "aten.argmin"):
+            mixing, handled = "a reduction over the sequence: an index along it is taken from the data", False
+        elif has_seq(dim) and all(f.role in KEYS for f in dim if f.is_seq):
             mixing, handled = "attention: a reduction over keys", True
         elif has_seq(dim):
             handled = len(over) == rank and view.node.base_op in (
