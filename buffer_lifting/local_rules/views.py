@@ -169,10 +169,12 @@ def _expand(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     return Value(Call("aten.expand.default", (plan, tuple(sizes)), node.name), value.lane, len(labels))
 
 
-@local_rule("alias", "contiguous", "clone", "detach")
+@local_rule("alias", "contiguous", "clone", "detach", "detach_")
 def _copy(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, _ = operand_of(planner, node)
     value = planner.rebuild(source.name, labels, context)
+    if node.base_op == "aten.detach_" and value.changed:
+        return Value(Call("aten.detach.default", (value.plan,), node.name), value.lane, len(labels))
     return unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
 
 
