@@ -293,6 +293,11 @@ class _Scan:
         """Whether a value without user contents is made from an index over the batch."""
         if Dep.USER in self.deps[value.name] or not any(f.axis == BATCH for dim in alignment.labels for f in dim):
             return False
+        varies = self.planner.variation.of(value.name)
+        if any(
+            flag and len(dim) == 1 and dim[0].axis == BATCH for flag, dim in zip(varies, alignment.labels, strict=True)
+        ):
+            return True
         ancestors = (self.record.nodes[name] for name in self.planner.ancestors(value.name))
         return any(
             n.base_op == "aten.arange" and n.tensor and n.tensor.shape == (self.inputs.batch,) for n in ancestors

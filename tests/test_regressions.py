@@ -72,6 +72,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
         lambda n, i: n.h(n.e(i) + n.pe(torch.arange(i.numel()).view(i.shape))),
         "other values for each sample|folded|cut|cannot be lifted",
     ),
+    "rows_of_a_table_by_batch": (lambda n, i: n.h(n.e(i) + n.pe.weight[: i.shape[0], None]), "varies along the batch"),
     "values_of_the_sample": (
         lambda n, i: n.h(
             n.e(i)

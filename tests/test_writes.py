@@ -94,6 +94,14 @@ def _keys_in_place(n: Net, i: Tensor) -> Tensor:
     return attend(keys, torch.ones(i.shape[1], i.shape[1], dtype=torch.bool).tril())
 
 
+def _distances(n: Net, i: Tensor) -> Tensor:
+    """BERT's relative_key_query: queries and keys with an embedding of their distance."""
+    x, place = n.e(i)[:, None], torch.arange(i.shape[1])
+    far = n.p[place[:, None] - place[None] + 16]
+    scores = x @ x.mT + torch.einsum("bhld,lrd->bhlr", x, far) + torch.einsum("bhrd,lrd->bhlr", x, far)
+    return (scores.softmax(-1) @ x)[:, 0]
+
+
 LIFTED: dict[str, Body] = {
     "halves": _halves,
     "bucket": _bucket,
@@ -106,9 +114,11 @@ LIFTED: dict[str, Body] = {
     "length": lambda n, i: n.e(i) * torch.full((1,), i.shape[1]).float().log(),
     "highest": lambda n, i: n.e(i) * torch.arange(i.shape[1]).max().float(),
     "any_of_user": lambda n, i: n.e(i).masked_fill(~(i > 15).any(-1)[:, None, None], 0.0),
+    "constant": lambda n, i: n.e(i) + torch.tensor([float(k) for k in range(LENGTH)])[: i.shape[1], None],
     "flipped_features": lambda n, i: n.e(i) + n.p[: i.shape[1]].flip(-1),
     "normalised": lambda n, i: n.e(i) + F.normalize(n.p[: i.shape[1]], dim=-1),
     "einsum": lambda n, i: n.e(i) * torch.einsum("s,d->sd", torch.arange(i.shape[1]).float(), n.p[0]),
+    "einsum_of_distances": _distances,
     "concatenated": lambda n, i: torch.cat([n.e(i)[..., :4], n.p[: i.shape[1], :4].expand_as(n.e(i)[..., :4])], -1),
 }
 

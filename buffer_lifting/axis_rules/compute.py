@@ -117,10 +117,15 @@ def _einsum(view: OpView) -> AxisResult:
                 return AxisResult(None, mixing="elements at different sequence positions meet")
             if known != dim:
                 by_letter[letter] = with_role(dim, COL)  # summed over: the keys of scores and of values
+    for (path, _), letters in zip(view.tensors(), left.split(","), strict=True):
+        for letter, dim in zip(letters, view.positional(path) or (), strict=False):
+            if has_seq(dim) and letter in target and letter not in by_letter:  # relative positions bring the keys
+                rows = any(f.axis == dim[0].axis for known in by_letter.values() for f in known)
+                by_letter[letter] = with_role(dim, COL if rows else ROW)
     out: list[DimLabel] = []
     for letter, size in zip(target, shape, strict=True):
         dim = by_letter.get(letter, feature(size))
-        if has_seq(dim) and any(has_seq(previous) for previous in out):
+        if has_seq(dim) and any({(f.axis, f.role) for f in dim} & {(f.axis, f.role) for f in old} for old in out):
             dim = with_role(dim, COL)
         out.append(dim)
     mixing, handled = "", False
@@ -134,7 +139,9 @@ def _einsum(view: OpView) -> AxisResult:
     for (path, own), letters in zip(view.tensors(), left.split(","), strict=True):
         of_data = view.labels(path) if view.is_data(path) else None
         labels = tuple(by_letter.get(letter, feature(size)) for letter, size in zip(letters, own, strict=True))
-        operands[path] = Alignment(of_data or labels, None)
+        # a value of positions has no batch dim of its own: lifting puts one in front, and into the equation
+        front = len(labels) + 1 if batch_dim(labels) is None else len(labels) - (batch_dim(labels) or 0)
+        operands[path] = Alignment(of_data or labels, None if of_data else front)
     return AxisResult((tuple(out),), operands, mixing, handled)
 
 
