@@ -27,12 +27,13 @@ from buffer_lifting.labels import (
     Factor,
     Labels,
     feature,
+    has_batch,
     has_seq,
     is_labelled,
     seq_axes,
 )
 from buffer_lifting.naming import name_outputs
-from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, is_pointwise, length_operands
+from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, MATRIX_PRODUCTS, is_pointwise, length_operands
 from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (
@@ -328,7 +329,17 @@ class _Scan:
         used = list(dict.fromkeys(self.planner.trail))
         if not used or not rebuilt.changed:
             return
+        if rebuilt.lane and self._batch_is_a_matrix_dim(edge.consumer):
+            why = "a product whose matrix rows or columns are the batch has no place for values per sample"
+            self.reports.refused(edge.consumer, edge.path, value, labels, Refuse(why, edge.consumer.name))
+            return
         self._accept(edge, rebuilt, used, form)
+
+    def _batch_is_a_matrix_dim(self, node: Node) -> bool:
+        known = self.labels.get(node.name)
+        if node.base_op not in MATRIX_PRODUCTS or not known:
+            return False
+        return any(has_batch(dim) for dim in known[0][-2:])
 
     def _natural(self, edge: Edge, context: Context) -> Value | None:
         """The fallback: the value stays in natural order in the stage and is gathered along each axis."""

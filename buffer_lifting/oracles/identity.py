@@ -80,6 +80,8 @@ def _why_not_bitwise(program: ExportedProgram, lifted: LiftedProgram) -> str:
         if isinstance(value, torch.Tensor) and value.is_complex():
             return "products of complex numbers round by the operands' memory layout"
         if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if read.op.split(".")[1] in ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linear"):
+                return "a product with values per sample is another kernel"
             if read.operand == "attn_mask":
                 return "attention with a floating bias per sample is another kernel"
             if read.form != "values" or read.source_kind == "parameter":
