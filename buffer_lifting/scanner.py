@@ -33,7 +33,14 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.naming import name_outputs
-from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, MATRIX_PRODUCTS, is_pointwise, length_operands
+from buffer_lifting.ops import (
+    ATTENTION,
+    FLEX_ATTENTION,
+    MATRIX_PRODUCTS,
+    content_operands,
+    is_pointwise,
+    length_operands,
+)
 from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (
@@ -182,6 +189,11 @@ class _Scan:
         else:
             self.totals.add(node.name)
 
+    def _normalises_a_loss(self, node: Node, value: Node) -> bool:
+        """Whether a number computed from all of a user's tokens meets a reduction over all tokens."""
+        scalar = value.tensor is not None and not value.tensor.shape
+        return scalar and Dep.DATA not in self.deps[value.name] and any(name in self.totals for name in node.refs())
+
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]
 
@@ -221,9 +233,14 @@ class _Scan:
             return
         if node.base_op == ATTENTION and node.args.get("is_causal") is True:
             self.reports.causal(node)
+        contents = set(content_operands(node))
         for path, name in node.named_refs():
             value = self.record.nodes[name]
-            if result is not None and path in result.consumed:
+            if name not in contents or (result is not None and path in result.consumed):
+                continue
+            if name in self.mixed and self._normalises_a_loss(node, value):
+                why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"
+                self.reports.mix(node, why, True, "BL200")
                 continue
             if Dep.DATA in self.deps[name]:
                 if result and not self._lines_up(name, result.operands.get(path)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, as_it_is, pointwise, rule
 from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import (
+    BATCH,
     COL,
     KEYS,
     ROW,
@@ -71,8 +72,6 @@ def _matmul(view: OpView) -> AxisResult:
             mixing, handled = "attention: a sum over keys", True
         else:
             mixing = "a sum over the sequence"
-    elif any(is_labelled(dim) for dim in inner):
-        mixing = "a sum over the batch"
     operands = {left_path: Alignment(lhs, None), right_path: Alignment(rhs, None)}
     batch = batch_dim(out)
     for path, own in operands.items():
@@ -175,6 +174,8 @@ def _softmax(view: OpView) -> AxisResult:
     if labels is None:
         return AxisResult(None)
     dim = labels[view.dim("dim", len(labels), -1)]
+    if has_seq(dim) and any(f.axis == BATCH for f in dim):
+        return AxisResult((labels,), mixing="a softmax along the batch")
     if has_seq(dim):
         handled = any(factor.role in KEYS for factor in dim)
         why = "attention: a softmax over keys" if handled else "a softmax along the sequence"
@@ -261,6 +262,8 @@ def _attention(view: OpView) -> AxisResult:
     if mask is not None:
         scores = (*query[:-1], with_role(key[-2], COL))
         operands["attn_mask"] = align(scores, mask)
+    if any(f.axis == BATCH for dim in (query[-2], key[-2]) for f in dim):
+        return AxisResult((out,), operands, "attention along the batch")
     if not has_seq(query[-2]) or not has_seq(key[-2]):
         over_features = not has_seq(key[-2])
         return AxisResult((out,), operands, "" if over_features else "attention: a sum over keys", True)
