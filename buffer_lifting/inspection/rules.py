@@ -87,7 +87,9 @@ def rule_page(entry: Rule) -> str:
     return "\n".join(parts)
 
 
-_LIFT = "lifted = bl.lift(program)\nfeed = lifted.feed(batch_size=4, seq_len=16, order=order)\nlifted.program.module()(tokens, **feed)"
+_LIFT = """lifted = bl.lift(program)
+feed = lifted.feed(batch_size=4, seq_len=16, order=order)
+lifted.program.module()(tokens, **feed)"""
 
 _ALL = (
     Rule(
@@ -118,7 +120,8 @@ _ALL = (
         "an index or length along the sequence is made in the graph and is not lifted",
         "arange, cumsum over ones, or the length of the sequence itself gives each rank 0..S_local-1 (or its own\n"
         "length) under a sharded sequence. Lifting replaces the index by an input with the tokens' positions.",
-        "def forward(self, x):\n    position = torch.arange(x.shape[1])\n    return x * (position * self.inv_freq).cos()",
+        "def forward(self, x):\n"
+        "    position = torch.arange(x.shape[1])\n    return x * (position * self.inv_freq).cos()",
         _LIFT,
     ),
     Rule(
@@ -151,7 +154,8 @@ _ALL = (
         "gathers it along both axes: correct, and S*S memory. A value computed from a difference of positions\n"
         "by local ops is lifted without that.",
         "def forward(self, scores):\n    return scores + self.bias.flip(0)[: scores.shape[-2], : scores.shape[-1]]",
-        "def forward(self, scores, positions):\n    return scores - (positions[:, :, None] - positions[:, None, :]).abs()",
+        "def forward(self, scores, positions):\n"
+        "    return scores - (positions[:, :, None] - positions[:, None, :]).abs()",
     ),
     Rule(
         "BL007",
@@ -169,7 +173,8 @@ _ALL = (
         "error",
         "a buffer that is read by position is written by the graph",
         "A KV cache or a counter: its rows depend on earlier calls, so no feed can make them.",
-        "model = AutoModelForCausalLM.from_config(config)  # use_cache=True\nprogram = torch.export.export(model, args)",
+        "model = AutoModelForCausalLM.from_config(config)  # use_cache=True\n"
+        "program = torch.export.export(model, args)",
         "config.use_cache = False\nmodel = AutoModelForCausalLM.from_config(config)",
     ),
     Rule(
@@ -188,7 +193,8 @@ _ALL = (
         "which dims run along the batch and the sequence is not known",
         "Two dims of the example inputs have one size, or an input has the length of another. Name them by axes=\n"
         "(--axes on the command line), or export with distinct sizes or dynamic dims.",
-        "tokens = torch.zeros(8, 8, dtype=torch.long)  # batch 8, sequence 8\nprogram = torch.export.export(model, (tokens,))",
+        "tokens = torch.zeros(8, 8, dtype=torch.long)  # batch 8, sequence 8\n"
+        "program = torch.export.export(model, (tokens,))",
         'bl.scan(program, axes={"tokens": {0: "batch", 1: "seq"}})',
     ),
     Rule(
