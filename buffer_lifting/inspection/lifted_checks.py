@@ -119,7 +119,8 @@ def _broadcasts(
             op = readers[0].target if readers else ""
             found.append(diagnostic("BL301", message, "", place, source=item.source, node=node.name, op=op))
             continue
-        sizes = list(readers[0].args[1]) if len(readers[0].args) > 1 else []
+        sizes = readers[0].args[1] if len(readers[0].args) > 1 else ()
+        sizes = sizes if isinstance(sizes, list | tuple) else ()
         spread = [dim for dim, size in enumerate(sizes) if size != -1]
         if not item.batched:
             if spread:
