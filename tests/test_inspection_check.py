@@ -345,3 +345,40 @@ def test_a_pickle_in_a_file_is_not_opened(here: Path, capsys: Capture) -> None:
             new.writestr(item.filename, data)
     main(["check", "bad.pt2"])
     assert not (here / "run").exists()
+
+
+def test_edited_stages_are_an_error_or_findings_and_nothing_else() -> None:
+    """Values of the JSON replaced by others, with checksums that fit: no crash."""
+    import hashlib
+    import random
+
+    from buffer_lifting.errors import ArchiveError
+
+    dice = random.Random(0)
+    manifest = json.loads(Path("stages/manifest.json").read_text())
+    texts = {name: Path("stages", name).read_text() for name in ("feed.json", "stage_0.json", "stage_1.json")}
+    outcomes = {"findings": 0, "refused": 0}
+    for _ in range(600):
+        name = dice.choice(sorted(texts))
+        document = json.loads(texts[name])
+        holder, key = document, dice.choice(sorted(document))
+        while isinstance(holder[key], dict | list) and holder[key] and dice.random() < 0.85:
+            holder = holder[key]
+            key = dice.choice(sorted(holder)) if isinstance(holder, dict) else dice.randrange(len(holder))
+        if dice.random() < 0.3 and isinstance(holder, dict):
+            del holder[key]
+        else:
+            holder[key] = dice.choice(
+                [None, True, -1, 2**70, 1.5, "x", "aten.expand.default", [], {}, {"node": 3}, [[]]]
+            )
+        data = json.dumps(document).encode()
+        Path("stages", name).write_bytes(data)
+        edited = {**manifest, "sha256": {**manifest["sha256"], name: hashlib.sha256(data).hexdigest()}}
+        Path("stages/manifest.json").write_text(json.dumps(edited))
+        try:
+            check_stages(Path("stages"))
+            outcomes["findings"] += 1
+        except ArchiveError:
+            outcomes["refused"] += 1
+        Path("stages", name).write_text(texts[name])
+    assert min(outcomes.values()) > 20, outcomes

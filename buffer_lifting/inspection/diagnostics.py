@@ -25,6 +25,7 @@ _READ_AS = {
     "iota": "the index from {}",
     "length": "the sequence length",
     "is_causal": "the causal mask (is_causal=True)",
+    "flex": "the {} of flex_attention",
 }
 
 
