@@ -75,6 +75,11 @@ class FeedProgram:
         if any(o.program == "substituted" for o in wanted):
             whole |= self._substituted_tables(lengths, streams, device)
         if any(o.program == "hoisted" for o in wanted):
+            if self.mixes_positions and any(along.positions is not None for along in streams.values()):
+                raise FeedError(
+                    "positions= cannot be given: a value is computed from user inputs and from the index that also "
+                    "makes position ids, and which of the two it means is not known; give the model its position_ids"
+                )
             whole |= self._hoisted_tables(batch_size, lengths, inputs, device)
         result = {}
         for output in wanted:
@@ -105,6 +110,11 @@ class FeedProgram:
     def _probe(self) -> int:
         """The batch that position values are evaluated at: two samples show whether they differ between samples."""
         return 2 if self.axes.has_batch else 1
+
+    @property
+    def mixes_positions(self) -> bool:
+        """Whether a value hoisted from user inputs is computed from the index that makes position ids as well."""
+        return self.hoisted is not None and bool(self.hoisted.iotas)
 
     def _natural_tables(self, lengths: dict[str, int], device: torch.device | None) -> dict[str, torch.Tensor]:
         """Position values on the whole sequence, ``[seq, *row]``; computed once a length and device."""
@@ -172,6 +182,8 @@ class FeedProgram:
             self._check_input(name, inputs[name], batch_size, lengths)
         values = self._values(graph, batch_size, lengths)
         values.update({name: inputs[name] for name in needed})
+        for name, axis in graph.iotas.items():
+            values[name] = torch.arange(lengths[axis] if axis else next(iter(lengths.values())))
         raw = graph.run(values)
         return {
             out.node: _place(canonical(raw[out.node], out, batched=True), device)

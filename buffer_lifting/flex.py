@@ -54,7 +54,7 @@ def plan_flex(scan: _Scan, node: Node) -> None:
     keys = tuple(dict.fromkeys(reader.used))
     if rows is None and cols is None and not keys:
         return  # attention along another axis than the sequence: its block mask stays right
-    scan.reads.extend(reader.reads)
+    scan.reports.reads.extend(reader.reads)
     scan.frontier.extend(reader.frontier)
     scan.flex.append(FlexPlan(node.name, tuple(plans), (rows, cols), keys))
 
@@ -90,7 +90,7 @@ class FlexReader:
     def refused(self, refusal: Refuse) -> None:
         """Reports why the node cannot be lifted."""
         hint = refusal.hint or "write the mod with plain indices, or lift with strict=False if nothing is reordered"
-        self.scan.reads.append(self._read(str(refusal), refusal.code, hint, None, None))
+        self.scan.reports.reads.append(self._read(str(refusal), refusal.code, hint, None, None))
 
     def body(self, name: str) -> BodyPlan:
         """The plan of ``score_mod`` or ``mask_mod``."""

@@ -31,6 +31,7 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
     """
     base, starts = node, {dim: 0 for dim, label in enumerate(labels) if has_seq(label)}
     computed: list[tuple[int, Plan]] = []
+    steps: dict[int, int] = {}
     for dim in starts:
         if len(labels[dim]) != 1:
             raise Refuse("the rows of a table are folded with other dims", node.name)
@@ -42,7 +43,9 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
                 break
             start = base.args.get("start") or 0
             step = base.args.get("step", 1)
-            if isinstance(start, Ref) and step == 1:
+            if isinstance(step, int) and step > 1 and isinstance(start, int) and start >= 0 and not computed:
+                starts[dim], steps[dim] = starts[dim] * step + start, steps.get(dim, 1) * step
+            elif isinstance(start, Ref) and step == 1:
                 computed.append((dim, planner.scalar(start.name)))
                 starts[dim] += _from_the_end(planner, start.name, shape[dim], base)
             elif not isinstance(start, int) or step != 1:
@@ -66,6 +69,8 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
     indices: list[tuple[int, Plan]] = []
     for dim, start in starts.items():
         index = planner.iota(labels[dim][0], context)
+        if steps.get(dim, 1) != 1:
+            index = Call("aten.mul.Scalar", (index, steps[dim]), node.name)
         if start:
             index = Call("aten.add.Scalar", (index, start), node.name)
         for _, plan in (pair for pair in computed if pair[0] == dim):

@@ -123,7 +123,7 @@ def feed_program(
     graphs = {
         "natural": extract(normalized.graph, by_kind["natural"], states, {}),
         "substituted": extract(normalized.graph, by_kind["substituted"], states, plan.substituted),
-        "hoisted": extract(normalized.graph, by_kind["hoisted"], states, {}),
+        "hoisted": extract(normalized.graph, by_kind["hoisted"], states, plan.substituted),
     }
     used = {fqn for graph in graphs.values() if graph for fqn in graph.states.values()}
     tensors: dict[str, Any] = {**program.constants, **program.state_dict}

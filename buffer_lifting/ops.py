@@ -109,6 +109,7 @@ FILLS = frozenset(
     ]
     for name in line.split()
 )
+MATRIX_PRODUCTS = frozenset(f"aten.{name}" for name in ["matmul", "bmm", "mm", "addmm", "baddbmm"])
 #: Ops that make an index.
 INDICES = frozenset(["aten.arange", "aten.range", "aten.linspace", "aten.tril_indices", "aten.triu_indices"])
 ATTENTION = "aten.scaled_dot_product_attention"

@@ -1,4 +1,4 @@
-"""The patterns of ``local_rules.py`` in words, and which of them came nearest to a value that was refused."""
+"""The patterns of ``local_rules`` in words, and which of them came nearest to a value that was refused."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ _pattern(
     "rows of a table read by slice",
     f"a start that is constant or made from the length, step 1, {_TABLE}",
 )
+_pattern(
+    "mean prod var std norm linalg_vector_norm logsumexp argmax argmin",
+    "a reduction over features",
+    "constant dims, none of the sequence's size",
+)
+_pattern("detach_", "a copy without a gradient", "nothing")
 _pattern("select", "one element picked along a dim", "a constant index")
 _pattern(
     "embedding",

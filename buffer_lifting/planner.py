@@ -8,12 +8,11 @@ sequence is cut where that is legal, else refused.
 
 from __future__ import annotations
 
-from buffer_lifting import local_compute as local_compute  # registers its rules
 from buffer_lifting.axes import InputLabels
+from buffer_lifting.contents import Contents
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import gather_rows
-from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
-from buffer_lifting.graph.sizes import Size, atoms
+from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, TensorMeta
 from buffer_lifting.labels import (
     COL,
     Factor,
@@ -25,7 +24,7 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.local_rules import local
-from buffer_lifting.ops import INDICES, content_operands, is_random, is_view
+from buffer_lifting.ops import is_random, is_view
 from buffer_lifting.plan import (
     AxisSize,
     Call,
@@ -40,10 +39,9 @@ from buffer_lifting.plan import (
     Trace,
     Value,
 )
-from buffer_lifting.variation import Variation
 
 
-class Planner:
+class Planner(Contents):
     """Plans for one record. Memoised, so that what N layers read is planned (and later emitted) once."""
 
     def __init__(
@@ -53,7 +51,7 @@ class Planner:
         inputs: InputLabels,
         col_inputs: frozenset[str],
     ) -> None:
-        self.record, self.deps, self.inputs = record, deps, inputs
+        super().__init__(record, deps, inputs)
         self.col_inputs = col_inputs
         self.cuts: dict[CutKey, Cut] = {}
         self.input_roles: dict[str, set[str]] = {}
@@ -61,91 +59,11 @@ class Planner:
         self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
         self.trace = Trace()
         self._memo = self.trace.rebuilt
-        self._numbers: dict[str, str] = {}
-        self._interned: dict[object, int] = {}
-        self._tables: dict[str, bool] = {}
         self._scalars: dict[str, Plan] = {}
         self._whole: dict[str, Plan] = {}
         self._whole_open: list[str] = []
-        self.variation = Variation(record)
-        self._ancestors: dict[str, frozenset[str]] = {}
-        self._length_atoms = frozenset(a for size in inputs.lengths.values() for a in atoms(size))
 
-    # -- questions that rules ask ---------------------------------------------------------------------------
-
-    def fixed_batch(self) -> int | None:
-        """The batch size of a static program."""
-        return self.inputs.batch if isinstance(self.inputs.batch, int) else None
-
-    def is_table(self, name: str) -> bool:
-        """Whether a value is made from state alone, so that its rows are positions whatever the sequence."""
-        if name not in self._tables:
-            node, dep = self.record.nodes[name], self.deps[name]
-            shape = node.tensor.shape if node.tensor else ()
-            fixed = not dep & (Dep.USER | Dep.DATA | Dep.RANDOM | Dep.LENGTH)
-            fixed = fixed and not any(atoms(size) & self._length_atoms for size in shape)
-            self._tables[name] = fixed and not (Dep.IOTA in dep and self._counts_the_sequence(name))
-        return self._tables[name]
-
-    def is_table_along(self, name: str, dim: int) -> bool:
-        """Whether a value is a table along ``dim``; it may be repeated along other dims, for the batch say."""
-        node = self.record.nodes[name]
-        if self.is_table(name):
-            return True
-        source = node.args.get("self")
-        if node.base_op not in ("aten.expand", "aten.expand_as", "aten.unsqueeze") or not isinstance(source, Ref):
-            return False
-        meta = self.record.nodes[source.name].tensor
-        if meta is None or node.tensor is None:
-            return False
-        if node.base_op == "aten.unsqueeze":
-            added = int(node.args["dim"]) % len(node.tensor.shape)  # type: ignore[arg-type]
-            return added != dim and self.is_table_along(source.name, dim - (added < dim))
-        below = dim - (len(node.tensor.shape) - len(meta.shape))
-        return below >= 0 and meta.shape[below] == node.tensor.shape[dim] and self.is_table_along(source.name, below)
-
-    def is_fixed_along(self, name: str, dim: int) -> bool:
-        """Whether a value has, along ``dim``, a table's rows and not the sequence."""
-        node = self.record.nodes[name]
-        source = node.args.get("self")
-        if self.is_table(name):
-            return True
-        if node.tensor is None or not isinstance(node.tensor.shape[dim], int) or not isinstance(source, Ref):
-            return False
-        if self.axis_of(node.tensor.shape[dim]) is not None:
-            return False
-        if node.base_op == "aten.index_select":
-            return node.args["dim"] != dim and self.is_fixed_along(source.name, dim)
-        indices = node.args.get("indices")
-        if node.base_op == "aten.index" and isinstance(indices, tuple) and len(indices) == 1:
-            added = len(node.tensor.shape) - len(self.record.nodes[source.name].tensor.shape)  # type: ignore[union-attr]
-            return dim > added and self.is_fixed_along(source.name, dim - added)
-        return False
-
-    def _counts_the_sequence(self, name: str) -> bool:
-        """Whether a value is computed from an arange as long as a sequence (or one whose length is not known)."""
-        lengths = set(self.inputs.lengths.values())
-        indices = [self.record.nodes[a] for a in self.ancestors(name) if self.record.nodes[a].base_op in INDICES]
-        sizes = [size for node in indices for size in (node.tensor.shape if node.tensor else (None,))]
-        return any(not isinstance(size, int) or size in lengths for size in sizes)
-
-    def is_length_of_sequence(self, name: str) -> bool:
-        """Whether a symbolic number is made from a sequence length."""
-        meta = self.record.nodes[name].meta
-        if not isinstance(meta, ScalarMeta):
-            return False
-        if meta.size is not None:
-            return bool(atoms(meta.size) & self._length_atoms)
-        return any(self.is_length_of_sequence(operand) for operand in self.record.nodes[name].refs())
-
-    def axis_of(self, size: Size) -> str | None:
-        """The sequence axis that has this size, if exactly one has."""
-        axes = [axis for axis, length in self.inputs.lengths.items() if size == length]
-        return axes[0] if len(axes) == 1 else None
-
-    def varies_along(self, name: str, labels: Labels) -> bool:
-        """Whether a value can differ along one of the sequence dims of ``labels``."""
-        return any(flag and has_seq(dim) for flag, dim in zip(self.variation.of(name), labels, strict=True))
+    # -- what does not follow the shard ---------------------------------------------------------------------
 
     def scalar(self, name: str) -> Plan:
         """A symbolic number, made from the lengths of the whole sequences (the number of keys), not of the shard."""
@@ -412,90 +330,6 @@ class Planner:
         for dim in sorted(ones):
             plan = Call("aten.unsqueeze.default", (plan, dim + 1), anchor)
         return plan
-
-    # -- content --------------------------------------------------------------------------------------------
-
-    def is_iota(self, name: str) -> bool:
-        """Whether a value is ``0, 1, 2, ...`` along the sequence."""
-        node = self.record.nodes[name]
-        if node.base_op == "aten.add" and node.args.get("other") == 0 and isinstance(node.args.get("self"), Ref):
-            return self.is_iota(node.args["self"].name)  # type: ignore[union-attr]
-        if node.base_op in ("aten.unsqueeze", "aten.expand", "aten.alias", "aten.detach", "aten.view"):
-            source = node.args.get("self")
-            if not isinstance(source, Ref) or not self.is_iota(source.name):
-                return False
-            return node.base_op != "aten.view" or self._long_dims(node) == self._long_dims(
-                self.record.nodes[source.name]
-            )
-        if node.base_op != "aten.arange" or node.tensor is None or node.tensor.dtype != "int64":
-            return False
-        return node.args.get("start", 0) in (0, None) and node.args.get("step", 1) in (1, None)
-
-    @staticmethod
-    def _long_dims(node: Node) -> list[Size]:
-        return [size for size in node.tensor.shape if size != 1] if node.tensor else []
-
-    def number(self, name: str) -> str:
-        """A value number: equal for nodes that compute the same from the same state."""
-        if name in self._numbers:
-            return self._numbers[name]
-        stack = [name]
-        while stack:
-            current = stack[-1]
-            node = self.record.nodes[current]
-            missing = [ref for ref in node.refs() if ref not in self._numbers]
-            if missing and current not in self._numbers:
-                stack.extend(missing)
-                continue
-            stack.pop()
-            if current not in self._numbers:
-                self._numbers[current] = self._number_of(node)
-        return self._numbers[name]
-
-    def _number_of(self, node: Node) -> str:
-        key: object
-        if node.kind is NodeKind.STATE:
-            key = ("state", node.content or node.fqn)
-        elif node.kind is NodeKind.INPUT or self.deps[node.name] & Dep.RANDOM:
-            key = ("node", node.name)
-        else:
-            key = (node.op, self._frozen(tuple(node.args.items())))
-        return f"v{self._interned.setdefault(key, len(self._interned))}"
-
-    def _frozen(self, arg: object) -> object:
-        if isinstance(arg, Ref):
-            return ("ref", self._numbers[arg.name])
-        if isinstance(arg, tuple):
-            return tuple(self._frozen(item) for item in arg)
-        return (type(arg).__name__, arg)
-
-    def ancestors(self, name: str) -> frozenset[str]:
-        """All nodes whose contents a position value is computed from, itself included."""
-        if name not in self._ancestors:
-            seen: set[str] = set()
-            stack = [name]
-            while stack:
-                current = stack.pop()
-                if current not in seen:
-                    seen.add(current)
-                    stack.extend(content_operands(self.record.nodes[current]))
-            self._ancestors[name] = frozenset(seen)
-        return self._ancestors[name]
-
-    def source_of(self, name: str) -> tuple[str, str, tuple[str, ...]]:
-        """Kind, name and aliases of what a position value comes from: parameter, then state, input, iota."""
-        nodes = [self.record.nodes[ancestor] for ancestor in sorted(self.ancestors(name))]
-        for kind in (StateKind.PARAMETER, StateKind.BUFFER, StateKind.CONSTANT):
-            for node in nodes:
-                if node.state_kind is kind and node.tensor is not None and node.tensor.shape:  # a number has no rows
-                    return kind.value, node.fqn, node.aliases
-        for node in nodes:
-            if node.kind is NodeKind.INPUT and Dep.USER in self.deps[name]:
-                return "input", node.fqn, ()
-        for node in nodes:
-            if node.base_op == "aten.arange":
-                return "iota", "aten.arange", ()
-        return "length", "sym_size", ()
 
 
 def _plain(labels: Labels) -> list[tuple[str, str]]:

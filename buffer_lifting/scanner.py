@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
@@ -28,26 +27,33 @@ from buffer_lifting.labels import (
     Factor,
     Labels,
     feature,
-    features,
+    has_batch,
     has_seq,
     is_labelled,
     seq_axes,
 )
 from buffer_lifting.naming import name_outputs
-from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, content_operands, is_mutating, is_pointwise, length_operands
+from buffer_lifting.ops import (
+    ATTENTION,
+    FLEX_ATTENTION,
+    MATRIX_PRODUCTS,
+    content_operands,
+    is_pointwise,
+    length_operands,
+)
 from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (
     Axes,
     Finding,
     Form,
-    PositionRead,
     ScanReport,
-    SequenceMixing,
     Stream,
 )
+from buffer_lifting.reporting import Edge, Reports, written_state
 from buffer_lifting.routing import Routing
 from buffer_lifting.routing.facts import has_routed
+from buffer_lifting.scan_users import label_user_value, no_axis, report_returned
 
 FormOption = str | Mapping[str, str]
 
@@ -57,7 +63,6 @@ def has_seq_dims(labels: Labels) -> bool:
     return any(has_seq(dim) for dim in labels)
 
 
-_CODES = {"buffer": "BL001", "constant": "BL001", "parameter": "BL002", "iota": "BL003", "input": "BL005"}
 _FORMS = ("values", "positions", "auto")
 
 
@@ -83,58 +88,34 @@ def _one_axis(inputs: InputLabels, name: str) -> bool:
     return len(seq_axes(inputs.labels.get(name, ()))) == 1
 
 
-@dataclass(frozen=True)
-class _Edge:
-    """An operand without data at a node with data."""
-
-    consumer: Node
-    path: str
-    value: Node
-    alignment: Alignment
-
-
 class _Scan:
     def __init__(self, record: GraphRecord, inputs: InputLabels, form: FormOption, col_inputs: frozenset[str]) -> None:
         self.record, self.inputs, self.form, self.col_inputs = record, inputs, form, col_inputs
         self.deps = analyse(record, inputs.labels)
         self.planner = Planner(record, self.deps, inputs, col_inputs)
         self.labels: dict[str, tuple[Labels, ...] | None] = {n: (x,) for n, x in inputs.labels.items()}
-        self.reads: list[PositionRead] = []
-        self.mixing: list[SequenceMixing] = []
         self.findings: list[Finding] = list(inputs.findings)
+        self.reports = Reports(self.planner, self.labels)
         self.replacements: list[Replacement] = []
         self.frontier: list[FrontierEdge] = []
         self.flex: list[FlexPlan] = []
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
+        self.totals: set[str] = set()  # what is computed from a reduction over all tokens
         self.completion = Completion(inputs)
         self.routing = Routing(record)
         if not inputs.lengths:
-            self._no_axis()
-        read = {
-            name
-            for n in record.nodes.values()
-            for path, name in n.named_refs()
-            if not (is_mutating(n) and path == "self")
-        }
-        for node in record.nodes.values():
-            if node.kind is NodeKind.STATE and node.mutated and node.name in read:
-                self.findings.append(
-                    Finding(
-                        "BL101",
-                        f"the graph writes to the buffer {node.fqn!r} (a cache), so its rows are not fixed",
-                        "export the model without its cache (use_cache=False)",
-                    )
-                )
+            self.findings.append(no_axis(record))
+        self.findings.extend(written_state(record))
         live = record.live()
         for node in record.nodes.values():
             if node.kind is NodeKind.OP and node.name in live:
                 self._visit(node)
             elif node.kind is NodeKind.OUTPUT:
-                self._returned(node)
+                report_returned(self, node)
         for node, path in self.routing.counted_sizes():
-            self._mix(node, f"a number of routed tokens enters at {path!r}", False, "BL201")
-        self.mixing.extend(self.routing.regions())
+            self.reports.mix(node, f"a number of routed tokens enters at {path!r}", False, "BL201")
+        self.reports.mixing.extend(self.routing.regions())
 
     def result(self) -> LiftPlan:
         """The plan; cuts that no accepted replacement reads are dropped.
@@ -144,7 +125,7 @@ class _Scan:
         """
         unmatched = [] if isinstance(self.form, str) else sorted(set(self.form) - self.matched - {"*"})
         if unmatched:
-            sources = sorted({read.source for read in self.reads})
+            sources = sorted({read.source for read in self.reports.reads})
             raise ValueError(f"form= names {unmatched}, which match none of the sources {sources}")
         used = {key for edge in self.frontier for key in edge.keys} | {key for plan in self.flex for key in plan.keys}
         self.planner.cuts = {key: cut for key, cut in self.planner.cuts.items() if key in used}
@@ -154,7 +135,9 @@ class _Scan:
             for node in self.record.inputs()
             if node.name in self.inputs.labels
         }
-        report = ScanReport(tuple(self.reads), tuple(self.mixing), tuple(axes.values()), tuple(self.findings))
+        report = ScanReport(
+            tuple(self.reports.reads), tuple(self.reports.mixing), tuple(axes.values()), tuple(self.findings)
+        )
         return LiftPlan(
             report,
             self.replacements,
@@ -169,68 +152,6 @@ class _Scan:
             trace=self.planner.trace,
         )
 
-    def _visit_user(self, node: Node, result: AxisResult | None) -> None:
-        """A value of user inputs alone. One that mixed the sequence is only right if it is hoisted: it is marked."""
-        operands = content_operands(node)
-        labelled = self._carries(node)
-        lost = result is None or result.outputs is None
-        mixes = result is not None and bool(result.mixing) and not result.handled
-        if any(name in self.mixed for name in operands) or (labelled and (lost or mixes)):
-            self.mixed.add(node.name)
-        outputs = result.outputs if result else None
-        self.labels[node.name] = self.completion.complete(node, outputs) or self._same_shape(node)
-
-    def _same_shape(self, node: Node) -> tuple[Labels, ...] | None:
-        """Labels of an op that keeps an operand's shape (roll, cumsum): slot i of the result is still slot i."""
-        for name in node.refs():
-            known, source = self.labels.get(name), self.record.nodes[name].tensor
-            metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
-            shapes = [meta.shape for meta in metas if isinstance(meta, TensorMeta)]
-            if known and source is not None and shapes and all(shape == source.shape for shape in shapes):
-                return (known[0],) * len(shapes)
-        return None
-
-    def _returned(self, node: Node) -> None:
-        """A position value that the program returns stays in natural order."""
-        lengths = set(self.inputs.lengths.values())
-        for path, name in node.named_refs():
-            value, dep = self.record.nodes[name], self.deps[name]
-            shape = value.tensor.shape if value.tensor else ()
-            known = self.labels.get(name)
-            routed = self.routing.returned(name, known[0] if known else None)
-            if routed:
-                self._mix(value, routed, False, "BL201")
-            if name in self.mixed and Dep.DATA not in dep:
-                why = "it is returned, and computed from user inputs by an op that mixes the sequence"
-                self._refused(node, path, value, (), Refuse(why, name, hint="compute it outside the model"))
-                continue
-            if dep & (Dep.USER | Dep.DATA) or value.kind is NodeKind.STATE or not lengths & set(shape):
-                continue
-            why = "it is returned: the caller gets it in natural order, whatever the order of the tokens"
-            self._refused(node, path, value, (), Refuse(why, name, hint="do not return it from the model's forward"))
-
-    def _no_axis(self) -> None:
-        born = next((node for node in self.record.nodes.values() if node.base_op == ATTENTION), None)
-        names = ", ".join(node.fqn for node in self.record.inputs()) or "none"
-        if born is not None:
-            self.findings.append(
-                Finding(
-                    "BL107",
-                    f"no user input has a sequence axis (inputs: {names}), yet {born.name!r} attends: the sequence "
-                    "axis is born inside the graph (image patches, a projection of a flat input)",
-                    "export the part of the model behind the embedding, whose input is [batch, seq, features]",
-                    born.location,
-                )
-            )
-        else:
-            self.findings.append(
-                Finding(
-                    "BL106",
-                    f"no user input has a sequence axis (inputs: {names})",
-                    'pass axes={"input name": {0: "batch", 1: "seq"}}',
-                )
-            )
-
     # -- forward --------------------------------------------------------------------------------------------
 
     def _visit(self, node: Node) -> None:
@@ -239,19 +160,39 @@ class _Scan:
             return
         view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data)
         if Dep.DATA not in dep:
-            self._visit_user(node, apply_rule(view))
+            label_user_value(self, node, apply_rule(view))
             return
         result = self.routing.apply(view)
         carries = self._carries(node)
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
             if carries:
-                self._mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
+                self.reports.mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
         else:
             self.labels[node.name] = self._outputs(node, result)
             if result.mixing and (result.outputs is None or carries):
-                self._mix(node, result.mixing, result.handled, "BL200" if result.handled else "BL201")
+                self.reports.mix(node, result.mixing, result.handled, "BL200" if result.handled else "BL201")
+        self._total(node, result)
         self._operands(node, result)
+
+    def _total(self, node: Node, result: AxisResult | None) -> None:
+        """A reduction over all tokens is a loss, unless it goes back into the tokens."""
+        if result is not None and result.handled and result.mixing.startswith("a loss"):
+            self.totals.add(node.name)
+            return
+        reduced = [name for name in node.refs() if name in self.totals]
+        if not reduced:
+            return
+        if self._carries(node):
+            why = "a reduction over all tokens goes back into the tokens"
+            self.reports.mix(node, why, False, "BL201")
+        else:
+            self.totals.add(node.name)
+
+    def _normalises_a_loss(self, node: Node, value: Node) -> bool:
+        """Whether a number computed from all of a user's tokens meets a reduction over all tokens."""
+        scalar = value.tensor is not None and not value.tensor.shape
+        return scalar and Dep.DATA not in self.deps[value.name] and any(name in self.totals for name in node.refs())
 
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]
@@ -275,7 +216,7 @@ class _Scan:
     def _outputs(self, node: Node, result: AxisResult) -> tuple[Labels, ...] | None:
         completed = self.completion.complete(node, result.outputs)
         if result.outputs is None and not result.mixing and self.inputs.lengths and self._carries(node):
-            self._mix(node, f"the batch and sequence dims of {node.op} are not known", False, "BL202")
+            self.reports.mix(node, f"the batch and sequence dims of {node.op} are not known", False, "BL202")
         return completed
 
     def _carries(self, node: Node) -> bool:
@@ -284,13 +225,6 @@ class _Scan:
             is_labelled(dim) for name in node.refs() for labels in (self.labels.get(name) or ()) for dim in labels
         )
 
-    def _mix(self, node: Node, reason: str, handled: bool, code: str) -> None:
-        hint = "" if handled else "lift with strict=False if the sequence is never reordered or sharded"
-        if not handled and "batch" in reason and "sequence" not in reason:
-            hint = "microbatches change what it computes; lift with strict=False if the batch is never cut"
-        modules = (node.module,) if node.module else ()
-        self.mixing.append(SequenceMixing(node.name, node.op, reason, node.location, modules, handled, code, hint))
-
     # -- the frontier ---------------------------------------------------------------------------------------
 
     def _operands(self, node: Node, result: AxisResult | None) -> None:
@@ -298,17 +232,22 @@ class _Scan:
             plan_flex(self, node)
             return
         if node.base_op == ATTENTION and node.args.get("is_causal") is True:
-            self._causal(node)
+            self.reports.causal(node)
+        contents = set(content_operands(node))
         for path, name in node.named_refs():
             value = self.record.nodes[name]
-            if result is not None and path in result.consumed:
+            if name not in contents or (result is not None and path in result.consumed):
+                continue
+            if name in self.mixed and self._normalises_a_loss(node, value):
+                why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"
+                self.reports.mix(node, why, True, "BL200")
                 continue
             if Dep.DATA in self.deps[name]:
                 if result and not self._lines_up(name, result.operands.get(path)):
                     why = (
                         f"operand {path!r} is data, but not known to follow the sequence where it meets data that does"
                     )
-                    self._mix(node, why, False, "BL202")
+                    self.reports.mix(node, why, False, "BL202")
                 continue
             if not isinstance(value.meta, TensorMeta):
                 if Dep.LENGTH in self.deps[name] and (path, name) in length_operands(node):
@@ -316,29 +255,29 @@ class _Scan:
                 continue
             alignment = result.operands.get(path) if result else None
             if name in self.mixed and alignment is None:
-                self._refused(node, path, value, (), self._mixed_refusal(name))
+                self.reports.refused(node, path, value, (), self._mixed_refusal(name))
                 continue
             if alignment is None:
                 if Dep.IOTA in self.deps[name] or self._runs_along(value.meta):
                     why = f"how operand {path!r} of {node.op} lines up with the sequence is not known"
-                    self._refused(node, path, value, (), Refuse(why, node.name))
+                    self.reports.refused(node, path, value, (), Refuse(why, node.name))
                 continue
             if has_routed(alignment.labels):
                 why = self.routing.aligned(value, alignment.labels)
                 if why:
-                    self._refused(node, path, value, (), Refuse(why, name))
+                    self.reports.refused(node, path, value, (), Refuse(why, name))
             elif (
                 name in self.mixed
                 or has_seq_dims(alignment.labels)
                 or (Dep.LENGTH in self.deps[name] and Dep.USER not in self.deps[name])
             ):
-                self._read(_Edge(node, path, value, alignment))
+                self._read(Edge(node, path, value, alignment))
             elif self._varies_along_batch(value, alignment):
                 why = "it varies along the batch, which microbatches cut: every microbatch would read the first rows"
-                self._refused(node, path, value, (), Refuse(why, name))
+                self.reports.refused(node, path, value, (), Refuse(why, name))
             elif self._runs_along(value.meta) and Dep.USER not in self.deps[name]:
                 why = "it has the size of the sequence, but does not line up with the data's sequence dim"
-                self._refused(node, path, value, (), Refuse(why, name))
+                self.reports.refused(node, path, value, (), Refuse(why, name))
 
     def _lines_up(self, name: str, alignment: Alignment | None) -> bool:
         """Whether each dim of a data operand runs along the sequence and in the role that its reader aligns it to."""
@@ -353,14 +292,14 @@ class _Scan:
 
     def _length(self, node: Node, path: str, value: Node) -> None:
         """A number made from a sequence length: taken from the keys, which are as many as the whole sequence."""
-        edge = _Edge(node, path, value, Alignment((), None))
+        edge = Edge(node, path, value, Alignment((), None))
         self.planner.trail.clear()
         try:
             if not is_pointwise(node) and node.base_op != ATTENTION:
                 raise Refuse("the sequence length itself enters the data", node.name, "BL104")
             plan = self.planner.scalar(value.name)
         except Refuse as refusal:
-            self._refused(node, path, value, (), refusal)
+            self.reports.refused(node, path, value, (), refusal)
             return
         self._accept(edge, Value(plan, False, 0), list(dict.fromkeys(self.planner.trail)), None)
 
@@ -372,6 +311,11 @@ class _Scan:
         """Whether a value without user contents is made from an index over the batch."""
         if Dep.USER in self.deps[value.name] or not any(f.axis == BATCH for dim in alignment.labels for f in dim):
             return False
+        varies = self.planner.variation.of(value.name)
+        if any(
+            flag and len(dim) == 1 and dim[0].axis == BATCH for flag, dim in zip(varies, alignment.labels, strict=True)
+        ):
+            return True
         ancestors = (self.record.nodes[name] for name in self.planner.ancestors(value.name))
         return any(
             n.base_op == "aten.arange" and n.tensor and n.tensor.shape == (self.inputs.batch,) for n in ancestors
@@ -380,7 +324,7 @@ class _Scan:
     def _runs_along(self, meta: TensorMeta) -> bool:
         return any(atoms(size) & self.completion.seq_atoms for size in meta.shape)
 
-    def _read(self, edge: _Edge) -> None:
+    def _read(self, edge: Edge) -> None:
         value, labels = edge.value, edge.alignment.labels
         dep = self.deps[value.name]
         if has_seq_dims(labels) and Dep.WRITTEN not in dep and not self.planner.varies_along(value.name, labels):
@@ -396,15 +340,25 @@ class _Scan:
             if natural is None:
                 lost = value.name in self.mixed and not has_seq_dims(labels)
                 refusal = self._mixed_refusal(value.name) if lost else refused
-                self._refused(edge.consumer, edge.path, value, labels, refusal)
+                self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
                 return
             rebuilt, form = natural, "natural"
         used = list(dict.fromkeys(self.planner.trail))
         if not used or not rebuilt.changed:
             return
+        if rebuilt.lane and self._batch_is_a_matrix_dim(edge.consumer):
+            why = "a product whose matrix rows or columns are the batch has no place for values per sample"
+            self.reports.refused(edge.consumer, edge.path, value, labels, Refuse(why, edge.consumer.name))
+            return
         self._accept(edge, rebuilt, used, form)
 
-    def _natural(self, edge: _Edge, context: Context) -> Value | None:
+    def _batch_is_a_matrix_dim(self, node: Node) -> bool:
+        known = self.labels.get(node.name)
+        if node.base_op not in MATRIX_PRODUCTS or not known:
+            return False
+        return any(has_batch(dim) for dim in known[0][-2:])
+
+    def _natural(self, edge: Edge, context: Context) -> Value | None:
         """The fallback: the value stays in natural order in the stage and is gathered along each axis."""
         dep = self.deps[edge.value.name]
         if dep & (Dep.USER | Dep.WRITTEN | Dep.RANDOM) or len(seq_axes(edge.alignment.labels)) < 2:
@@ -430,15 +384,12 @@ class _Scan:
             return "positions" if two_axis else "values"
         return form
 
-    def _accept(self, edge: _Edge, rebuilt: Value, used: list[CutKey], form: Form | None) -> None:
+    def _accept(self, edge: Edge, rebuilt: Value, used: list[CutKey], form: Form | None) -> None:
         streams = {key.stream for key in used}
         stream: Stream = "inputs" if streams == {"inputs"} else ("slots" if "slots" in streams else "positions")
         if form is None:
             form = "positions" if all(key.content == "iota" for key in used) else "values"
-        kind, source, aliases = self.planner.source_of(edge.value.name)
-        code = "BL006" if form == "natural" else _CODES.get(kind, "BL003")
-        hint = "the whole sequence x sequence value stays in the stage" if form == "natural" else ""
-        read = self._record(edge, kind, source, aliases, stream, form, None, code, hint)
+        read = self.reports.accepted(edge, stream, form)
         self.replacements.append(
             Replacement(edge.consumer.name, edge.path, edge.value.name, rebuilt.plan, edge.alignment)
         )
@@ -453,91 +404,3 @@ class _Scan:
                 tuple(used),
             )
         )
-
-    def _record(
-        self,
-        edge: _Edge,
-        kind: str,
-        source: str,
-        aliases: tuple[str, ...],
-        stream: Stream,
-        form: Form | None,
-        refusal: str | None,
-        code: str,
-        hint: str,
-    ) -> PositionRead:
-        node, labels = edge.consumer, edge.alignment.labels
-        seq = tuple((d, f.axis, f.role) for d, dim in enumerate(labels) for f in dim if f.is_seq)
-        batch = next((d for d, dim in enumerate(labels) if any(f.axis == BATCH for f in dim)), None)
-        read = PositionRead(
-            source_kind=kind,
-            source=source,
-            aliases=aliases,
-            value=edge.value.name,
-            node=node.name,
-            op=node.op,
-            operand=edge.path,
-            seq_dims=seq,
-            batch_dim=batch,
-            stream=stream,
-            form=form,
-            refusal=refusal,
-            location=edge.value.location or node.location,
-            modules=(node.module,),
-            code=code,
-            hint=hint,
-        )
-        self.reads.append(read)
-        return read
-
-    def _refused(self, node: Node, path: str, value: Node, labels: Labels, refusal: Refuse) -> None:
-        self.planner.trace.refused[node.name, path] = (labels, refusal)
-        kind, source, aliases = self.planner.source_of(value.name)
-        alignment = Alignment(labels or features(value.tensor.shape if value.tensor else ()), None)
-        where = f" (at {refusal.node})" if refusal.node != value.name else ""
-        hint = (
-            refusal.hint
-            or "compute the value in another way in the model, or lift with strict=False and feed it yourself"
-        )
-        self._record(
-            _Edge(node, path, value, alignment),
-            kind,
-            source,
-            aliases,
-            "positions",
-            None,
-            f"{refusal}{where}",
-            refusal.code,
-            hint,
-        )
-
-    def _causal(self, node: Node) -> None:
-        query = self.labels.get(node.args["query"].name)  # type: ignore[union-attr]
-        key = self.labels.get(node.args["key"].name)  # type: ignore[union-attr]
-        if not query or not has_seq(query[0][-2]):
-            return
-        axes = [{f.axis for f in side[0][-2] if f.is_seq} if side else set() for side in (query, key)]
-        if axes[0] != axes[1]:
-            self._mix(node, "causal attention whose keys run along another axis than its queries", False, "BL201")
-            return
-        rank = len(query[0])
-        factor = next(f for f in query[0][-2] if f.is_seq)
-        read = PositionRead(
-            source_kind="is_causal",
-            source="is_causal",
-            aliases=(),
-            value=node.name,
-            node=node.name,
-            op=node.op,
-            operand="is_causal",
-            seq_dims=((rank - 2, factor.axis, ROW), (rank - 1, factor.axis, COL)),
-            batch_dim=None,
-            stream="slots",
-            form="positions",
-            refusal=None,
-            location=node.location,
-            modules=(node.module,),
-            code="BL004",
-            hint="buffer_lifting.context_parallel replaces the flag by a mask that follows the slots",
-        )
-        self.reads.append(read)

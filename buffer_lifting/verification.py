@@ -39,7 +39,8 @@ def verify(
       names the op.
     - ``identity``: in natural order, outputs and the gradient of every parameter are bitwise the original's
       (gradients of learned tables that are read by position: to the precision of their dtype; everything to
-      1e-5 where :func:`buffer_lifting.context_parallel` put a mask in the place of ``is_causal``: another kernel).
+      1e-4 where other kernels run: a mask in the place of ``is_causal``, products with values per sample; the detail
+      of the check says so).
     - ``equivariance``: in float64, for another permutation per sample and axis, outputs and gradients are the
       original's, permuted, to 1e-9; dropout is switched off for it. Each lifted input is perturbed as a control: it
       has to move something, else the report names it as not proven.

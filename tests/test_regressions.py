@@ -61,11 +61,26 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "first_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, :1])), "mixes the sequence"),
     "last_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, -1])[:, None]), "mixes the sequence"),
     "argmax_of_ids": (lambda n, i: n.h(n.e(i) + n.pe(i.argmax(1))[:, None]), "mixes the sequence"),
+    "attention_over_the_batch": (
+        lambda n, i: n.h(F.scaled_dot_product_attention(*[n.e(i).transpose(0, 1)] * 3).transpose(0, 1)),
+        "attention along the batch",
+    ),
+    "attention_over_all_tokens": (
+        lambda n, i: n.h(((x := n.e(i).flatten(0, 1)) @ x.T).softmax(-1) @ x).unflatten(0, i.shape),
+        "a softmax along the batch",
+    ),
+    "best_key": (lambda n, i: n.h(n.e(i) + n.pe((n.e(i) @ n.e(i).mT).argmax(-1))), "an index along it is taken"),
+    "best_key_of_max": (
+        lambda n, i: n.h(n.e(i) + n.pe((n.e(i) @ n.e(i).mT).max(-1)[1])),
+        "an index along the sequence",
+    ),
+    "global_mean": (lambda n, i: n.h(n.e(i) - n.e(i).mean()), "goes back into the tokens"),
     "argmax_of_data": (lambda n, i: n.h(n.e(i) + (n.e(i).argmax() % 7).float()), "a reduction over the sequence"),
     "flattened_positions": (
         lambda n, i: n.h(n.e(i) + n.pe(torch.arange(i.numel()).view(i.shape))),
         "other values for each sample|folded|cut|cannot be lifted",
     ),
+    "rows_of_a_table_by_batch": (lambda n, i: n.h(n.e(i) + n.pe.weight[: i.shape[0], None]), "varies along the batch"),
     "values_of_the_sample": (
         lambda n, i: n.h(
             n.e(i)

@@ -184,7 +184,7 @@ LIFTS: dict[str, tuple[Read, set[str]]] = {
         lambda n, x, t: (x.reshape(-1, DIM) + n.table[: x.shape[1]].repeat(x.shape[0], 1)).view(x.shape),
         {"lifted_table"},
     ),
-    "projected": (lambda n, x, t: x + n.table[: x.shape[1]] @ n.out.weight, {"lifted_positions"}),
+    "projected": (lambda n, x, t: x + n.table[: x.shape[1]] @ n.out.weight, {"lifted_table"}),
     "flipped": (lambda n, x, t: x + n.table[: x.shape[1]].flip(0), {"lifted_table"}),
     "rolled_table": (lambda n, x, t: x + n.table.roll(1, 0)[: x.shape[1]], {"lifted_table"}),
     "batch_first": (lambda n, x, t: x + n.table[: x.shape[1]].expand(x.shape[0], -1, -1), {"lifted_table"}),

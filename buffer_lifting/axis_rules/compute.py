@@ -5,6 +5,7 @@ from __future__ import annotations
 from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, as_it_is, pointwise, rule
 from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import (
+    BATCH,
     COL,
     KEYS,
     ROW,
@@ -71,8 +72,6 @@ def _matmul(view: OpView) -> AxisResult:
             mixing, handled = "attention: a sum over keys", True
         else:
             mixing = "a sum over the sequence"
-    elif any(is_labelled(dim) for dim in inner):
-        mixing = "a sum over the batch"
     operands = {left_path: Alignment(lhs, None), right_path: Alignment(rhs, None)}
     batch = batch_dim(out)
     for path, own in operands.items():
@@ -117,10 +116,15 @@ def _einsum(view: OpView) -> AxisResult:
                 return AxisResult(None, mixing="elements at different sequence positions meet")
             if known != dim:
                 by_letter[letter] = with_role(dim, COL)  # summed over: the keys of scores and of values
+    for (path, _), letters in zip(view.tensors(), left.split(","), strict=True):
+        for letter, dim in zip(letters, view.positional(path) or (), strict=False):
+            if has_seq(dim) and letter in target and letter not in by_letter:  # relative positions bring the keys
+                rows = any(f.axis == dim[0].axis for known in by_letter.values() for f in known)
+                by_letter[letter] = with_role(dim, COL if rows else ROW)
     out: list[DimLabel] = []
     for letter, size in zip(target, shape, strict=True):
         dim = by_letter.get(letter, feature(size))
-        if has_seq(dim) and any(has_seq(previous) for previous in out):
+        if has_seq(dim) and any({(f.axis, f.role) for f in dim} & {(f.axis, f.role) for f in old} for old in out):
             dim = with_role(dim, COL)
         out.append(dim)
     mixing, handled = "", False
@@ -134,7 +138,9 @@ def _einsum(view: OpView) -> AxisResult:
     for (path, own), letters in zip(view.tensors(), left.split(","), strict=True):
         of_data = view.labels(path) if view.is_data(path) else None
         labels = tuple(by_letter.get(letter, feature(size)) for letter, size in zip(letters, own, strict=True))
-        operands[path] = Alignment(of_data or labels, None)
+        # a value of positions has no batch dim of its own: lifting puts one in front, and into the equation
+        front = len(labels) + 1 if batch_dim(labels) is None else len(labels) - (batch_dim(labels) or 0)
+        operands[path] = Alignment(of_data or labels, None if of_data else front)
     return AxisResult((tuple(out),), operands, mixing, handled)
 
 
@@ -168,6 +174,8 @@ def _softmax(view: OpView) -> AxisResult:
     if labels is None:
         return AxisResult(None)
     dim = labels[view.dim("dim", len(labels), -1)]
+    if has_seq(dim) and any(f.axis == BATCH for f in dim):
+        return AxisResult((labels,), mixing="a softmax along the batch")
     if has_seq(dim):
         handled = any(factor.role in KEYS for factor in dim)
         why = "attention: a softmax over keys" if handled else "a softmax along the sequence"
@@ -203,7 +211,9 @@ def _reduce(view: OpView) -> AxisResult:
         if index not in over:
             out.append(dim)
             continue
-        if has_seq(dim) and all(f.role in KEYS for f in dim if f.is_seq):
+        if has_seq(dim) and view.node.base_op in ("aten.argmax", "aten.argmin"):
+            mixing, handled = "a reduction over the sequence: an index along it is taken from the data", False
+        elif has_seq(dim) and all(f.role in KEYS for f in dim if f.is_seq):
             mixing, handled = "attention: a reduction over keys", True
         elif has_seq(dim):
             handled = len(over) == rank and view.node.base_op in (
@@ -252,6 +262,8 @@ def _attention(view: OpView) -> AxisResult:
     if mask is not None:
         scores = (*query[:-1], with_role(key[-2], COL))
         operands["attn_mask"] = align(scores, mask)
+    if any(f.axis == BATCH for dim in (query[-2], key[-2]) for f in dim):
+        return AxisResult((out,), operands, "attention along the batch")
     if not has_seq(query[-2]) or not has_seq(key[-2]):
         over_features = not has_seq(key[-2])
         return AxisResult((out,), operands, "" if over_features else "attention: a sum over keys", True)

@@ -148,7 +148,27 @@ def _getitem(view: OpView) -> AxisResult:
     known = view.known.get(source.name) if isinstance(source, Ref) else None
     if not known or not isinstance(index, int) or index >= len(known):
         return AxisResult(None)
+    if index == 1 and isinstance(source, Ref) and _picks_along_the_sequence(view, source.name):
+        return AxisResult((known[index],), mixing="an index along the sequence is taken from the data")
     return AxisResult((known[index],))
+
+
+def _picks_along_the_sequence(view: OpView, name: str) -> bool:
+    """Whether a node returns, beside values, their places along a labelled dim (``max`` and its like)."""
+    node = view.record.nodes[name]
+    operand, dim = node.args.get("self"), node.args.get("dim")
+    known = view.known.get(operand.name) if isinstance(operand, Ref) else None
+    if node.base_op not in PLACES or not known or not isinstance(dim, int):
+        return False
+    return is_labelled(known[0][dim % len(known[0])])
+
+
+#: Ops whose second result says where along ``dim`` the first was found.
+PLACES = frozenset(
+    f"aten.{name}"
+    for line in ["max min median nanmedian mode", "kthvalue topk sort cummax cummin"]
+    for name in line.split()
+)
 
 
 @rule("cat", "concat", "concatenate", "stack")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import nlargest
+from itertools import islice
 
 from buffer_lifting.graph.archive_schema import SchemaError
 from buffer_lifting.graph.op_schemas import arguments_of, write_of
@@ -76,7 +77,9 @@ class _Functionalizer:
         self.out: dict[str, None] = {}
         self.storage: dict[str, _Storage] = {}
         self.source: dict[str, str] = {}
-        self.done: set[str] = set()  # writes that are values now
+        self.final: dict[str, str] = {}  # a write -> the value it left in its operand
+        self.made: set[str] = set()  # values of writes that are new nodes
+        self.returned: dict[str, str] = {}  # what an output reads now -> the name it read before
 
     def run(self) -> dict[str, Node]:
         """Edits the nodes; the remaining ones in order."""
@@ -88,8 +91,9 @@ class _Functionalizer:
                 if _writes(node):
                     self._write(node)
             self.out[name] = None
-        for name in self.done:
+        for name in self.final:
             del self.out[name]
+        self._keep_names()
         self._drop_effects()
         self._drop_dead()
         return {name: self.nodes[name] for name in self.out}
@@ -163,6 +167,8 @@ class _Functionalizer:
             changed = Node(node.name, node.kind, node.op, {key: _renamed(arg, fresh) for key, arg in node.args.items()})
             changed.meta, changed.modules, changed.location = node.meta, node.modules, node.location
             self.nodes[node.name] = changed
+            if node.kind is NodeKind.OUTPUT:
+                self.returned = {new: old for old, new in fresh.items()}
 
     def _value(self, name: str) -> str:
         """The value of a base or one of its views as of now."""
@@ -212,7 +218,9 @@ class _Functionalizer:
         known, form = self.storage[node.name], write_of(node.op)
         if known.frozen or not form:
             return
+        count = len(self.nodes)
         value = current = self._functional(node, form)
+        self.made.update(islice(reversed(self.nodes), len(self.nodes) - count))
         pieces: dict[object, str] = {}
         at = self.source[node.name]
         while at != known.base:
@@ -230,7 +238,7 @@ class _Functionalizer:
             if known.effect is not None:
                 del self.out[known.effect]
             known.effect = self._call("copy_.default", (Ref(known.base), Ref(current)), base.meta, node)
-        self.done.add(node.name)
+        self.final[node.name] = value
 
     def _functional(self, node: Node, form: str) -> str:
         """The value that the write leaves in the operand."""
@@ -324,6 +332,45 @@ class _Functionalizer:
         self.out[name] = None
         return name
 
+    # -- names ------------------------------------------------------------------------------------------------------
+
+    def _keep_names(self) -> None:
+        """Values of writes take the writes' names, and outputs keep the names that the signature has for them."""
+        self._rename({value: name for name, value in self.final.items() if value in self.made})
+        for value, old in self.returned.items():
+            if value == old:
+                continue
+            if old not in self.out and value in self.made:
+                self._rename({value: old})
+                continue
+            self._rename({old: f"{old}_before"} if old in self.out else {})
+            output = next(name for name in self.out if self.nodes[name].kind is NodeKind.OUTPUT)
+            node, results = self.nodes[value], self.nodes[output]
+            copy = Node(old, NodeKind.OP, "aten.alias.default", {"self": Ref(value)}, node.meta, node.modules)
+            copy.location = node.location
+            args = {key: _renamed(arg, {value: old}) for key, arg in results.args.items()}
+            del self.out[output]
+            self.nodes[old], self.nodes[output] = copy, Node(output, NodeKind.OUTPUT, results.op, args, results.meta)
+            self.out[old] = self.out[output] = None
+
+    def _rename(self, names: dict[str, str]) -> None:
+        if not names:
+            return
+        self.returned = {names.get(new, new): old for new, old in self.returned.items()}
+        self.made = {names.get(name, name) for name in self.made}
+        renamed: dict[str, Node] = {}
+        for name in self.out:
+            node = self.nodes[name]
+            if name in names or any(ref in names for ref in node.refs()):
+                node = replace(node, args={key: _renamed(arg, names) for key, arg in node.args.items()})
+                node.name, node._refs = names.get(name, name), None
+            renamed[node.name] = node
+        self.nodes, self.out = renamed, dict.fromkeys(renamed)
+        for known in {id(item): item for item in self.storage.values()}.values():
+            known.base, known.current = names.get(known.base, known.base), names.get(known.current, known.current)
+            known.views = {names.get(view, view) for view in known.views}
+            known.effect = names.get(known.effect, known.effect) if known.effect else None
+
     # -- what is left of the writes ---------------------------------------------------------------------------------
 
     def _drop_effects(self) -> None:
@@ -335,8 +382,32 @@ class _Functionalizer:
                 needed.add(name)
                 stack.extend(self.nodes[name].refs())
         for known in {id(item): item for item in self.storage.values()}.values():
-            if known.effect is not None and known.base in self.droppable and known.base not in needed:
+            if known.effect is None or known.base not in self.droppable or known.base in needed:
+                continue
+            if not self._keeps_count(known.current, known.base):
                 del self.out[known.effect]
+
+    def _keeps_count(self, value: str, base: str) -> bool:
+        """Whether what is written is computed from what the buffer held (a counter), not only put beside it."""
+        stack, seen = [value], set()
+        while stack:
+            name = stack.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            if name == base:
+                return True
+            node = self.nodes[name]
+            operands = node.refs()
+            whole = node.args.get("self")
+            if node.base_op in ("aten.slice_scatter", "aten.select_scatter") and isinstance(whole, Ref):
+                at: Arg = whole
+                while isinstance(at, Ref) and self.nodes[at.name].base_op in _VIEWS:
+                    at = next(iter(self.nodes[at.name].args.values()), None)
+                if isinstance(at, Ref) and at.name == base:
+                    operands.remove(whole.name)
+            stack.extend(operands)
+        return False
 
     def _drop_dead(self) -> None:
         """New nodes, and nodes of written storages, that nothing reads."""

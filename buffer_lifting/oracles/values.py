@@ -63,7 +63,7 @@ def check_values(program: ExportedProgram, lifted: LiftedProgram, cases: list[Ca
             Arrangement(case, seed, False, False, (0, 1)),
             Arrangement(case, seed + 1, True, False, (0, 1), own),
         ]
-        if lifted.axes.has_batch:
+        if lifted.axes.has_batch and not lifted.feed_program.mixes_positions:
             arrangements.append(Arrangement(case, seed + 2, True, True, (0, 1), own))
         dynamic = all(length is None for length in lifted.axes.lengths.values())
         divisors = [size for size in (2, 3, 5) if all(length % size == 0 for length in case.lengths.values())]

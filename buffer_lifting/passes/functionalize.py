@@ -14,13 +14,13 @@ refused later if a read depends on it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from buffer_lifting.passes.view_inverses import INVERSES
 from buffer_lifting.torch_compat import OpOverload, functional_form, schema_args
 
 aten = torch.ops.aten
@@ -165,7 +165,7 @@ class _Functionalizer:
 
     def _invertible(self, view: Node) -> bool:
         while view is not self.storage[view].base:
-            if not _writes(view) and getattr(view.target, "overloadpacket", None) not in _INVERSES:
+            if not _writes(view) and getattr(view.target, "overloadpacket", None) not in INVERSES:
                 return False
             view = self.source[view]
         return True
@@ -237,7 +237,7 @@ class _Functionalizer:
                 if not _writes(at):
                     pieces.setdefault(self._signature(at), current)
                     below = self._value(self.source[at], before=node)
-                    current = _INVERSES[at.target.overloadpacket](self.graph, at, below, current)  # type: ignore[union-attr]
+                    current = INVERSES[at.target.overloadpacket](self.graph, at, below, current)  # type: ignore[union-attr]
                     current.meta = {**node.meta, "val": self.source[at].meta["val"]}
                 at = self.source[at]
         known.current, known.latest = current, pieces
@@ -365,69 +365,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"({', '.join(_text(item) for item in value)})"
     return "9223372036854775807" if value is None else str(value)
-
-
-# -- from a written view back to what it looks at ------------------------------------------------------------------
-
-Inverse = Callable[[Graph, Node, Node, Node], Node]
-
-
-def _slice_scatter(graph: Graph, view: Node, source: Node, value: Node) -> Node:
-    named = schema_args(view)
-    bounds = tuple(named[key] for key in ("dim", "start", "end", "step"))
-    return graph.call_function(aten.slice_scatter.default, (source, value, *bounds))
-
-
-def _narrow_scatter(graph: Graph, view: Node, source: Node, value: Node) -> Node:
-    named = schema_args(view)
-    size = view.meta["val"].shape[named["dim"]]
-    if isinstance(named["start"], int) and isinstance(size, int):
-        return graph.call_function(
-            aten.slice_scatter.default, (source, value, named["dim"], named["start"], named["start"] + size)
-        )
-    end = graph.call_function(operator.add, (named["start"], named["length"]))
-    end.meta = {"val": _number(named["start"]) + _number(named["length"])}
-    return graph.call_function(aten.slice_scatter.default, (source, value, named["dim"], named["start"], end))
-
-
-def _number(value: Any) -> Any:
-    return value.meta["val"] if isinstance(value, Node) else value
-
-
-def _select_scatter(graph: Graph, view: Node, source: Node, value: Node) -> Node:
-    named = schema_args(view)
-    return graph.call_function(aten.select_scatter.default, (source, value, named["dim"], named["index"]))
-
-
-def _permuted(graph: Graph, view: Node, source: Node, value: Node) -> Node:
-    order = list(view.args[1])  # type: ignore[arg-type]
-    order = [d % len(order) for d in order]
-    return graph.call_function(aten.permute.default, (value, [order.index(d) for d in range(len(order))]))
-
-
-def _transposed(graph: Graph, view: Node, source: Node, value: Node) -> Node:
-    return graph.call_function(aten.transpose.int, (value, *view.args[1:]))
-
-
-def _same_shape(graph: Graph, view: Node, source: Node, value: Node) -> Node:
-    return graph.call_function(aten.view_as.default, (value, source))
-
-
-def _itself(graph: Graph, view: Node, source: Node, value: Node) -> Node:
-    return graph.call_function(aten.alias.default, (value,))
-
-
-_INVERSES: dict[Any, Inverse] = {
-    aten.slice: _slice_scatter,
-    aten.narrow: _narrow_scatter,
-    aten.select: _select_scatter,
-    aten.permute: _permuted,
-    aten.transpose: _transposed,
-    aten.t: lambda graph, view, source, value: graph.call_function(aten.t.default, (value,)),
-    aten.unsqueeze: _same_shape,
-    aten.squeeze: _same_shape,
-    aten.view: _same_shape,
-    aten.unflatten: _same_shape,
-    aten.alias: _itself,
-    aten.detach: _itself,
-}

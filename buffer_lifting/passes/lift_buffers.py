@@ -10,8 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
+from buffer_lifting.errors import UnsupportedReadError
+from buffer_lifting.labels import has_batch
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.broadcast_batch import Broadcast, broadcast_batch
 from buffer_lifting.passes.emitter import Emitter
@@ -55,7 +58,10 @@ class LiftBuffers(GraphPass[LiftState]):
             if key not in landed:
                 landed[key] = emitter.land(replacement)
             consumer = emitter.nodes[replacement.consumer]
-            consumer.args, consumer.kwargs = replace_operands(consumer, {replacement.path: landed[key]})
+            changes: dict[str, object] = {replacement.path: landed[key]}
+            if consumer.target is torch.ops.aten.einsum.default:
+                changes |= _with_batch(consumer, replacement.path, landed[key], plan)
+            consumer.args, consumer.kwargs = replace_operands(consumer, changes)
         rewrite_flex(emitter, plan.flex, state.submodules)
         drop_vmap(graph)
         drop_dead(graph)
@@ -69,6 +75,30 @@ class LiftBuffers(GraphPass[LiftState]):
         for placeholder in result.state.broadcast.placeholders.values():
             users = [user for user in placeholder.users if "sym_size" not in str(user.target)]
             assert len(users) == 1 and "expand" in str(users[0].target), f"{placeholder.name} has no broadcast node"
+
+
+def _with_batch(consumer: Node, path: str, value: Node, plan: LiftPlan) -> dict[str, object]:
+    """The equation of an einsum one of whose operands has now got the batch in front.
+
+    Raises:
+        UnsupportedReadError: the equation has no letter for the batch.
+    """
+    equation, tensors = consumer.args[0], consumer.args[1]
+    assert isinstance(equation, str) and isinstance(tensors, list | tuple)
+    left, target = equation.replace(" ", "").split("->")
+    parts, place = left.split(","), int(path.partition(".")[2])
+    if len(value.meta["val"].shape) == len(parts[place]):
+        return {}
+    for part, operand in zip(parts, tensors, strict=True):
+        known = plan.data_labels.get(operand.name) if isinstance(operand, Node) else None
+        for letter, dim in zip(part, known[0] if known else (), strict=False):
+            if has_batch(dim) and len(dim) == 1 and letter in target:
+                parts[place] = letter + parts[place]
+                return {"equation": f"{','.join(parts)}->{target}"}
+    raise UnsupportedReadError(
+        f"BL105 node {consumer.name!r}: {equation!r} has no letter for the batch, which the lifted operand {path!r} "
+        "needs; write the batch dim out in the model"
+    )
 
 
 def drop_dead(graph: Graph) -> None:

@@ -1,4 +1,4 @@
-"""Local rules for ops that compute along features: products with parameters, norms, paddings, gathers by users."""
+"""Local rules for ops that compute along features: products, norms, paddings, moves along a dim."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from buffer_lifting.gathering import operand_of
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.labels import DimLabel, Labels, is_labelled
-from buffer_lifting.local_rules import dim_size, local_rule, over_features, spread, unchanged
-from buffer_lifting.plan import Call, Context, Existing, Plan, Reapply, Refuse, Value
+from buffer_lifting.local_rules.core import local_rule, over_features, spread, unchanged
+from buffer_lifting.plan import Call, Context, Plan, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
     from buffer_lifting.planner import Planner
@@ -200,39 +200,3 @@ def _part_replaced(planner: Planner, node: Node, labels: Labels, context: Contex
     if any(isinstance(arg, Ref) for arg in args):
         raise Refuse("a part with computed bounds replaced", node.name)
     return Value(Call(f"{node.base_op}.default", args, node.name), True, len(labels))
-
-
-@local_rule("gather")
-def _gather(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    """Rows of a table, expanded to the index's shape, picked by an index that follows the sequence."""
-    source, shape = operand_of(planner, node)
-    index, _ = operand_of(planner, node, "index")
-    dim = int(node.args["dim"]) % len(shape)  # type: ignore[arg-type]
-    varies = planner.variation.of(source.name)
-    labelled = [d for d, label in enumerate(labels) if is_labelled(label)]
-    if any(varies[d] for d in labelled if d != dim) or not planner.is_table_along(source.name, dim):
-        raise Refuse("a gather from a value that follows the sequence", node.name)
-    value = planner.rebuild(index.name, labels, context)
-    same = unchanged(node, value)
-    if same:
-        return same
-    if not value.lane:
-        raise Refuse("an index that does not follow the sequence", node.name)
-    plan: Plan = Existing(source.name)
-    assert node.tensor is not None
-    sizes: list[object] = []
-    for d, (label, size) in enumerate(zip(labels, node.tensor.shape, strict=True)):
-        if d == dim:
-            sizes.append(-1)
-            continue
-        if is_labelled(label) and shape[d] != 1:
-            plan = Call("aten.slice.Tensor", (plan, d, 0, 1), node.name)
-        elif shape[d] != size:
-            if not isinstance(size, int):
-                raise Refuse("a gather of a part of computed size", node.name)
-            plan = Call("aten.slice.Tensor", (plan, d, 0, size), node.name)
-        sizes.append(dim_size(label, size, node.name))
-    plan = Call("aten.unsqueeze.default", (plan, 0), node.name)
-    batch = Call("aten.sym_size.int", (value.plan, 0), node.name)
-    plan = Call("aten.expand.default", (plan, (batch, *sizes)), node.name)
-    return Value(Call("aten.gather.default", (plan, dim + 1, value.plan), node.name), True, len(labels))

@@ -1,0 +1,161 @@
+"""Local rules for reads of a table by an index that can be rebuilt, and triangles of queries and keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from buffer_lifting.gathering import gather, gather_lane, operand_of
+from buffer_lifting.graph.record import Node, Ref
+from buffer_lifting.labels import COL, ROW, Labels, is_labelled
+from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, unchanged
+from buffer_lifting.plan import Call, Context, Existing, Plan, Reapply, Refuse, Value
+
+if TYPE_CHECKING:
+    from buffer_lifting.planner import Planner
+
+
+@local_rule("embedding")
+def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    operand_of(planner, node, "weight")
+    indices, _ = operand_of(planner, node, "indices")
+    if not planner.is_table(str(getattr(node.args["weight"], "name", ""))):
+        raise Refuse("an embedding whose table follows the sequence", node.name)
+    if is_labelled(labels[-1]):
+        raise Refuse("the features of an embedding run along the sequence", node.name)
+    value = planner.rebuild(indices.name, labels[:-1], context)
+    return unchanged(node, value) or Value(Reapply(node.name, (("indices", value.plan),)), value.lane, len(labels))
+
+
+@local_rule("index")
+def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = operand_of(planner, node)
+    indices = node.args.get("indices")
+    if not isinstance(indices, tuple):
+        raise Refuse("an index without indices", node.name)
+    given = [(dim, arg.name) for dim, arg in enumerate(indices) if isinstance(arg, Ref)]
+    metas = [planner.record.nodes[name].tensor for _, name in given]
+    if not given or any(meta is None or meta.dtype == "bool" for meta in metas):
+        raise Refuse("a boolean index", node.name)
+    dims = [dim for dim, _ in given]
+    if dims != list(range(dims[0], dims[0] + len(dims))):
+        raise Refuse("indices of dims that are not side by side", node.name)
+    rank = max(len(meta.shape) for meta in metas if meta is not None)
+    before, middle, after = labels[: dims[0]], labels[dims[0] : dims[0] + rank], labels[dims[0] + rank :]
+    rest = (*before, *[()] * len(dims), *after)
+    if not planner.is_table(source.name) or has_batch_or_seq(rest):
+        meta = metas[0]
+        if len(given) > 1 or meta is None or len(meta.shape) != 1:
+            raise Refuse("a gather from a value that follows the sequence", node.name)
+        value = planner.rebuild(given[0][1], middle, context)
+        if not value.lane:
+            raise Refuse("an index that does not follow the sequence", node.name)
+        return _rows_again(planner, node, source, rest, dims[0], value.plan, context)
+    values = []
+    for (_, name), meta in zip(given, metas, strict=True):
+        assert meta is not None
+        own = middle[rank - len(meta.shape) :]
+        own = tuple(() if size == 1 else dim for size, dim in zip(meta.shape, own, strict=True))
+        values.append((name, planner.rebuild(name, own, context)))
+    same = unchanged(node, *(value for _, value in values))
+    if same:
+        return same
+    plans: list[Plan] = []
+    for _, value in values:
+        plan = value.plan
+        if value.lane:
+            for _ in range(rank - value.rank):
+                plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
+        plans.append(plan)
+    order = [*dims, *(d for d in range(len(shape)) if d not in dims)]
+    table: Plan = Existing(source.name)
+    if dims[0]:
+        table = Call("aten.permute.default", (table, tuple(order)), node.name)
+    result: Plan = Call("aten.index.Tensor", (table, tuple(plans)), node.name)
+    if dims[0]:  # [lane, *middle, *before, *after] -> [lane, *before, *middle, *after]
+        first = [1 + rank + d for d in range(dims[0])]
+        last = [1 + rank + d for d in range(dims[0], len(rest) - len(dims))]
+        result = Call("aten.permute.default", (result, (0, *first, *range(1, 1 + rank), *last)), node.name)
+    return Value(result, True, len(labels))
+
+
+@local_rule("index_select")
+def _index_select(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, shape = operand_of(planner, node)
+    index, _ = operand_of(planner, node, "index")
+    dim = int(node.args["dim"]) % len(shape)  # type: ignore[arg-type]
+    value = planner.rebuild(index.name, (labels[dim],), context)
+    if not value.lane:
+        raise Refuse("an index that does not follow the sequence", node.name)
+    rest = (*labels[:dim], (), *labels[dim + 1 :])
+    if not has_batch_or_seq(rest) and planner.is_table(source.name):
+        return gather(node.name, Existing(source.name), len(shape), [(dim, value.plan)], len(labels))
+    return _rows_again(planner, node, source, rest, dim, value.plan, context)
+
+
+def _rows_again(
+    planner: Planner, node: Node, source: Node, rest: Labels, dim: int, index: Plan, context: Context
+) -> Value:
+    """Rows along one dim of a value that follows the sequence along another: the columns of a mask's rows."""
+    if not planner.is_fixed_along(source.name, dim):
+        raise Refuse("a gather from a value that follows the sequence", node.name)
+    value = planner.rebuild(source.name, rest, context, picked=dim)
+    if not value.lane:
+        raise Refuse("a gather from a value that follows the sequence", node.name)
+    return gather_lane(node.name, value.plan, len(rest), dim, index)
+
+
+@local_rule("gather")
+def _gather(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """Rows of a table, expanded to the index's shape, picked by an index that follows the sequence."""
+    source, shape = operand_of(planner, node)
+    index, _ = operand_of(planner, node, "index")
+    dim = int(node.args["dim"]) % len(shape)  # type: ignore[arg-type]
+    varies = planner.variation.of(source.name)
+    labelled = [d for d, label in enumerate(labels) if is_labelled(label)]
+    if any(varies[d] for d in labelled if d != dim) or not planner.is_table_along(source.name, dim):
+        raise Refuse("a gather from a value that follows the sequence", node.name)
+    value = planner.rebuild(index.name, labels, context)
+    same = unchanged(node, value)
+    if same:
+        return same
+    if not value.lane:
+        raise Refuse("an index that does not follow the sequence", node.name)
+    plan: Plan = Existing(source.name)
+    assert node.tensor is not None
+    sizes: list[object] = []
+    for d, (label, size) in enumerate(zip(labels, node.tensor.shape, strict=True)):
+        if d == dim:
+            sizes.append(-1)
+            continue
+        if is_labelled(label) and shape[d] != 1:
+            plan = Call("aten.slice.Tensor", (plan, d, 0, 1), node.name)
+        elif shape[d] != size:
+            if not isinstance(size, int):
+                raise Refuse("a gather of a part of computed size", node.name)
+            plan = Call("aten.slice.Tensor", (plan, d, 0, size), node.name)
+        sizes.append(dim_size(label, size, node.name))
+    plan = Call("aten.unsqueeze.default", (plan, 0), node.name)
+    batch = Call("aten.sym_size.int", (value.plan, 0), node.name)
+    plan = Call("aten.expand.default", (plan, (batch, *sizes)), node.name)
+    return Value(Call("aten.gather.default", (plan, dim + 1, value.plan), node.name), True, len(labels))
+
+
+@local_rule("tril", "triu")
+def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    source, _ = operand_of(planner, node)
+    diagonal = node.args.get("diagonal", 0)
+    row, col = labels[-2], labels[-1]
+    if len(row) != 1 or len(col) != 1 or row[0].role != ROW or col[0].role != COL or not isinstance(diagonal, int):
+        raise Refuse("a triangle whose rows and columns are not queries and keys", node.name)
+    value = planner.rebuild(source.name, labels, context)
+    rows = Call("aten.unsqueeze.default", (planner.iota(row[0], context), 2), node.name)
+    cols = Call("aten.unsqueeze.default", (planner.iota(col[0], context), 1), node.name)
+    offset = Call("aten.sub.Tensor", (cols, rows), node.name)
+    compare = "aten.le.Scalar" if node.base_op == "aten.tril" else "aten.ge.Scalar"
+    keep: Plan = Call(compare, (offset, diagonal), node.name)
+    for _ in range(len(labels) - 2):
+        keep = Call("aten.unsqueeze.default", (keep, 1), node.name)
+    assert node.tensor is not None
+    if node.tensor.dtype == "bool":
+        return Value(Call("aten.logical_and.default", (value.plan, keep), node.name), True, len(labels))
+    return Value(Call("aten.where.ScalarOther", (keep, value.plan, 0), node.name), True, len(labels))

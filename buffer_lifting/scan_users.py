@@ -1,0 +1,78 @@
+"""What the scan makes of values of user inputs alone, of returned values, and of a program without a sequence axis."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from buffer_lifting.axis_rules import AxisResult
+from buffer_lifting.dataflow import Dep
+from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
+from buffer_lifting.labels import Labels
+from buffer_lifting.ops import ATTENTION, content_operands
+from buffer_lifting.plan import Refuse
+from buffer_lifting.program import Finding
+
+if TYPE_CHECKING:
+    from buffer_lifting.scanner import _Scan
+
+
+def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None:
+    """A value of user inputs alone. One that mixed the sequence is only right if it is hoisted: it is marked."""
+    operands = content_operands(node)
+    labelled = scan._carries(node)
+    lost = result is None or result.outputs is None
+    mixes = result is not None and bool(result.mixing) and not result.handled
+    if any(name in scan.mixed for name in operands) or (labelled and (lost or mixes)):
+        scan.mixed.add(node.name)
+    outputs = result.outputs if result else None
+    scan.labels[node.name] = scan.completion.complete(node, outputs) or _same_shape(scan, node)
+
+
+def _same_shape(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:
+    """Labels of an op that keeps an operand's shape (roll, cumsum): slot i of the result is still slot i."""
+    for name in node.refs():
+        known, source = scan.labels.get(name), scan.record.nodes[name].tensor
+        metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
+        shapes = [meta.shape for meta in metas if isinstance(meta, TensorMeta)]
+        if known and source is not None and shapes and all(shape == source.shape for shape in shapes):
+            return (known[0],) * len(shapes)
+    return None
+
+
+def report_returned(scan: _Scan, node: Node) -> None:
+    """A position value that the program returns stays in natural order."""
+    lengths = set(scan.inputs.lengths.values())
+    for path, name in node.named_refs():
+        value, dep = scan.record.nodes[name], scan.deps[name]
+        shape = value.tensor.shape if value.tensor else ()
+        known = scan.labels.get(name)
+        routed = scan.routing.returned(name, known[0] if known else None)
+        if routed:
+            scan.reports.mix(value, routed, False, "BL201")
+        if name in scan.mixed and Dep.DATA not in dep:
+            why = "it is returned, and computed from user inputs by an op that mixes the sequence"
+            scan.reports.refused(node, path, value, (), Refuse(why, name, hint="compute it outside the model"))
+            continue
+        if dep & (Dep.USER | Dep.DATA) or value.kind is NodeKind.STATE or not lengths & set(shape):
+            continue
+        why = "it is returned: the caller gets it in natural order, whatever the order of the tokens"
+        scan.reports.refused(node, path, value, (), Refuse(why, name, hint="do not return it from the model's forward"))
+
+
+def no_axis(record: GraphRecord) -> Finding:
+    """The finding of a program whose user inputs have no sequence axis."""
+    born = next((node for node in record.nodes.values() if node.base_op == ATTENTION), None)
+    names = ", ".join(node.fqn for node in record.inputs()) or "none"
+    if born is not None:
+        return Finding(
+            "BL107",
+            f"no user input has a sequence axis (inputs: {names}), yet {born.name!r} attends: the sequence "
+            "axis is born inside the graph (image patches, a projection of a flat input)",
+            "export the part of the model behind the embedding, whose input is [batch, seq, features]",
+            born.location,
+        )
+    return Finding(
+        "BL106",
+        f"no user input has a sequence axis (inputs: {names})",
+        'pass axes={"input name": {0: "batch", 1: "seq"}}',
+    )
