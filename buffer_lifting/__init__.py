@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         UnsupportedReadError,
         VerificationError,
     )
+    from buffer_lifting.inspection.diagnostics import Diagnostic, check
     from buffer_lifting.lifted import LiftedProgram
     from buffer_lifting.lifting import lift, scan
     from buffer_lifting.package import load, load_stage
@@ -43,8 +44,10 @@ _PUBLIC = {
     "context_parallel": "passes.context_parallel",
     "partition": "partitioner",
     "verify": "verification",
+    "check": "inspection.diagnostics",
     "load": "package",
     "load_stage": "package",
+    "Diagnostic": "inspection.diagnostics",
     "LiftedProgram": "lifted",
     "StagedProgram": "stages",
     "Stage": "stages",
@@ -63,6 +66,7 @@ _PUBLIC = {
 }
 __all__ = [
     "AxesError",
+    "Diagnostic",
     "FeedError",
     "InputAxes",
     "LiftedInput",
@@ -77,6 +81,7 @@ __all__ = [
     "UnsupportedReadError",
     "VerificationError",
     "VerifyReport",
+    "check",
     "context_parallel",
     "lift",
     "load",

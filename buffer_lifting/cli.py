@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from buffer_lifting.inspection.command import add_commands
+from buffer_lifting.inspection.config import CheckError
+from buffer_lifting.inspection.rules import UnknownRuleError
 from buffer_lifting.render import lifted_table, render_scan, scan_json
 
 if TYPE_CHECKING:
@@ -301,6 +304,8 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--num-stages", type=_positive, metavar="N", help="check N pipeline stages as well")
     verify.add_argument("--seed", type=int, default=0, help="of the inputs and orders; default: 0")
 
+    add_commands(commands, common, axes, parse_axes)
+
     demo = command("demo", _demo, "train a small Llama on two processes, and compare with one", [common])
     demo.add_argument("--steps", type=_positive, default=5, help="default: 5")
     demo.add_argument("--layers", type=_positive, default=4, help="default: 4")
@@ -332,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        expected = isinstance(error, UsageError | TargetError | LiftingError)
+        expected = isinstance(error, UsageError | CheckError | UnknownRuleError | TargetError | LiftingError)
         if expected:
             text = " ".join(str(error).split())
         elif isinstance(error, OSError) and error.filename:

@@ -38,7 +38,10 @@ class Reports:
         """Reports an op on data that mixes the sequence, or is not known on its axis."""
         hint = "" if handled else "lift with strict=False if the sequence is never reordered or sharded"
         if not handled and "batch" in reason and "sequence" not in reason:
-            hint = "microbatches change what it computes; if that dim is the sequence, pass axes=; lift with strict=False if the batch is never cut"
+            hint = (
+                "microbatches change what it computes; if that dim is the sequence, pass axes=; lift with strict=False "
+                "if the batch is never cut"
+            )
         modules = (node.module,) if node.module else ()
         self.mixing.append(SequenceMixing(node.name, node.op, reason, node.location, modules, handled, code, hint))
 

@@ -36,6 +36,23 @@ def load_program(target: str) -> Any:
     return _checked(target, program)
 
 
+def load_checkable(target: str) -> Any:
+    """What the callable of ``package.module:callable`` returns, if it is a program, lifted or staged ones included.
+
+    Raises:
+        TargetError: it cannot be called, or returns something else.
+    """
+    with redirect_stdout(sys.stderr):
+        try:
+            program = _call(target)
+        except SystemExit as stop:
+            raise TargetError(f"{target}: it exits (SystemExit: {stop.code})") from stop
+    from buffer_lifting.lifted import LiftedProgram
+    from buffer_lifting.stages import StagedProgram
+
+    return program if isinstance(program, LiftedProgram | StagedProgram) else _checked(target, program)
+
+
 def load_lifted(target: str, axes: Any = None) -> Any:
     """A saved lifted program, or any target of :func:`load_program`, which is lifted with ``axes``.
 

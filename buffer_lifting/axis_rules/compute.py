@@ -67,7 +67,9 @@ def _matmul(view: OpView) -> AxisResult:
     inner = (lhs[-1], rhs[-2])
     if _meet(*inner):
         return AxisResult(None, mixing="elements at positions of different sequences meet")
-    if any(has_seq(dim) for dim in inner):
+    if any(f.axis == BATCH for dim in inner for f in dim):
+        mixing = "a sum over the batch"
+    elif any(has_seq(dim) for dim in inner):
         if any(factor.role == COL for dim in inner for factor in dim):
             mixing, handled = "attention: a sum over keys", True
         else:

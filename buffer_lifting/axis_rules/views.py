@@ -14,6 +14,7 @@ from buffer_lifting.labels import (
     batch_dim,
     broadcast,
     feature,
+    features,
     has_seq,
     is_labelled,
     regroup,
@@ -163,12 +164,8 @@ def _picks_along_the_sequence(view: OpView, name: str) -> bool:
     return is_labelled(known[0][dim % len(known[0])])
 
 
-#: Ops whose second result says where along ``dim`` the first was found.
-PLACES = frozenset(
-    f"aten.{name}"
-    for line in ["max min median nanmedian mode", "kthvalue topk sort cummax cummin"]
-    for name in line.split()
-)
+#: Reductions whose second result says where along ``dim`` the first was found.
+PLACES = frozenset(f"aten.{name}" for name in ["max", "min", "median", "nanmedian"])
 
 
 @rule("cat", "concat", "concatenate", "stack")
@@ -198,7 +195,10 @@ def _cat(view: OpView) -> AxisResult:
         return AxisResult(None, mixing="elements at different sequence positions meet")
     batch = batch_dim(out)
     operands = {}
-    for path, _ in view.tensors():
+    for path, own in view.tensors():
+        if any(size == 0 for size in own):
+            operands[path] = Alignment(features(own), None)
+            continue
         own_dims = (*out[:dim], *out[dim + 1 :]) if stacked else (*out[:dim], (), *out[dim + 1 :])
         operands[path] = Alignment(own_dims, None if batch is None else len(out) - batch)
     return AxisResult((out,), operands)

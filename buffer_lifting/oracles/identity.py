@@ -58,7 +58,8 @@ def check_identity(program: ExportedProgram, lifted: LiftedProgram, cases: list[
                 continue
             if gradient is not None and other is not None and same_bits(gradient, other):
                 continue
-            error, _ = gradient_error({name: gradient}, {name: other}, largest)
+            floor = 10 * largest if loose else largest  # other kernels: noise of gradients that are truly zero
+            error, _ = gradient_error({name: gradient}, {name: other}, floor)
             worst = max(worst, error)
             limit = max(coarsest if gathers or name in tables else 0.0, LOOSE if loose else 0.0)
             bitwise = bitwise and name in tables

@@ -1,0 +1,206 @@
+"""The commands ``rule`` and ``check``: their arguments, and what they print where."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from buffer_lifting.errors import LiftingError
+from buffer_lifting.inspection.baseline import Enabled, Known, apply_baseline, read_baseline, updated, write_baseline
+from buffer_lifting.inspection.config import FORMATS, CheckError, Config, Exemption, find_config, split
+from buffer_lifting.inspection.diagnostics import Diagnostic
+from buffer_lifting.inspection.github_format import render_github
+from buffer_lifting.inspection.json_format import render_json
+from buffer_lifting.inspection.places import Places, printable, repository_root
+from buffer_lifting.inspection.results import FINDINGS, CheckResult, Failure, Reported
+from buffer_lifting.inspection.rules import RULES, check_prefixes, is_enabled, rule, rule_page
+from buffer_lifting.inspection.sarif_format import render_sarif
+from buffer_lifting.inspection.text import render_text
+from buffer_lifting.program import Axes
+
+ParseAxes = Callable[[list[str] | None], Axes | None]
+CHECK_HELP = """\
+A TARGET is a .pt2 file, a directory that `buffer-lifting split` wrote, a glob of these, or package.module:callable,
+whose callable returns an ExportedProgram, a LiftedProgram or a StagedProgram.
+Files are read without running anything from them; a callable runs.
+
+settings: select, ignore, axes, format, baseline, exit-zero, statistics and suppress in [buffer_lifting] of the nearest
+setup.cfg, up to the repository's root; the command line wins. A line of `suppress` is "CODE FQN-PATTERN: reason".
+
+exit codes: 0 clean, 1 findings, 2 a target could not be checked (also when others were fine). Findings are on
+stdout, everything else on stderr.
+"""
+
+
+def _rule(args: argparse.Namespace) -> int:
+    if args.all == bool(args.codes):
+        raise CheckError("give one or more rule codes, or --all")
+    entries = RULES.values() if args.all else [rule(code) for code in args.codes]
+    print("\n\n".join(rule_page(entry) for entry in entries))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    here = Path.cwd()
+    root = repository_root(here)
+    config = find_config(here, root)
+    select = config.select if args.select is None else _codes(args.select, "--select")
+    ignore = config.ignore if args.ignore is None else _codes(args.ignore, "--ignore")
+    axes = args.parse_axes(list(config.axes) if args.axes is None else args.axes)
+    baseline = _baseline(args, config)
+    known = read_baseline(baseline) if baseline and (baseline.exists() or not args.update_baseline) else {}
+    result = run(args.targets, axes, select, ignore, config, args.debug)
+    if baseline is not None:
+        result = _with_baseline(result, baseline, known, root, partial(is_enabled, select=select, ignore=ignore), args)
+    for failure in result.failures:
+        _log(f"error: {failure.code} {failure.message}")
+    for warning in result.warnings:
+        _log(f"warning: {warning}")
+    statistics = config.statistics if args.statistics is None else args.statistics
+    text = _render(args.format or config.format or "text", result, Places(root), statistics)
+    if text:
+        print(text)
+    _log(_summary(result))
+    exit_zero = config.exit_zero if args.exit_zero is None else args.exit_zero
+    return 0 if exit_zero and result.exit_code == FINDINGS else result.exit_code
+
+
+def _baseline(args: argparse.Namespace, config: Config) -> Path | None:
+    """The file; that of the configuration is relative to the configuration."""
+    if args.baseline is not None:
+        return Path(args.baseline)
+    if config.baseline is not None:
+        return config.directory / config.baseline
+    if args.update_baseline:
+        raise CheckError("--update-baseline needs --baseline FILE, or a baseline in setup.cfg")
+    return None
+
+
+def _with_baseline(
+    result: CheckResult, path: Path, known: Known, root: Path, enabled: Enabled, args: argparse.Namespace
+) -> CheckResult:
+    if args.update_baseline:
+        known = updated(result, known, root, enabled)
+        write_baseline(path, known)
+        _log(f"wrote {path}: {_count(sum(map(len, known.values())), 'known finding')}")
+    return apply_baseline(result, known, root, enabled)
+
+
+def _render(name: str, result: CheckResult, places: Places, statistics: bool) -> str:
+    """The findings in a format; the statistics that a format has no room for go to stderr."""
+    if name == "text":
+        return render_text(result, places, statistics)
+    if statistics and name != "json":
+        for code, count in result.statistics.items():
+            _log(f"{count} {code} {RULES[code].message}")
+    return {"json": render_json, "github": render_github, "sarif": render_sarif}[name](result, places)
+
+
+def run(
+    patterns: list[str],
+    axes: Axes | None,
+    select: tuple[str, ...],
+    ignore: tuple[str, ...],
+    config: Config,
+    debug: bool = False,
+) -> CheckResult:
+    """Checks all targets. One that cannot be checked is a failure, and the others are checked still."""
+    from buffer_lifting.inspection.targets import check_target, expand
+    from buffer_lifting.targets import TargetError, first_line
+
+    targets, unmatched = expand(patterns)
+    failures = [Failure(pattern, f"{pattern}: {reason}") for pattern, reason in unmatched]
+    reported: list[Reported] = []
+    used: set[Exemption] = set()
+    for target in targets:
+        try:
+            found = check_target(target, axes)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            expected = isinstance(error, TargetError | LiftingError)
+            text = " ".join(str(error).split()) if expected else f"it crashed the check ({first_line(error)})"
+            failures.append(Failure(target, text if text.startswith(target) else f"{target}: {text}"))
+            continue
+        for item in found:
+            if is_enabled(item.code, select, ignore):
+                reported.append(_suppressed(target, item, config, used))
+    failed = {failure.target for failure in failures}
+    warnings = []
+    if not failed and not select and not ignore:
+        warnings = [
+            f"setup.cfg: suppress: '{entry}' matches no finding" for entry in config.suppress if entry not in used
+        ]
+    return CheckResult(tuple(targets), tuple(reported), tuple(failures), tuple(warnings))
+
+
+def _suppressed(target: str, item: Diagnostic, config: Config, used: set[Exemption]) -> Reported:
+    for entry in config.suppress:
+        if entry.matches(item):
+            used.add(entry)
+            return Reported(target, item, entry.suppression)
+    return Reported(target, item)
+
+
+def _codes(texts: list[str], what: str) -> tuple[str, ...]:
+    return check_prefixes([code for text in texts for code in split(text) or [text]], what)
+
+
+def _summary(result: CheckResult) -> str:
+    failed = {failure.target for failure in result.failures}
+    checked = sum(target not in failed for target in result.targets)
+    parts = [f"{_count(len(result.findings), 'finding')} in {_count(checked, 'target')}"]
+    suppressed = len(result.reported) - len(result.findings)
+    if suppressed:
+        parts.append(f"{suppressed} suppressed")
+    if failed:
+        parts.append(f"{_count(len(failed), 'target')} not checked")
+    return ", ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _log(text: str) -> None:
+    print(f"buffer-lifting: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def add_commands(
+    commands: Any, common: argparse.ArgumentParser, axes: argparse.ArgumentParser, parse_axes: ParseAxes
+) -> None:
+    """Adds ``check`` and ``rule`` to the subparsers."""
+    sub = commands.add_parser(
+        "check",
+        help="check programs in CI: findings by rule codes",
+        description="Check programs: what is read by position and not lifted, what cannot be, and what breaks stages.",
+        epilog=CHECK_HELP,
+        parents=[common, axes],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("targets", nargs="+", metavar="TARGET", help="what to check; see below")
+    codes: dict[str, Any] = {"action": "append", "metavar": "CODES"}
+    sub.add_argument("--select", **codes, help="only the codes that begin so, as in BL0,BL101 (repeatable)")
+    sub.add_argument("--ignore", **codes, help="not the codes that begin so; the longer prefix wins (repeatable)")
+    sub.add_argument("--baseline", metavar="FILE", help="findings that are known: they do not count, new ones do")
+    sub.add_argument("--update-baseline", action="store_true", help="write the findings to the baseline")
+    sub.add_argument("--format", choices=FORMATS, help="default: text; docs/CHECK.md describes json")
+    switch: Any = argparse.BooleanOptionalAction
+    sub.add_argument("--exit-zero", action=switch, help="exit with 0 on findings")
+    sub.add_argument("--statistics", action=switch, help="count the findings of each code")
+    sub.set_defaults(run=_check, parse_axes=parse_axes)
+
+    sub = commands.add_parser(
+        "rule",
+        help="explain a rule code",
+        description="Print the page of a rule: severity, message, help, a bad and a good example.",
+        parents=[common],
+    )
+    sub.add_argument("codes", nargs="*", metavar="CODE", help="as in BL001")
+    sub.add_argument("--all", action="store_true", help="every rule")
+    sub.set_defaults(run=_rule)

@@ -1,0 +1,202 @@
+"""Diagnostics: what is wrong with a program, one record a finding, with a key that outlives edits of the source.
+
+A record (of a ``.pt2`` file or an ExportedProgram) is scanned: every read that could be lifted and is not, every
+read that cannot be, and every op that mixes the sequence is a finding. A lifted or staged program is scanned again
+in its lifted form, and its shape is checked as well (``lifted_checks.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from buffer_lifting.errors import AxesError
+from buffer_lifting.graph.record import GraphRecord, Location
+from buffer_lifting.inspection.rules import Severity, check_prefixes, is_enabled, rule
+from buffer_lifting.program import Axes, Finding, PositionRead, ScanReport, SequenceMixing
+
+if TYPE_CHECKING:
+    from buffer_lifting.lifted import LiftedProgram
+
+Key = tuple[str, str, str, str, int]
+_READ_AS = {
+    "iota": "the index from {}",
+    "length": "the sequence length",
+    "is_causal": "the causal mask (is_causal=True)",
+    "flex": "the {} of flex_attention",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One finding.
+
+    Attributes:
+        code, severity: of its rule.
+        message: one line; ``hint`` is a way out, or empty.
+        location: the innermost frame of the read (or op) outside torch; ``None`` when the graph has none.
+        module, module_class: FQN and class of the module that the node was traced in; ``""`` is the root's FQN, and
+            the class of a finding about a whole program.
+        source: FQN of what is read, the op that makes it, or the lifted input; empty when the finding has no source.
+        node, op: the node that reads, and its op; empty for a finding about a whole program.
+        ordinal: counts, in the order of the graph, the findings that are equal in code, source, module and op.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    hint: str
+    location: Location | None
+    module: str
+    module_class: str
+    source: str
+    node: str
+    op: str
+    ordinal: int = 0
+
+    @property
+    def key(self) -> Key:
+        """``(code, source, module, op, ordinal)``: no line and no node name is part of it."""
+        return self.code, self.source, self.module, self.op, self.ordinal
+
+    @property
+    def fingerprint(self) -> str:
+        """The key as 32 hexadecimal digits."""
+        return hashlib.sha256("\0".join(map(str, self.key)).encode()).hexdigest()[:32]
+
+
+def diagnostic(
+    code: str,
+    message: str,
+    hint: str = "",
+    location: Location | None = None,
+    module: str = "",
+    module_class: str = "",
+    source: str = "",
+    node: str = "",
+    op: str = "",
+) -> Diagnostic:
+    """A diagnostic with its rule's severity, and ordinal 0."""
+    return Diagnostic(code, rule(code).severity, message, hint, location, module, module_class, source, node, op)
+
+
+def check(
+    program: Any, select: Iterable[str] = (), ignore: Iterable[str] = (), *, axes: Axes | None = None
+) -> tuple[Diagnostic, ...]:
+    """The findings of a program, in the order of its graph.
+
+    Args:
+        program: an ExportedProgram (or ``fx.GraphModule``), a :class:`~buffer_lifting.LiftedProgram` or a
+            :class:`~buffer_lifting.StagedProgram`. It is not modified.
+        select: prefixes of the codes to report; none means all.
+        ignore: prefixes of codes to leave out. Of two that match, the longer one decides.
+        axes: as in :func:`buffer_lifting.scan`; only for a program that is not lifted.
+
+    Raises:
+        ValueError: a prefix that no code has, or ``axes`` for a lifted program.
+        AxesError: ``axes`` does not fit the inputs.
+        TypeError: none of these programs.
+    """
+    chosen, left_out = check_prefixes(select, "select"), check_prefixes(ignore, "ignore")
+    return tuple(d for d in _all(program, axes) if is_enabled(d.code, chosen, left_out))
+
+
+def check_record(record: GraphRecord, axes: Axes | None = None) -> tuple[Diagnostic, ...]:
+    """The findings of a record. Imports no torch.
+
+    Raises:
+        AxesError: ``axes`` does not fit the inputs.
+    """
+    from buffer_lifting.scanner import scan_record
+
+    classes = {node.name: node.modules[-1][1] for node in record.nodes.values() if node.modules}
+    return numbered(report_diagnostics(scan_record(record, axes).report, classes))
+
+
+def report_diagnostics(report: ScanReport, classes: dict[str, str]) -> list[Diagnostic]:
+    """The findings of a scan; ``classes`` are those of the nodes' modules."""
+    found = [_of_finding(item) for item in report.findings]
+    found += [_of_read(read, classes) for read in report.reads]
+    return [*found, *(_of_mixing(mix, classes) for mix in report.mixing if not mix.handled)]
+
+
+def numbered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
+    """The same, with ordinals."""
+    counts: dict[Any, int] = {}
+    result = []
+    for item in found:
+        same = item.key[:-1]
+        result.append(replace(item, ordinal=counts.setdefault(same, 0)))
+        counts[same] += 1
+    return tuple(result)
+
+
+def _all(program: Any, axes: Axes | None) -> tuple[Diagnostic, ...]:
+    from buffer_lifting.lifted import LiftedProgram
+    from buffer_lifting.stages import StagedProgram
+
+    if isinstance(program, LiftedProgram | StagedProgram):
+        if axes:
+            raise ValueError("axes= is for a program that is not lifted; the axes of this one are known")
+        from buffer_lifting.inspection.lifted_checks import shape_of_lifted, shape_of_staged
+
+        if isinstance(program, StagedProgram):
+            return _lifted(program.lifted, shape_of_staged(program))
+        return _lifted(program, shape_of_lifted(program))
+    from buffer_lifting.adapter import as_program
+    from buffer_lifting.graph.from_fx import build_record
+    from buffer_lifting.passes.normalize import normalize
+
+    exported = as_program(program)
+    return check_record(build_record(exported, normalize(exported, read_only=True).graph), axes)
+
+
+def _lifted(lifted: LiftedProgram, shape: list[Diagnostic]) -> tuple[Diagnostic, ...]:
+    """What the lifted graph still reads by position, and its shape.
+
+    A lifted input whose batch is not first (BL302) contradicts the axes that the scan goes by: it is reported alone.
+    """
+    try:
+        return numbered([*_rescanned(lifted), *shape])
+    except AxesError:
+        if not any(item.code == "BL302" for item in shape):
+            raise
+        return numbered(shape)
+
+
+def _rescanned(lifted: LiftedProgram) -> tuple[Diagnostic, ...]:
+    from buffer_lifting.graph.from_fx import build_record
+    from buffer_lifting.passes.context_parallel import lifted_axes
+    from buffer_lifting.passes.normalize import normalize
+
+    graph = normalize(lifted.program, read_only=True).graph
+    return check_record(build_record(lifted.program, graph), lifted_axes(lifted))
+
+
+def _of_read(read: PositionRead, classes: dict[str, str]) -> Diagnostic:
+    template = _READ_AS.get(read.source_kind, f"{read.source_kind} {{!r}}")
+    what = template.format(read.source)
+    if read.refusal:
+        message, hint = f"cannot lift {what}: {read.refusal}", read.hint
+    elif read.code == "BL004":
+        message, hint = f"{what} goes by the order of the slots", read.hint
+    else:
+        message, hint = f"{what} is read by position and is not lifted", read.hint or "buffer_lifting.lift handles it"
+    module = read.modules[0] if read.modules else ""
+    return diagnostic(
+        read.code, message, hint, read.location, module, classes.get(read.node, ""), read.source, read.node, read.op
+    )
+
+
+def _of_mixing(mix: SequenceMixing, classes: dict[str, str]) -> Diagnostic:
+    module = mix.modules[0] if mix.modules else ""
+    message = f"{mix.op} mixes the sequence ({mix.reason})"
+    return diagnostic(
+        mix.code, message, mix.hint, mix.location, module, classes.get(mix.node, ""), "", mix.node, mix.op
+    )
+
+
+def _of_finding(item: Finding) -> Diagnostic:
+    return diagnostic(item.code, item.message, item.hint, item.location)

@@ -1,0 +1,70 @@
+"""The targets of ``check``: ``.pt2`` files, saved stage directories, globs of them, and ``package.module:callable``.
+
+Files are read by readers of our own, which run nothing and import no torch. A callable runs.
+"""
+
+from __future__ import annotations
+
+import glob
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_record
+from buffer_lifting.inspection.stage_files import check_stages, is_stage_directory
+from buffer_lifting.program import Axes
+from buffer_lifting.targets import TargetError, load_checkable
+
+_EXPECTED = "a target is a .pt2 file, a directory that `buffer-lifting split` wrote, or package.module:callable"
+
+
+def expand(patterns: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The targets that the arguments name, each once, in order; and the globs that match none, with the reason."""
+    targets: dict[str, None] = {}
+    failures = []
+    for pattern in patterns:
+        if _is_callable(pattern) or not glob.has_magic(pattern) or Path(pattern).exists():
+            targets[pattern] = None
+            continue
+        found = [path for path in sorted(glob.glob(pattern, recursive=True)) if _is_checkable(Path(path))]
+        if not found:
+            failures.append((pattern, "it matches no .pt2 file and no stage directory"))
+        targets.update(dict.fromkeys(found))
+    return list(targets), failures
+
+
+def check_target(target: str, axes: Axes | None) -> tuple[Diagnostic, ...]:
+    """The findings of one target.
+
+    Raises:
+        TargetError: it is none, or its callable fails.
+        LiftingError: a file that cannot be read, or axes that do not fit.
+    """
+    path = Path(target)
+    if _is_callable(target):
+        program = load_checkable(target)
+        try:
+            with redirect_stdout(sys.stderr):
+                return check(program, axes=axes)
+        except ValueError as error:
+            raise TargetError(f"{target}: {error}") from error
+    if path.is_dir():
+        if not is_stage_directory(path):
+            raise TargetError(f"{target}: a directory without a manifest; {_EXPECTED}")
+        if axes:
+            raise TargetError(f"{target}: saved stages, whose axes are known; --axes is for a program to be lifted")
+        return check_stages(path)
+    if path.suffix != ".pt2":
+        raise TargetError(f"{target}: {_EXPECTED}")
+    from buffer_lifting.graph.archive import read_archive
+
+    return check_record(read_archive(path), axes)
+
+
+def _is_callable(target: str) -> bool:
+    return ":" in target and not target.endswith(".pt2") and not Path(target).exists()
+
+
+def _is_checkable(path: Path) -> bool:
+    return path.suffix == ".pt2" or (path.is_dir() and is_stage_directory(path))

@@ -1,0 +1,384 @@
+"""``buffer-lifting check``: targets, configuration, output and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import export_case
+
+import buffer_lifting as bl
+from buffer_lifting.cli import main
+from buffer_lifting.inspection.stage_files import check_stages
+
+ROOT = Path(__file__).resolve().parents[1]
+Capture = pytest.CaptureFixture[str]
+
+TARGETS = """
+    import sys
+    import torch
+    from torch.export import Dim
+    import buffer_lifting as bl
+
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(61, 8)
+            self.register_buffer("table", torch.randn(64, 8))
+
+        def forward(self, tokens):
+            x = self.embedding(tokens) + self.table[: tokens.shape[1]]
+            return torch.cumsum(x, 1)
+
+
+    def program():
+        print("noise of the model")
+        return torch.export.export(
+            Model(), (torch.zeros(3, 11, dtype=torch.long),), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},)
+        )
+
+
+    def lifted():
+        return bl.lift(program(), strict=False)
+
+
+    def number():
+        return 3
+
+
+    def broken():
+        raise RuntimeError("no model")
+
+
+    def leaves():
+        sys.exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that take time to make: a clean and an unclean program, clean stages."""
+    directory = tmp_path_factory.mktemp("made")
+    program = export_case("llama_pr1797")[1]
+    torch.export.save(program, directory / "llama.pt2")
+    lifted = bl.context_parallel(bl.lift(program), size=1)
+    bl.partition(lifted, num_stages=2).save(directory / "stages")
+
+    class Plain(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    torch.export.save(
+        torch.export.export(Plain(), (torch.randn(3, 11, 8),), dynamic_shapes=shapes), directory / "plain.pt2"
+    )
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with these files, a broken one and a module of targets, in which the commands run."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "broken.pt2").write_bytes(b"no zip")
+    (tmp_path / "check_targets.py").write_text(textwrap.dedent(TARGETS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "check_targets", raising=False)
+    return tmp_path
+
+
+def configure(text: str, directory: Path | None = None) -> None:
+    """Writes ``setup.cfg``."""
+    ((directory or Path.cwd()) / "setup.cfg").write_text("[buffer_lifting]\n" + textwrap.dedent(text))
+
+
+# Targets and exit codes
+
+
+def test_clean_is_silent_on_stdout(capsys: Capture) -> None:
+    assert main(["check", "plain.pt2", "stages"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "buffer-lifting: 0 findings in 2 targets\n"
+
+
+def test_findings_look_like_a_compilers(capsys: Capture) -> None:
+    assert main(["check", "check_targets:program"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == textwrap.dedent("""\
+        check_targets.py:15: BL001 buffer 'table' is read by position and is not lifted
+            x = self.embedding(tokens) + self.table[: tokens.shape[1]]
+                                              ^~~~~
+            help: buffer_lifting.lift handles it
+        check_targets.py:16: BL201 aten.cumsum.default mixes the sequence (aten.cumsum runs along the sequence or batch)
+            return torch.cumsum(x, 1)
+                         ^~~~~~
+            help: lift with strict=False if the sequence is never reordered or sharded
+    """)
+    assert "noise of the model" in captured.err and captured.err.endswith("2 findings in 1 target\n")
+
+
+def test_a_lifted_program_is_a_target(capsys: Capture) -> None:
+    assert main(["check", "check_targets:lifted"]) == 1
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if ": BL" in line] == ["BL201"]
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("broken.pt2", "broken.pt2"),
+        ("nothing.pt2", "nothing.pt2"),
+        ("check_targets:number", "returned int"),
+        ("check_targets:broken", "RuntimeError: no model"),
+        ("check_targets:leaves", "SystemExit: 0"),
+        ("check_targets:absent", "has no 'absent'"),
+        ("no_such_module:f", "cannot import no_such_module"),
+        ("check_targets.py", "a target is a .pt2 file"),
+        ("no*.pt2", "matches no .pt2 file"),
+        (".", "a directory without a manifest"),
+    ],
+)
+def test_a_target_that_cannot_be_checked(target: str, why: str, capsys: Capture) -> None:
+    assert main(["check", target, "plain.pt2"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if "error" in line]
+    assert line.startswith(f"buffer-lifting: error: BL901 {target}: ") and why in line
+    assert captured.err.endswith("0 findings in 1 target, 1 target not checked\n")
+
+
+def test_findings_of_others_are_still_shown(capsys: Capture) -> None:
+    assert main(["check", "broken.pt2", "llama.pt2", "--exit-zero"]) == 2
+    assert "BL001 buffer" in capsys.readouterr().out
+
+
+def test_a_crash_of_the_check_is_no_clean_result(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise ZeroDivisionError("in the analysis")
+
+    monkeypatch.setattr("buffer_lifting.scanner.scan_record", crash)
+    assert main(["check", "plain.pt2"]) == 2
+    assert "plain.pt2: it crashed the check (ZeroDivisionError: in the analysis)" in capsys.readouterr().err
+
+
+def test_globs_find_files_and_stage_directories(capsys: Capture) -> None:
+    Path("more/deep").mkdir(parents=True)
+    shutil.copy("plain.pt2", "more/deep/one.pt2")
+    assert main(["check", "more/**/*.pt2", "st*", "plain.pt2", "p*.pt2"]) == 0
+    assert "0 findings in 3 targets" in capsys.readouterr().err
+
+
+def test_a_layer_that_repeats_is_shown_once(capsys: Capture) -> None:
+    assert main(["check", "llama.pt2", "--select", "BL004"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("BL004") == 1 and "  [x2 layers: layers.*" in out
+
+
+def test_usage_errors() -> None:
+    assert main(["check"]) == 2
+    assert main(["check", "plain.pt2", "--axes", "nonsense"]) == 2
+    assert main(["check", "plain.pt2", "--axes", "y:0=batch"]) == 2
+    assert main(["check", "stages", "--axes", "tokens:0=batch"]) == 2
+
+
+# Options and configuration
+
+
+def test_select_ignore_statistics_and_exit_zero(capsys: Capture) -> None:
+    assert main(["check", "check_targets:program", "--select", "BL0", "--statistics"]) == 1
+    out = capsys.readouterr().out
+    assert "BL201" not in out
+    assert out.splitlines()[-1] == "1 BL001 a buffer or constant is read by sequence position and is not lifted"
+    assert main(["check", "check_targets:program", "--ignore", "BL0,BL2"]) == 0
+    assert main(["check", "check_targets:program", "--exit-zero"]) == 0
+    capsys.readouterr()
+    assert main(["check", "plain.pt2", "--select", "BL8"]) == 2
+    assert "--select: no rule begins with 'BL8'" in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_setup_cfg(capsys: Capture) -> None:
+    configure("select = BL0\nexit-zero = yes\nstatistics = on\n")
+    assert main(["check", "check_targets:program"]) == 0
+    out = capsys.readouterr().out
+    assert "1 BL001 a buffer" in out and "BL201" not in out
+    assert main(["check", "check_targets:program", "--select", "BL2", "--no-exit-zero", "--no-statistics"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("BL201") == 1 and "BL001" not in out
+
+
+def test_the_nearest_section_up_to_the_repository_counts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure("ignore = BL\n")
+    below = here / "below"
+    below.mkdir()
+    (below / "setup.cfg").write_text("[metadata]\nname = other\n")
+    monkeypatch.chdir(below)
+    assert main(["check", "../llama.pt2"]) == 0
+    (below / ".git").mkdir()
+    assert main(["check", "../llama.pt2"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("selekt = BL0", "unknown key 'selekt'"),
+        ("select = BL7", "no rule begins with 'BL7'"),
+        ("exit_zero = maybe", "neither yes nor no"),
+        ("suppress = BL001 table", "is not 'CODE FQN-PATTERN: reason'"),
+        ("suppress = BL001 table:  ", "is not 'CODE FQN-PATTERN: reason'"),
+        ("suppress = BL7 table: because", "no rule begins with 'BL7'"),
+        ("axes = nonsense", "--axes 'nonsense'"),
+        ("no key at all", "setup.cfg"),
+    ],
+)
+def test_wrong_configuration(text: str, why: str, capsys: Capture) -> None:
+    configure(text)
+    assert main(["check", "plain.pt2"]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_suppression_by_pattern(capsys: Capture) -> None:
+    configure("""\
+        suppress =
+            BL001 tab*: the trainer feeds it
+            BL2 decoder.*: not reordered there
+    """)
+    assert main(["check", "check_targets:program"]) == 1
+    captured = capsys.readouterr()
+    assert "BL001" not in captured.out and "BL201" in captured.out
+    assert "suppress: 'BL2 decoder.*' matches no finding" in captured.err
+    assert captured.err.endswith("1 finding in 1 target, 1 suppressed\n")
+
+
+# Places
+
+
+def test_files_of_another_machine_are_found_by_their_line(here: Path, capsys: Capture) -> None:
+    (here / "package").mkdir()
+    (here / "check_targets.py").rename(here / "package" / "model.py")
+    code = "import torch, package.model as m; torch.export.save(m.program(), 'other.pt2')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here)])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    here.joinpath("clone").mkdir()
+    for name in ("package", "other.pt2"):
+        shutil.move(here / name, here / "clone" / name)
+    (here / "clone" / ".git").mkdir()
+    os.chdir(here / "clone")
+    assert main(["check", "other.pt2"]) == 1
+    assert capsys.readouterr().out.startswith("package/model.py:15: BL001 ")
+    text = Path("package/model.py").read_text()
+    Path("package/model.py").write_text("# edited\n" + text)
+    assert main(["check", "other.pt2", "--select", "BL001"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"{here.as_posix()}/package/model.py:15: "), "the line differs: no guess"
+    assert "self.table[: tokens.shape[1]]" in out, "the recorded line"
+
+
+# Saved stages
+
+
+def test_saved_stages_have_the_findings_of_the_partition(tmp_path: Path) -> None:
+    staged = bl.partition(bl.lift(export_case("llama_pr1797")[1]), num_stages=2)
+    staged.save(tmp_path / "causal")
+    found, expected = check_stages(tmp_path / "causal"), bl.check(staged)
+    assert [item.code for item in found] == ["BL004", "BL004"]
+    assert [(item.key, item.location) for item in found] == [(item.key, item.location) for item in expected]
+
+
+@pytest.mark.parametrize("name", ["feed.json", "stage_1.json", "manifest.json"])
+def test_damaged_stages(name: str, capsys: Capture) -> None:
+    path = Path("stages") / name
+    path.write_bytes(path.read_bytes().replace(b"lifted_", b"shifted", 1)[: -9 if name == "manifest.json" else None])
+    assert main(["check", "stages"]) == 2
+    assert name in capsys.readouterr().err or name == "manifest.json"
+    path.unlink()
+    assert main(["check", "stages"]) == 2
+
+
+def test_a_stage_without_its_broadcast_is_found(capsys: Capture) -> None:
+    import hashlib
+
+    path = Path("stages/stage_1.json")
+    text = path.read_text().replace("aten.expand.default", "aten.clone.default")
+    path.write_text(text)
+    manifest = json.loads(Path("stages/manifest.json").read_text())
+    manifest["sha256"]["stage_1.json"] = hashlib.sha256(text.encode()).hexdigest()
+    Path("stages/manifest.json").write_text(json.dumps(manifest))
+    assert main(["check", "stages"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("BL301") == 3 and "of stage 1 is not followed by one batch-broadcast node" in out
+
+
+# torch
+
+
+def test_files_are_checked_without_torch() -> None:
+    code = textwrap.dedent("""\
+        import sys
+        from buffer_lifting.cli import main
+        assert main(["check", "llama.pt2", "stages", "--statistics"]) == 1
+        assert "torch" not in sys.modules, "torch was imported"
+        assert "numpy" not in sys.modules, "numpy was imported"
+    """)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "BL001" in done.stdout
+
+
+def test_a_pickle_in_a_file_is_not_opened(here: Path, capsys: Capture) -> None:
+    import zipfile
+
+    with zipfile.ZipFile("plain.pt2") as old, zipfile.ZipFile("bad.pt2", "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if "sample_inputs" in item.filename:
+                data = b"cos\nsystem\n(S'touch run'\ntR."
+            new.writestr(item.filename, data)
+    main(["check", "bad.pt2"])
+    assert not (here / "run").exists()
+
+
+def test_edited_stages_are_an_error_or_findings_and_nothing_else() -> None:
+    """Values of the JSON replaced by others, with checksums that fit: no crash."""
+    import hashlib
+    import random
+
+    from buffer_lifting.errors import ArchiveError
+
+    dice = random.Random(0)
+    manifest = json.loads(Path("stages/manifest.json").read_text())
+    texts = {name: Path("stages", name).read_text() for name in ("feed.json", "stage_0.json", "stage_1.json")}
+    outcomes = {"findings": 0, "refused": 0}
+    for _ in range(600):
+        name = dice.choice(sorted(texts))
+        document = json.loads(texts[name])
+        holder, key = document, dice.choice(sorted(document))
+        while isinstance(holder[key], dict | list) and holder[key] and dice.random() < 0.85:
+            holder = holder[key]
+            key = dice.choice(sorted(holder)) if isinstance(holder, dict) else dice.randrange(len(holder))
+        if dice.random() < 0.3 and isinstance(holder, dict):
+            del holder[key]
+        else:
+            holder[key] = dice.choice(
+                [None, True, -1, 2**70, 1.5, "x", "aten.expand.default", [], {}, {"node": 3}, [[]]]
+            )
+        data = json.dumps(document).encode()
+        Path("stages", name).write_bytes(data)
+        edited = {**manifest, "sha256": {**manifest["sha256"], name: hashlib.sha256(data).hexdigest()}}
+        Path("stages/manifest.json").write_text(json.dumps(edited))
+        try:
+            check_stages(Path("stages"))
+            outcomes["findings"] += 1
+        except ArchiveError:
+            outcomes["refused"] += 1
+        Path("stages", name).write_text(texts[name])
+    assert min(outcomes.values()) > 20, outcomes
