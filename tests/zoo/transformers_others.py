@@ -97,7 +97,6 @@ def encoder(
 _BERT_EXPORTS = (
     SDPA,
     EAGER_DYNAMIC,
-    Export("positions", _positions, shapes=("dynamic",)),
     Export("mask", named_mask),
     Export("labels", _labels, shapes=("dynamic",)),
     Export("full", named_ids, seq=TABLE),
