@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from buffer_lifting.gathering import operand_of
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.labels import DimLabel, Labels, is_labelled
-from buffer_lifting.local_rules.core import local_rule, over_features, spread, unchanged
-from buffer_lifting.plan import Call, Context, Plan, Reapply, Refuse, Value
+from buffer_lifting.local_rules.core import local_rule, spread, unchanged, widened
+from buffer_lifting.plan import Call, Context, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
     from buffer_lifting.planner import Planner
@@ -54,15 +54,8 @@ def _matmul(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     same = unchanged(node, *values)
     if same:
         return same
-    plans: list[Plan] = []
-    lane = any(value.lane for value in values)
-    for value in values:
-        plan = value.plan
-        if value.lane:
-            for _ in range(rank - value.rank):
-                plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
-        plans.append(plan)
-    return Value(Call("aten.matmul.default", tuple(plans), node.name), lane, rank)
+    plans = tuple(widened(value, rank, node.name) for value in values)
+    return Value(Call("aten.matmul.default", plans, node.name), any(value.lane for value in values), rank)
 
 
 @local_rule("einsum")
@@ -161,11 +154,6 @@ def _softmax(planner: Planner, node: Node, labels: Labels, context: Context) -> 
     value = planner.rebuild(source.name, labels, context)
     call = Call(f"{node.base_op}.int", (value.plan, dim + value.lane), node.name)
     return unchanged(node, value) or Value(call, value.lane, len(labels))
-
-
-@local_rule("mean", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "argmax", "argmin")
-def _over_features(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    return over_features(planner, node, labels, context)
 
 
 @local_rule("view_as_complex", "view_as_real")

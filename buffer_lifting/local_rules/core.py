@@ -110,6 +110,15 @@ def spread(value: Value, lane: Plan, anchor: str) -> Plan:
     return Call("aten.expand.default", (lifted, (lane, *[-1] * value.rank)), anchor)
 
 
+def widened(value: Value, rank: int, anchor: str) -> Plan:
+    """The plan of an operand that broadcasts to ``rank`` dims: its lane stays in front of the missing ones."""
+    plan = value.plan
+    if value.lane:
+        for _ in range(rank - value.rank):
+            plan = Call("aten.unsqueeze.default", (plan, 1), anchor)
+    return plan
+
+
 def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     rank = len(labels)
     operands: list[tuple[str, Value]] = []
@@ -130,14 +139,8 @@ def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -
     if same:
         return same
     lane = any(value.lane for _, value in operands)
-    operands_now = numbers
-    for path, value in operands:
-        plan = value.plan
-        if value.lane:
-            for _ in range(rank - value.rank):
-                plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
-        operands_now.append((path, plan))
-    return Value(Reapply(node.name, tuple(operands_now)), lane, rank)
+    plans = [(path, widened(value, rank, node.name)) for path, value in operands]
+    return Value(Reapply(node.name, (*numbers, *plans)), lane, rank)
 
 
 def _fill(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
@@ -205,6 +208,7 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
     return Value(Call(f"{op}.{overload}", (value.plan, over_lane, keep), node.name), True, len(labels))
 
 
+@local_rule("mean", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "argmax", "argmin")
 def over_features(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """A reduction over dims that are no sequence; dims are counted from the right, so a lane changes nothing."""
     source, shape = operand_of(planner, node)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from buffer_lifting.gathering import gather, gather_lane, operand_of
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.labels import COL, ROW, Labels, is_labelled
-from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, unchanged
+from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, unchanged, widened
 from buffer_lifting.plan import Call, Context, Existing, Plan, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -55,22 +55,16 @@ def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
         assert meta is not None
         own = middle[rank - len(meta.shape) :]
         own = tuple(() if size == 1 else dim for size, dim in zip(meta.shape, own, strict=True))
-        values.append((name, planner.rebuild(name, own, context)))
-    same = unchanged(node, *(value for _, value in values))
+        values.append(planner.rebuild(name, own, context))
+    same = unchanged(node, *values)
     if same:
         return same
-    plans: list[Plan] = []
-    for _, value in values:
-        plan = value.plan
-        if value.lane:
-            for _ in range(rank - value.rank):
-                plan = Call("aten.unsqueeze.default", (plan, 1), node.name)
-        plans.append(plan)
+    plans = tuple(widened(value, rank, node.name) for value in values)
     order = [*dims, *(d for d in range(len(shape)) if d not in dims)]
     table: Plan = Existing(source.name)
     if dims[0]:
         table = Call("aten.permute.default", (table, tuple(order)), node.name)
-    result: Plan = Call("aten.index.Tensor", (table, tuple(plans)), node.name)
+    result: Plan = Call("aten.index.Tensor", (table, plans), node.name)
     if dims[0]:  # [lane, *middle, *before, *after] -> [lane, *before, *middle, *after]
         first = [1 + rank + d for d in range(dims[0])]
         last = [1 + rank + d for d in range(dims[0], len(rest) - len(dims))]
