@@ -57,12 +57,6 @@ from buffer_lifting.scan_users import label_user_value, no_axis, report_returned
 
 FormOption = str | Mapping[str, str]
 
-
-def has_seq_dims(labels: Labels) -> bool:
-    """Whether any dim runs along a sequence."""
-    return any(has_seq(dim) for dim in labels)
-
-
 _FORMS = ("values", "positions", "auto")
 
 
@@ -268,7 +262,7 @@ class _Scan:
                     self.reports.refused(node, path, value, (), Refuse(why, name))
             elif (
                 name in self.mixed
-                or has_seq_dims(alignment.labels)
+                or seq_axes(alignment.labels)
                 or (Dep.LENGTH in self.deps[name] and Dep.USER not in self.deps[name])
             ):
                 self._read(Edge(node, path, value, alignment))
@@ -327,7 +321,7 @@ class _Scan:
     def _read(self, edge: Edge) -> None:
         value, labels = edge.value, edge.alignment.labels
         dep = self.deps[value.name]
-        if has_seq_dims(labels) and Dep.WRITTEN not in dep and not self.planner.varies_along(value.name, labels):
+        if seq_axes(labels) and Dep.WRITTEN not in dep and not self.planner.varies_along(value.name, labels):
             return
         two_axis = len(seq_axes(labels)) > 1
         context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
@@ -338,7 +332,7 @@ class _Scan:
         except Refuse as refused:
             natural = self._natural(edge, context)
             if natural is None:
-                lost = value.name in self.mixed and not has_seq_dims(labels)
+                lost = value.name in self.mixed and not seq_axes(labels)
                 refusal = self._mixed_refusal(value.name) if lost else refused
                 self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
                 return
