@@ -278,6 +278,23 @@ def call_operator(name: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(getattr(torch.ops.aten, packet), overload))
 
 
+def _functional_collectives() -> tuple[Any, Any, Any]:
+    import torch.distributed._functional_collectives  # registers the autograd formula of wait_tensor  # noqa: F401
+
+    ops = torch.ops
+    autograd = ops._c10d_functional_autograd
+    return (
+        autograd.all_gather_into_tensor.default,
+        autograd.all_to_all_single.default,
+        ops._c10d_functional.wait_tensor.default,
+    )
+
+
+#: torch's functional collectives with autograd, as ops that a graph can hold (the public wrappers of
+#: ``torch.distributed._functional_collectives`` resolve a process group at once).
+ALL_GATHER, ALL_TO_ALL, WAIT = _functional_collectives()
+
+
 def is_load_balancer(value: Any) -> bool:
     """Whether a value is one of torch's context-parallel load balancers (their base class is private)."""
     return callable(getattr(value, "_generate_indices", None))
