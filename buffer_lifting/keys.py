@@ -20,8 +20,11 @@ from buffer_lifting.plan import LiftPlan
 #: Views and copies along which a gather can move up, to where there are fewer elements to send.
 _MOVABLE = frozenset(
     f"aten.{name}"
-    for name in "transpose permute unsqueeze squeeze expand clone contiguous reshape view _unsafe_view "
-    "repeat_interleave t swapaxes movedim alias".split()
+    for line in [
+        "transpose permute unsqueeze squeeze expand clone contiguous reshape view _unsafe_view repeat_interleave",
+        "t swapaxes movedim alias",
+    ]
+    for name in line.split()
 )
 
 
@@ -124,17 +127,17 @@ def _einsum_keys(node: Node, labels: dict[str, tuple[Labels, ...] | None]) -> li
         return []
     left, target = equation.replace(" ", "").split("->")
     of_target = dict(zip(target, out[0], strict=True))
-    operands = []
+    operands: list[tuple[str, str, Labels]] = []
     for (path, name), letters in zip(node.named_refs(), left.split(","), strict=True):
         own = labels.get(name)
-        operands.append((path, letters, own[0] if own else None))
+        operands.append((path, letters, own[0] if own else ()))
     roles: dict[str, set[str]] = defaultdict(set)
-    for _, letters, own in operands:
-        for letter, dim in zip(letters, own or (), strict=False):
+    for _, letters, dims in operands:
+        for letter, dim in zip(letters, dims, strict=False):
             roles[letter] |= {f.role for f in dim if f.is_seq}
     found = []
-    for path, letters, own in operands:
-        for place, (letter, dim) in enumerate(zip(letters, own or (), strict=False)):
+    for path, letters, dims in operands:
+        for place, (letter, dim) in enumerate(zip(letters, dims, strict=False)):
             as_out = {f.role for f in of_target.get(letter, ()) if f.is_seq}
             columns = as_out & set(KEYS) if letter in of_target else roles[letter]
             for factor in dim:

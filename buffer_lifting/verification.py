@@ -16,8 +16,8 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.composition import check_composition
 from buffer_lifting.oracles.equivariance import check_equivariance
 from buffer_lifting.oracles.identity import check_identity
-from buffer_lifting.oracles.shards import check_shards
 from buffer_lifting.oracles.running import Case, example_cases
+from buffer_lifting.oracles.shards import check_shards
 from buffer_lifting.oracles.values import check_values
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.program import Check, VerifyReport

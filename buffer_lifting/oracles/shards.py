@@ -66,7 +66,9 @@ class _Shards(Pair):
     """The original on whole inputs against all ranks on theirs: each value of a rank's inputs is a list of them."""
 
     def __init__(self, program: ExportedProgram, lifted: LiftedProgram, plan: LiftPlan) -> None:
-        super().__init__(runnable(program, double=True), runnable(lifted.program, double=True), lifted, plan.data_labels)
+        super().__init__(
+            runnable(program, double=True), runnable(lifted.program, double=True), lifted, plan.data_labels
+        )
         self.size, self.plan = lifted.cp_size or 1, plan
         self.losses = loss_values(self.changed.graph, plan)
 

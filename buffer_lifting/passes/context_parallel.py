@@ -8,9 +8,10 @@ import torch
 from torch.fx import Graph
 
 from buffer_lifting.errors import LiftingError
+from buffer_lifting.examples import example_sizes, widen_examples
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.keys import plan_keys
-from buffer_lifting.labels import BATCH
+from buffer_lifting.labels import BATCH, COL
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.lifting import describe
 from buffer_lifting.passes.assemble import assemble
@@ -86,7 +87,12 @@ def context_parallel(
     program = lifted.program
     if modified or size > 1:
         examples = _examples(lifted, state.added)
-        program = assemble(lifted.program, normalized.graph, normalized.submodules, names, examples)
+        keys = [n for n, own in lifted.input_axes.items() if size > 1 and any(r == COL for _, _, r in own.seq_dims)]
+        program = assemble(lifted.program, normalized.graph, normalized.submodules, names, examples, keys)
+        columns = {item.name: int(item.batched) for item in (o.input for o in outputs) if item.role == COL}
+        for name in keys:
+            columns[name] = next(dim for dim, _, role in lifted.input_axes[name].seq_dims if role == COL)
+        widen_examples(program, columns, size)
     return LiftedProgram(program, tuple(o.input for o in outputs), lifted.report, feed, cp_size=size, mesh_dim=mesh_dim)
 
 
@@ -98,7 +104,6 @@ def _shard(lifted: LiftedProgram, graph: Graph, added: tuple[FeedOutput, ...], s
 
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:
-    from buffer_lifting.examples import example_sizes
     from buffer_lifting.streams import axis_streams
 
     sizes = example_sizes(lifted.program, lifted.input_axes)

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from buffer_lifting.errors import UnsupportedReadError
 from buffer_lifting.graph.record import GraphRecord, TensorMeta
 from buffer_lifting.graph.sizes import Size, add, multiply, product, rename
-from buffer_lifting.keys import KeyPlan
+from buffer_lifting.keys import Gather, KeyPlan
 from buffer_lifting.labels import BATCH, COL, KEYS, ROW, DimLabel, Factor, Labels, has_seq
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.collectives import gather_dim
@@ -81,7 +81,9 @@ class _Sharding:
         self.canonical: dict[str, Size] = {}
         placeholders = [node for node in state.graph.nodes if node.op == "placeholder"]
         self.last = placeholders[-1]
-        self.stack = next((n.meta["nn_module_stack"] for n in state.graph.nodes if n.meta.get("nn_module_stack")), {})
+        self.stack: dict[str, Any] = next(
+            (n.meta["nn_module_stack"] for n in state.graph.nodes if n.meta.get("nn_module_stack")), {}
+        )
         self._sizes: dict[tuple[str, str], Node] = {}
         for node in placeholders:
             self._note_symbols(node)
@@ -90,7 +92,7 @@ class _Sharding:
         """Placeholders first, then gathers, then every node in order."""
         for axes in self.state.plan.input_axes.values():
             self._widen_input(axes)
-        gathers = {}
+        gathers: dict[str, list[Gather]] = {}
         for gather in self.state.keys.gathers:
             gathers[gather.value] = [*gathers.get(gather.value, []), gather]
         for node in list(self.graph.nodes):
@@ -322,7 +324,9 @@ class _Sharding:
     def _check(self, node: Node, known: tuple[Labels, ...]) -> None:
         """Every dim of a value has the size that its labels say."""
         values = node.meta.get("val")
-        tensors = [v for v in (values if isinstance(values, tuple | list) else (values,)) if isinstance(v, torch.Tensor)]
+        tensors = [
+            v for v in (values if isinstance(values, tuple | list) else (values,)) if isinstance(v, torch.Tensor)
+        ]
         before = self.record.nodes[node.name].meta if node.name in self.record.nodes else None
         metas = before if isinstance(before, tuple) else (before,)
         shapes = [meta.shape for meta in metas if isinstance(meta, TensorMeta)]
@@ -335,7 +339,7 @@ class _Sharding:
                 if self._actual(size) != self._expected(label):
                     raise _problem(
                         node,
-                        f"it has {self._actual(size)} elements where the sequence on a rank has {self._expected(label)}",
+                        f"it has {self._actual(size)} elements where the sequence has {self._expected(label)}",
                     )
 
 
@@ -354,6 +358,6 @@ def _problem(node: Node, why: str) -> UnsupportedReadError:
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     where = f" [{lines[-1]}]" if lines else ""
     return UnsupportedReadError(
-        f"BL203 node {node.name!r} ({node.target}): under context parallelism {why}{where} -> please report this model; "
-        "context_parallel(lifted, size=1) runs it on one rank"
+        f"BL203 node {node.name!r} ({node.target}): under context parallelism {why}{where} -> please report "
+        "this model; context_parallel(lifted, size=1) runs it on one rank"
     )
