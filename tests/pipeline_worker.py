@@ -97,9 +97,7 @@ class Cell:
     @property
     def placement(self) -> list[int]:
         """The rank of each stage."""
-        if self.schedule in V_SHAPED:
-            return [min(stage, self.num_stages - 1 - stage) for stage in range(self.num_stages)]
-        return [stage % WORLD for stage in range(self.num_stages)]
+        return placement(self.schedule, self.num_stages, WORLD)
 
     @property
     def hops(self) -> list[int]:
@@ -111,6 +109,13 @@ class Cell:
     def loss_in_graph(self) -> bool:
         """Whether the model takes labels and returns its loss."""
         return "labels" in CASES[self.model].seq_inputs
+
+
+def placement(schedule: str, stages: int, ranks: int) -> list[int]:
+    """The pipeline rank of each stage."""
+    if schedule in V_SHAPED:
+        return [min(stage, stages - 1 - stage) for stage in range(stages)]
+    return [stage % ranks for stage in range(stages)]
 
 
 # What parent and workers share --------------------------------------------------------------------------
@@ -255,8 +260,11 @@ class Sends:
             ProcessGroup.send = original
 
 
-def add_up_tied(staged: Any, stages: Sequence[Any], names: dict[str, str]) -> None:
-    """Gives every copy of a tied weight the sum of the copies' gradients, as a trainer has to."""
+def add_up_tied(staged: Any, stages: Sequence[Any], names: dict[str, str], group: Any = None) -> None:
+    """Gives every copy of a tied weight the sum of the copies' gradients, as a trainer has to.
+
+    ``group``: the ranks of the pipeline; default: all.
+    """
     import torch.distributed as dist
 
     for fqn, holders in sorted(staged.tied.items()):
@@ -267,9 +275,10 @@ def add_up_tied(staged: Any, stages: Sequence[Any], names: dict[str, str]) -> No
             for name, parameter in stage.submod.named_parameters()
             if names[name] == names[fqn]
         }
-        shape = staged.lifted.program.state_dict[fqn].shape
-        total = sum((copy.grad for copy in copies.values()), torch.zeros(shape))
-        dist.all_reduce(total)
+        like = staged.lifted.program.state_dict[fqn]
+        dtype = next((copy.dtype for copy in copies.values()), like.dtype)
+        total = sum((copy.grad for copy in copies.values()), torch.zeros(like.shape, dtype=dtype))
+        dist.all_reduce(total, group=group)
         for copy in copies.values():
             copy.grad = total.clone()
 
@@ -308,10 +317,32 @@ def step_inputs(cell: Cell, step: int, staged: Any) -> tuple[dict[str, Tensor], 
     return inputs, feed, target
 
 
+def step_arguments(
+    staged: Any, schedule: str, mine: Sequence[int], values: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """``values`` by position and by name, for the ``step`` of the rank that has the stages ``mine``.
+
+    Stages of one rank get the same keywords, so the first stage may not get by position what a later one reads by
+    name: only with one stage a rank can all positional inputs be given as they are.
+    """
+    count = len(staged.positional) if schedule in SINGLE else 1
+    by_position = staged.positional[:count] if 0 in mine else ()
+    args = tuple(values[name] for name in by_position)
+    return args, {name: value for name, value in values.items() if name not in by_position}
+
+
+def make_schedule(name: str, stages: Sequence[Any], n_microbatches: int, loss_fn: Any, chunk_spec: Any) -> Any:
+    """One of torch's schedules over the stages of this rank."""
+    from torch.distributed import pipelining
+
+    chunks = {} if name in WITHOUT_CHUNK_SPEC else {"kwargs_chunk_spec": chunk_spec}
+    own = stages[0] if name in SINGLE else list(stages)
+    return getattr(pipelining, name)(own, n_microbatches=n_microbatches, loss_fn=loss_fn, **chunks)
+
+
 def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
     """Trains a cell on this rank."""
     import torch.distributed as dist
-    from torch.distributed import pipelining
     from torch.distributed.device_mesh import init_device_mesh
 
     mine = [stage for stage, place in enumerate(cell.placement) if place == rank]
@@ -333,22 +364,9 @@ def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
     schedule = None
     for step in range(STEPS):
         inputs, feed, target = step_inputs(cell, step, staged)
-        # Stages of one rank get the same keywords, so the first stage may not get by position what a later
-        # one reads by name: only with one stage a rank can all positional inputs be given as they are.
-        count = len(staged.positional) if cell.schedule in SINGLE else 1
-        by_position = staged.positional[:count] if 0 in mine else ()
-        args = tuple(inputs[name] for name in by_position)
-        kwargs = {name: value for name, value in {**inputs, **feed}.items() if name not in by_position}
+        args, kwargs = step_arguments(staged, cell.schedule, mine, {**inputs, **feed})
         if schedule is None:
-            chunks = {"kwargs_chunk_spec": staged.kwargs_chunk_spec(kwargs)}
-            if cell.schedule in WITHOUT_CHUNK_SPEC:
-                chunks.clear()
-            schedule = getattr(pipelining, cell.schedule)(
-                stages[0] if cell.schedule in SINGLE else stages,
-                n_microbatches=MICROBATCHES,
-                loss_fn=loss_fn,
-                **chunks,
-            )
+            schedule = make_schedule(cell.schedule, stages, MICROBATCHES, loss_fn, staged.kwargs_chunk_spec(kwargs))
         last = cell.num_stages - 1 in mine
         losses: list[Tensor] = []
         with sends.counted():
@@ -379,12 +397,12 @@ def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
     return result
 
 
-def result_path(directory: Path, cell: Cell, rank: int) -> Path:
-    """Where a rank puts a cell's result."""
+def result_path(directory: Path, cell: Any, rank: int) -> Path:
+    """Where a rank puts a cell's result; ``cell`` has a ``name``."""
     return directory / f"{cell.name}.rank{rank}.pt"
 
 
-def _write(directory: Path, cell: Cell, rank: int, result: dict[str, Any]) -> None:
+def write_result(directory: Path, cell: Any, rank: int, result: dict[str, Any]) -> None:
     path = result_path(directory, cell, rank)
     torch.save(result, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
@@ -403,28 +421,38 @@ def work(rank: int, port: int, directory: Path) -> None:
         world_size=WORLD,
         timeout=timedelta(seconds=60),
     )
+    work_through(cells, directory, rank, staged_program, train)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def work_through(cells: Sequence[Any], directory: Path, rank: int, prepare: Any, run: Any) -> None:
+    """Runs cells one after another: ``run(cell, prepare(cell), rank)``, a file of results each.
+
+    A cell that one rank cannot prepare is left out by all; a rank that fails inside ``run`` ends.
+    """
+    import torch.distributed as dist
+
     for cell in cells:
         began = time.monotonic()
         try:
-            staged, error = staged_program(cell), ""
+            prepared, error = prepare(cell), ""
         except Exception:
-            staged, error = None, traceback.format_exc()
+            prepared, error = None, traceback.format_exc()
         ready = torch.tensor([0 if error else 1])
         dist.all_reduce(ready, op=dist.ReduceOp.MIN)
         if not ready.item():
-            _write(directory, cell, rank, {"error": error or "the other rank could not make the stages"})
+            write_result(directory, cell, rank, {"error": error or "the other rank could not make the stages"})
             continue
-        prepared = time.monotonic()
+        done = time.monotonic()
         try:
-            result = train(cell, staged, rank)
+            result = run(cell, prepared, rank)
         except Exception:
-            _write(directory, cell, rank, {"error": traceback.format_exc()})
+            write_result(directory, cell, rank, {"error": traceback.format_exc()})
             sys.stdout.flush()
             os._exit(1)  # the peer's pending receive fails when this end of the connection goes away
-        _write(directory, cell, rank, {"error": "", **result})
-        print(f"{cell.name}: {prepared - began:.1f} s + {time.monotonic() - prepared:.1f} s", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+        write_result(directory, cell, rank, {"error": "", **result})
+        print(f"{cell.name}: {done - began:.1f} s + {time.monotonic() - done:.1f} s", flush=True)
 
 
 # The parent ---------------------------------------------------------------------------------------------
@@ -437,16 +465,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def worker_environment() -> dict[str, str]:
+    """One thread, the loopback interface, and this repository's package."""
+    paths = [str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def launch(cells: Sequence[Cell], directory: Path, timeout: float) -> str:
     """Runs one pair of workers, for at most ``timeout`` seconds; returns what they printed."""
     (directory / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-    paths = [str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    environment = worker_environment()
     port = free_port()
     logs = [directory / f"log{rank}.txt" for rank in range(WORLD)]
     workers: list[subprocess.Popen[bytes]] = []
@@ -469,23 +497,28 @@ def launch(cells: Sequence[Cell], directory: Path, timeout: float) -> str:
     return "\n".join(f"--- rank {rank}\n{log.read_text(errors='replace')}" for rank, log in enumerate(logs))
 
 
-def run_cells(cells: Sequence[Cell], directory: Path, budget: float) -> dict[Cell, list[dict[str, Any]] | str]:
+def run_cells(
+    cells: Sequence[Any], directory: Path, budget: float, start: Any = None, world: int = WORLD
+) -> dict[Any, list[dict[str, Any]] | str]:
     """Trains the cells; a cell's result is one record a rank, or what went wrong.
+
+    ``start(cells, directory, timeout)`` runs the workers and returns what they printed; default: :func:`launch`.
 
     A pair that ends early has left at least one cell without a full result: that one has failed, and the next
     pair starts behind it.
     """
-    results: dict[Cell, list[dict[str, Any]] | str] = {}
+    start = start or launch
+    results: dict[Any, list[dict[str, Any]] | str] = {}
     pending = list(cells)
     end = time.monotonic() + budget
     while pending and time.monotonic() < end:
-        log = launch(pending, directory, end - time.monotonic())
+        log = start(pending, directory, end - time.monotonic())
         while pending:
-            paths = [result_path(directory, pending[0], rank) for rank in range(WORLD)]
+            paths = [result_path(directory, pending[0], rank) for rank in range(world)]
             ranks = [torch.load(path, weights_only=False) for path in paths if path.exists()]
             errors = [str(result["error"]) for result in ranks if result["error"]]
             errors.sort(key=lambda error: "gloo" in error)  # the cause first, then the peer that lost it
-            complete = len(ranks) == WORLD and not errors
+            complete = len(ranks) == world and not errors
             results[pending[0]] = (
                 ranks if complete else "\n".join(errors) or f"no result; the workers said:\n{log[-3000:]}"
             )
