@@ -4,7 +4,8 @@ A *cell* is a model under a schedule on a mesh, with its tokens in an order; ``t
 ``tools/parity.py`` makes tables of them. Importing and exporting take longer than training, so that one process makes
 the stages of all cells and then forks the ranks, which share them.
 
-A cell trains one step twice: lifted, and with the lift disabled (:func:`unlifted_feed`).
+A cell trains one step twice: lifted, and with the lift disabled (:func:`unlifted_feed`). The cells of ``OTHERS`` do
+something else on the same mesh, for ``test_cp_ranks.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache
@@ -36,9 +38,9 @@ from parity_models import (  # noqa: E402
     IGNORED,
     MICROBATCHES,
     MODELS,
+    PROBED,
     SEQ,
     WIDER,
-    build,
     canonical_names,
     cross_entropy_sum,
     export,
@@ -57,6 +59,8 @@ from pipeline_worker import (  # noqa: E402
 )
 
 WORLD = 4
+#: Cells that train nothing, by what stands in place of the schedule: see ``cp_probes``.
+OTHERS = ("probe", "failures", "one wrong feed")
 ORDERS = ("contiguous", "head-tail", "per-document", "random")
 SCHEDULES = ("Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleZBVZeroBubble")
 LAYOUTS = ((2, 2), (1, 4))
@@ -82,12 +86,13 @@ class Cell:
     @property
     def name(self) -> str:
         """Names the test, and the files of results."""
-        return f"{self.model}-{self.schedule.removeprefix('Schedule')}-{self.pp}x{self.cp}-{self.order}-{self.dtype}"
+        schedule = self.schedule.removeprefix("Schedule").replace(" ", "_")
+        return f"{self.model}-{schedule}-{self.pp}x{self.cp}-{self.order}-{self.dtype}"
 
     @property
     def num_stages(self) -> int:
         """One a rank, or two under the schedules with several."""
-        return self.pp if self.schedule in SINGLE else 2 * self.pp
+        return self.pp if self.schedule in (*SINGLE, *OTHERS) else 2 * self.pp
 
 
 def order_of(order: str, cp: int) -> Any:
@@ -126,7 +131,7 @@ def lifted_program(model: str) -> Any:
     """The lifted float32 program."""
     import buffer_lifting as bl
 
-    return bl.lift(export(MODELS[model]))
+    return bl.lift(export({**MODELS, **PROBED}[model]))
 
 
 @cache
@@ -162,8 +167,9 @@ def staged_program(model: str, cp: int, num_stages: int, dtype: str) -> Any:
 def prepare(cell: Cell) -> Any:
     """The stages of a cell, without gradients of earlier cells."""
     staged = staged_program(cell.model, cell.cp, cell.num_stages, cell.dtype)
-    reference(cell.model, cell.dtype)
-    _names(cell.model)
+    if cell.schedule not in OTHERS:
+        reference(cell.model, cell.dtype)
+        _names(cell.model)
     for stage in staged.stages:
         stage.module.zero_grad()
     return staged
@@ -186,7 +192,7 @@ def mesh_of(pp: int, cp: int) -> Any:
 def unlifted_feed(lifted: Any, whole: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a model that was not lifted would read on its shard, as lifted inputs.
 
-    Rows: those of a sequence of the shard's length that starts at 0, computed from the shard's inputs. Keys: natural order.
+    Rows: of a sequence of the shard's length that starts at 0, computed from the shard's inputs. Keys: natural order.
     """
     rows = frozenset(item.name for item in lifted.inputs if item.role == "row")
     keys = frozenset(item.name for item in lifted.inputs) - rows
@@ -198,6 +204,12 @@ def unlifted_feed(lifted: Any, whole: dict[str, Tensor], own: dict[str, Tensor])
 def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
     """One step lifted, and one with the lift disabled, on this rank."""
     import buffer_lifting as bl
+
+    if cell.schedule in OTHERS:
+        import cp_probes
+
+        run = {"probe": cp_probes.probe, "failures": cp_probes.failures, "one wrong feed": cp_probes.one_wrong_feed}
+        return run[cell.schedule](cell, staged, rank)
 
     mesh = mesh_of(cell.pp, cell.cp)
     pp_rank, cp_rank = rank // cell.cp, rank % cell.cp
@@ -340,20 +352,15 @@ def launch(cells: Sequence[Any], directory: Path, timeout: float) -> str:
             start_new_session=True,
         )
         try:
-            worker.wait(timeout)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(timeout)
         finally:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             worker.wait()
     logs = [log, *(directory / f"log{rank}.txt" for rank in range(WORLD))]
     return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in logs if path.exists())
 
-
-__all__ = ["Cell", "build", "launch"]
 
 if __name__ == "__main__":
     sys.exit(main(int(sys.argv[1]), Path(sys.argv[2])))

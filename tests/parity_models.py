@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ BATCH = MICROBATCHES * MICROBATCH
 SEQ = 32
 VOCAB = 61
 IGNORED = -100
-#: Tokens of the packed documents of each sample: multiples of 8, as torch's per-document balancer wants them for 4 ranks.
+#: Tokens of the packed documents of each sample; torch's per-document balancer wants multiples of 8 for 4 ranks.
 DOCUMENTS = ([8, 24], [24, 8], [16, 16], [8, 8, 16], [32], [8, 16, 8], [16, 8, 8], [8, 8, 8, 8])
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
@@ -71,12 +71,14 @@ MODELS = {
             "hf_gemma3 sdpa",
             (("num_hidden_layers", LAYERS), ("layer_types", ("sliding_attention", "full_attention") * (LAYERS // 2))),
         ),
+        Model("hf_falcon_alibi", "HF Falcon, ALiBi", "alibi", "hf_falcon_alibi sdpa", (("num_hidden_layers", LAYERS),)),
         Model(
-            "hf_falcon_alibi", "HF Falcon, ALiBi", "alibi", "hf_falcon_alibi sdpa", (("num_hidden_layers", LAYERS),)
+            "hf_mixtral", "HF Mixtral, mixture of experts", "moe", "hf_mixtral sdpa", (("num_hidden_layers", LAYERS),)
         ),
-        Model("hf_mixtral", "HF Mixtral, mixture of experts", "moe", "hf_mixtral sdpa", (("num_hidden_layers", LAYERS),)),
         Model("llama_loss", "Llama with its loss in the graph", "loss", "llama_loss"),
-        Model("hf_llama_labels", "HF Llama, shifted labels and loss in the graph", "shifted", "hf_llama_labels", (), True),
+        Model(
+            "hf_llama_labels", "HF Llama, shifted labels and loss in the graph", "shifted", "hf_llama_labels", (), True
+        ),
         Model(
             "hf_llama_packed",
             "HF Llama, packed documents (position_ids)",
@@ -86,11 +88,15 @@ MODELS = {
         ),
     )
 }
-#: One sliding-window layer, for the probe.
+#: The window of the one layer of ``PROBED["hf_mistral_1"]``.
 WINDOW = 4
-WINDOW_MODEL = Model(
-    "hf_mistral_1", "HF Mistral, one layer", "window", "hf_mistral sdpa", (("num_hidden_layers", 1),)
-)
+#: The models of the probes: packed documents, and one sliding-window layer.
+PROBED = {
+    "hf_llama_packed": MODELS["hf_llama_packed"],
+    "hf_mistral_1": Model(
+        "hf_mistral_1", "HF Mistral, one layer", "window", "hf_mistral sdpa", (("num_hidden_layers", 1),)
+    ),
+}
 
 
 def build(model: Model, experts: str | None = None) -> nn.Module:
@@ -122,9 +128,8 @@ def export(model: Model) -> torch.export.ExportedProgram:
     """The float32 program, with dynamic batch and sequence and examples of other sizes than a step's."""
     module = build(model)
     args, kwargs = draw(model, 3, 16, 0)
-    some = entries()["hf_llama"]
-    way = export_of(some, "sdpa") if model.case in CASES else export_of(entries()[model.case.split()[0]], model.case.split()[1])
-    shapes = dynamic_dims(module, way, args, kwargs)
+    name, way = ("hf_llama", "sdpa") if model.case in CASES else model.case.split()
+    shapes = dynamic_dims(module, export_of(entries()[name], way), args, kwargs)
     return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
@@ -246,6 +251,3 @@ def canonical_names(name: str) -> dict[str, str]:
     first: dict[int, str] = {}
     named = module.named_parameters(remove_duplicate=False)
     return {fqn: first.setdefault(id(parameter), fqn) for fqn, parameter in named}
-
-
-__all__ = [name for name in dir() if not name.startswith("_") and name != "replace"]

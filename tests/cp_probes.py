@@ -1,0 +1,117 @@
+"""What ``cp_worker``'s ranks do besides training: probes of what a token reaches, and steps that must fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cp_worker import Cell, mesh_of, order_of, slots_of
+from parity_models import BATCH, MICROBATCHES, PROBED, SEQ, VOCAB, Model, cross_entropy_sum, step_data
+from pipeline_worker import make_schedule
+from torch import Tensor
+
+#: The token that the probes perturb, in every sample.
+PERTURBED = 2
+
+
+def probe_inputs(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs, and the same with another token in slot ``PERTURBED``."""
+    inputs, _ = step_data(model)
+    tokens = inputs["input_ids"].clone()
+    tokens[:, PERTURBED] = (tokens[:, PERTURBED] - 3 + 1) % (VOCAB - 3) + 3
+    return inputs, {**inputs, "input_ids": tokens}
+
+
+def moved(before: Tensor, after: Tensor, slots: Tensor) -> list[list[int]]:
+    """The slots whose logits ``[B, s, V]`` changed, by sample; ``slots`` is int64 ``[B, s]``."""
+    changed = (before != after).any(-1)
+    return [sorted(own[where].tolist()) for own, where in zip(slots, changed, strict=True)]
+
+
+def probe(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
+    """The slots of this rank that one perturbed token moves, through the stage that has the whole model."""
+    stage = staged.build_stage(0, "cpu", mesh=mesh_of(cell.pp, cell.cp))
+    order, shard = order_of(cell.order, cell.cp), (rank % cell.cp, cell.cp)
+    logits = []
+    for inputs in probe_inputs(PROBED[cell.model]):
+        own = staged.shard_inputs(order=order, shard=shard, **inputs)
+        feed = staged.feed(BATCH, SEQ, inputs=inputs, order=order, shard=shard)
+        with torch.no_grad():
+            logits.append(stage.submod(**own, **feed))
+    return {"moved": moved(*logits, slots_of(cell.order, cell.cp, rank % cell.cp))}
+
+
+def failures(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
+    """What each misuse raises on this rank, and after how many seconds. No attempt communicates."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = mesh_of(cell.pp, cell.cp)
+    only_pp = init_device_mesh("cpu", (4,), mesh_dim_names=("pp",))
+    only_cp = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    other = mesh_of(2, 2)
+    inputs, target = step_data(_model(cell))
+    own = staged.shard_inputs(shard=(rank, cell.cp), **inputs)
+    right = staged.feed(BATCH, SEQ, inputs=inputs, shard=(rank, cell.cp))
+    longer = staged.feed(BATCH, 2 * SEQ, shard=(rank, cell.cp))
+
+    def step(feed: dict[str, Tensor]) -> None:
+        stage = staged.build_stage(0, "cpu", mesh=mesh)
+        spec = staged.kwargs_chunk_spec({**own, **feed})
+        schedule = make_schedule("Schedule1F1B", [stage], MICROBATCHES, cross_entropy_sum, spec)
+        schedule.step(target=target, **own, **feed)
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "one process": lambda: staged(**inputs, **right),
+        "no mesh": lambda: staged.build_stage(0, "cpu"),
+        "group alone": lambda: staged.build_stage(0, "cpu", group=torch.distributed.group.WORLD),
+        "mesh without cp": lambda: staged.build_stage(0, "cpu", mesh=only_pp),
+        "mesh without pp": lambda: staged.build_stage(0, "cpu", mesh=only_cp),
+        "mesh of another size": lambda: staged.build_stage(0, "cpu", mesh=other),
+        "no such stage": lambda: staged.build_stage(7, "cpu", mesh=mesh),
+        "feed: length does not divide": lambda: staged.feed(BATCH, SEQ - 2, shard=(rank, cell.cp)),
+        "inputs: length does not divide": lambda: staged.shard_inputs(
+            shard=(rank, cell.cp), **{name: value[:, :-2] for name, value in inputs.items()}
+        ),
+        "feed: shard of another size": lambda: staged.feed(BATCH, SEQ, shard=(rank % 2, 2)),
+        "feed: no shard": lambda: staged.feed(BATCH, SEQ),
+        "feed: mesh of another size": lambda: staged.feed(BATCH, SEQ, shard=other["cp"]),
+        "feed: rank outside": lambda: staged.feed(BATCH, SEQ, shard=(cell.cp, cell.cp)),
+        "feed: mesh of two dims": lambda: staged.feed(BATCH, SEQ, shard=other),
+        "feed: order of another length": lambda: staged.feed(
+            BATCH, SEQ, order=torch.arange(SEQ // 2), shard=(rank, cell.cp)
+        ),
+        "step: feed of another length": lambda: step(longer),
+        "step: a feed is missing": lambda: step({name: right[name] for name in list(right)[1:]}),
+    }
+    return {"raised": {name: _raised(attempt) for name, attempt in attempts.items()}}
+
+
+def one_wrong_feed(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
+    """A step in which the last rank has the feed of another length: it fails there, and its peers may not hang."""
+    inputs, target = step_data(_model(cell))
+    shard = (rank, cell.cp)
+    own = staged.shard_inputs(shard=shard, **inputs)
+    feed = staged.feed(BATCH, SEQ * (2 if rank == cell.cp - 1 else 1), shard=shard)
+    stage = staged.build_stage(0, "cpu", mesh=mesh_of(cell.pp, cell.cp))
+    spec = staged.kwargs_chunk_spec({**own, **feed})
+    schedule = make_schedule("Schedule1F1B", [stage], MICROBATCHES, cross_entropy_sum, spec)
+    schedule.step(target=target[:, : SEQ // cell.cp], **own, **feed)
+    return {}
+
+
+def _model(cell: Cell) -> Model:
+    from parity_models import MODELS
+
+    return MODELS[cell.model]
+
+
+def _raised(attempt: Callable[[], Any]) -> dict[str, Any]:
+    began = time.monotonic()
+    try:
+        attempt()
+        what, message = "nothing", ""
+    except Exception as error:
+        what, message = type(error).__name__, str(error)
+    return {"type": what, "message": message, "seconds": time.monotonic() - began}
