@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.collectives import bind_group
+from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import StagedProgram
 
 
@@ -24,6 +25,7 @@ def build_stage(staged: StagedProgram, index: int, device: torch.device | str, g
     module = staged.stages[index].module
     untie(staged, index)
     bind_ranks(staged.lifted, module, mesh)
+    check_inputs_of(staged.lifted, staged.stages[index])
     return PipelineStage(module.to(place), index, count, place, group=pp_group(group, mesh))
 
 
