@@ -78,7 +78,6 @@ def failures(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
         "feed: no shard": lambda: staged.feed(BATCH, SEQ),
         "feed: mesh of another size": lambda: staged.feed(BATCH, SEQ, shard=other["cp"]),
         "feed: rank outside": lambda: staged.feed(BATCH, SEQ, shard=(cell.cp, cell.cp)),
-        "feed: mesh of two dims": lambda: staged.feed(BATCH, SEQ, shard=other),
         "feed: order of another length": lambda: staged.feed(
             BATCH, SEQ, order=torch.arange(SEQ // 2), shard=(rank, cell.cp)
         ),

@@ -139,7 +139,6 @@ MISUSE = {
     "feed: no shard": ("FeedError", ("shard has size 1", "size of 4")),
     "feed: mesh of another size": ("FeedError", ("size 2", "size of 4")),
     "feed: rank outside": ("FeedError", ("outside 0..3",)),
-    "feed: mesh of two dims": ("FeedError", ("1-D",)),
     "feed: order of another length": ("FeedError", ("(16,)", "(32,)")),
     "step: feed of another length": ("FeedError", ("rank {rank}", "lifted_freqs_cis")),
     "step: a feed is missing": ("FeedError", ("rank {rank}", "lifted_freqs_cis")),
