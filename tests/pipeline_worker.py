@@ -275,9 +275,9 @@ def add_up_tied(staged: Any, stages: Sequence[Any], names: dict[str, str], group
             for name, parameter in stage.submod.named_parameters()
             if names[name] == names[fqn]
         }
-        like = staged.lifted.program.state_dict[fqn]
-        dtype = next((copy.dtype for copy in copies.values()), like.dtype)
-        total = sum((copy.grad for copy in copies.values()), torch.zeros(like.shape, dtype=dtype))
+        shape = staged.lifted.program.state_dict[fqn].shape
+        dtype = next(parameter.dtype for stage in stages for parameter in stage.submod.parameters())
+        total = sum((copy.grad for copy in copies.values()), torch.zeros(shape, dtype=dtype))
         dist.all_reduce(total, group=group)
         for copy in copies.values():
             copy.grad = total.clone()
