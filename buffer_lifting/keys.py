@@ -48,23 +48,32 @@ class KeyPlan:
     """All gathers of a program, and the labels of its values once they are made."""
 
     gathers: tuple[Gather, ...]
+    exchanges: frozenset[str]  # the attention that exchanges heads for rows
     labels: dict[str, tuple[Labels, ...] | None]
 
 
-def plan_keys(record: GraphRecord, plan: LiftPlan, size: int) -> KeyPlan:
-    """The gathers that make every attention of a program whole on ``size`` ranks. Linear in the nodes.
+def plan_keys(record: GraphRecord, plan: LiftPlan, size: int, strategy: str = "allgather") -> KeyPlan:
+    """What makes every attention of a program whole on ``size`` ranks. Linear in the nodes.
+
+    With the strategy ``"alltoall"`` attention exchanges heads for rows, and nothing is gathered.
 
     Raises:
         UnsupportedReadError: something that mixes the sequence in a way that a gather of keys does not make whole;
             the message names every such node, its source line and what to do.
     """
-    problems = [*_unsupported(record, plan, size)]
+    problems = [*_unsupported(record, plan)]
+    exchanges = set()
     users = _users(record)
     wanted: dict[tuple[str, int, str], list[tuple[str, str]]] = defaultdict(list)
     for node in record.nodes.values():
         if node.kind is not NodeKind.OP or plan.data_labels.get(node.name) is None:
             continue
-        for path, dim, axis in _key_operands(node, plan.data_labels):
+        operands = _key_operands(node, plan.data_labels)
+        if strategy == "alltoall" and operands:
+            problems.extend(_not_exchangeable(record, plan, node, size))
+            exchanges.add(node.name)
+            continue
+        for path, dim, axis in operands:
             wanted[(dict(node.named_refs())[path], dim, axis)].append((node.name, path))
     labels = dict(plan.data_labels)
     gathers = []
@@ -83,7 +92,7 @@ def plan_keys(record: GraphRecord, plan: LiftPlan, size: int) -> KeyPlan:
     if problems:
         head = f"{len(problems)} op(s) cannot run on {size} context-parallel ranks:"
         raise UnsupportedReadError("\n".join([head, *problems[:20], *(["..."] if len(problems) > 20 else [])]))
-    return KeyPlan(tuple(gathers), labels)
+    return KeyPlan(tuple(gathers), frozenset(exchanges), labels)
 
 
 def _as_keys(dim: DimLabel, axis: str) -> DimLabel:
@@ -197,7 +206,25 @@ def _users(record: GraphRecord) -> dict[str, set[str]]:
     return users
 
 
-def _unsupported(record: GraphRecord, plan: LiftPlan, size: int) -> list[str]:
+def _not_exchangeable(record: GraphRecord, plan: LiftPlan, node: Node, size: int) -> list[str]:
+    """Why heads cannot be exchanged for rows at ``node``; nothing if they can."""
+    other = "strategy='allgather' can do it"
+    if node.base_op != ATTENTION:
+        why = "heads are exchanged at scaled_dot_product_attention only, and this attention is written out"
+        return [_line(node, why, f"{other}, or export with it")]
+    refs = dict(node.named_refs())
+    for path in ("query", "key", "value"):
+        value, known = record.nodes[refs[path]].tensor, plan.data_labels.get(refs[path])
+        own = known[0] if known else ()
+        if value is None or len(own) != 4 or has_seq(own[1]) or [f.role for f in own[2]] != [ROW]:
+            return [_line(node, f"its {path} is not [batch, heads, rows, head dim]", other)]
+        heads = value.shape[1]
+        if not isinstance(heads, int) or heads % size:
+            return [_line(node, f"{heads} heads of its {path} do not divide by {size} ranks", other)]
+    return []
+
+
+def _unsupported(record: GraphRecord, plan: LiftPlan) -> list[str]:
     from buffer_lifting.axis_rules.core import TRANSPOSED
 
     lines = []

@@ -157,6 +157,14 @@ def fake_mode_of(value: Any) -> Any:
     return value.fake_mode
 
 
+def symbolic_kernels() -> Any:
+    """Lets ops on fakes find the Python kernels that take symbolic sizes, as tracing does. Private: the dispatcher's
+    switch (FakeTensorMode does not turn it on by itself)."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 def returns_alias(node: Node) -> bool:
     """Whether a call returns a view of, or the same tensor as, one of its arguments (the schema's alias marks)."""
     schema = getattr(node.target, "_schema", None)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from buffer_lifting.errors import UnsupportedReadError
-from buffer_lifting.torch_compat import fake_mode_of, replacements
+from buffer_lifting.torch_compat import fake_mode_of, replacements, symbolic_kernels
 
 
 class Fakes:
@@ -36,7 +36,7 @@ class Fakes:
                 return values[0][0].shape[values[0][1]]
             if target is torch.ops.aten.polar.default:  # its fake compares sizes, and fixes them
                 target = torch.ops.aten.complex.default
-            with fake_mode_of(fakes[0] if fakes else self._any_fake), torch.no_grad():
+            with fake_mode_of(fakes[0] if fakes else self._any_fake), torch.no_grad(), symbolic_kernels():
                 result = target(*values[0], **values[1])
             if symbols and replacements(symbols[0]) != before:
                 raise UnsupportedReadError(
