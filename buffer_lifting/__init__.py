@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from buffer_lifting.stages import Stage, StagedProgram
+    from buffer_lifting.step_runner import StepRunner
     from buffer_lifting.verification import verify
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ _PUBLIC = {
     "LiftedProgram": "lifted",
     "StagedProgram": "stages",
     "Stage": "stages",
+    "StepRunner": "step_runner",
     "ScanReport": "program",
     "PositionRead": "program",
     "SequenceMixing": "program",
@@ -78,6 +80,7 @@ __all__ = [
     "SequenceMixing",
     "Stage",
     "StagedProgram",
+    "StepRunner",
     "UnsupportedReadError",
     "VerificationError",
     "VerifyReport",

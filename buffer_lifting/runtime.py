@@ -7,20 +7,37 @@ from typing import Any
 import torch
 
 from buffer_lifting.errors import PartitionError
-from buffer_lifting.stages import StagedProgram
+from buffer_lifting.stages import Stage, StagedProgram
+
+#: A stage's positional inputs, and its outputs, on the meta device.
+Shapes = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
-def build_stage(staged: StagedProgram, index: int, device: torch.device | str, group: Any, mesh: Any) -> Any:
+def build_stage(
+    staged: StagedProgram, index: int, device: torch.device | str, group: Any, mesh: Any, shapes: Shapes | None
+) -> Any:
     """See :meth:`StagedProgram.build_stage`."""
+    untie(staged, index)
+    return make_stage(staged.stages[index], len(staged.stages), device, group, mesh, shapes)
+
+
+def make_stage(
+    stage: Stage, count: int, device: torch.device | str, group: Any, mesh: Any, shapes: Shapes | None
+) -> Any:
+    """torch's ``PipelineStage`` of one of ``count`` stages; ``shapes`` are its inputs and outputs."""
     from torch.distributed.pipelining import PipelineStage
 
-    count = len(staged.stages)
-    if not isinstance(index, int) or not 0 <= index < count:
-        raise PartitionError(f"there is no stage {index!r}; the program has {count} stages")
     place = torch.device(device)
-    module = staged.stages[index].module
-    untie(staged, index)
-    return PipelineStage(module.to(place), index, count, place, group=pp_group(group, mesh))
+    inputs, outputs = shapes or (None, None)
+    return PipelineStage(
+        stage.module.to(place),
+        stage.index,
+        count,
+        place,
+        input_args=inputs,
+        output_args=outputs,
+        group=pp_group(group, mesh),
+    )
 
 
 def untie(staged: StagedProgram, index: int) -> None:
