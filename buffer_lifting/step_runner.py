@@ -20,7 +20,7 @@ from buffer_lifting.feed import Lengths
 from buffer_lifting.package import LoadedStage
 from buffer_lifting.runtime import Shapes, build_stage, make_stage, pp_group, untie
 from buffer_lifting.stages import Stage, StagedProgram, check_index
-from buffer_lifting.step_sizes import StepSizes, step_sizes
+from buffer_lifting.step_sizes import StepSizes, check_ranks, step_sizes
 from buffer_lifting.torch_compat import without_first_step
 
 #: What :meth:`StepRunner.step` keeps for itself beside what a schedule's ``step`` does.
@@ -53,6 +53,9 @@ class StepRunner:
         activation_dtype: of the floating tensors that stages send, where it is not the program's.
         keep: for how many pairs of sizes stages and schedules are kept, the least recently used going first. Each holds
             its receive buffers: twice (activations and gradients) what crosses a boundary in a step.
+        compare_ranks: before each step, compare the sizes of all ranks (one small all-reduce). Without it nothing but
+            activations and gradients is sent, and ranks that are given unlike sizes, or of which one refuses the step,
+            fail or wait for each other as far as the process group's backend and timeout let them.
         options: further arguments of the schedule's constructor, ``scale_grads`` for one.
 
     Raises:
@@ -75,6 +78,7 @@ class StepRunner:
         mesh: Any = None,
         activation_dtype: torch.dtype | None = None,
         keep: int = 8,
+        compare_ranks: bool = False,
         **options: Any,
     ) -> None:
         counts = [n for n in (n_microbatches, microbatch_size) if n is not None]
@@ -84,6 +88,7 @@ class StepRunner:
         self._schedule_class, self._device, self._loss_fn = schedule_class, torch.device(device), loss_fn
         self._where = {"group": group, "mesh": mesh}
         self._dtype, self._keep, self._options = activation_dtype, keep, options
+        self._compare = compare_ranks
         self._loaded: dict[int, LoadedStage] = {}
         if isinstance(stages, StagedProgram):
             self._program, self._count = stages, len(stages.stages)
@@ -195,6 +200,33 @@ class StepRunner:
         seq_len: Lengths | None,
         extra: dict[str, Any],
     ) -> Any:
+        sizes = None
+        try:
+            given, sizes = self._check(args, kwargs, target, batch_size, seq_len)
+        finally:
+            if self._compare:
+                axes = len(self._program.lifted.axes.lengths)
+                check_ranks(sizes, axes, train, pp_group(**self._where), self._device)
+        prepared = self._prepare(train, sizes)
+        call = prepared.schedule.step if train else prepared.schedule.eval
+        last = {"target": target, "losses": losses} if self.has_last else {}
+        self._expected = prepared.outputs
+        try:
+            result = call(**last, **extra, **given)
+        finally:
+            self._expected = {}
+        self._voted = True
+        return result
+
+    def _check(
+        self,
+        args: tuple[torch.Tensor, ...],
+        kwargs: Mapping[str, torch.Tensor],
+        target: torch.Tensor | None,
+        batch_size: int | None,
+        seq_len: Lengths | None,
+    ) -> tuple[dict[str, torch.Tensor], StepSizes]:
+        """The inputs that this rank's stages read, and the sizes of the step."""
         inputs = self._inputs(args, kwargs)
         sizes = step_sizes(
             self._program.lifted, inputs, batch_size, seq_len, self._n_microbatches, self._microbatch_size
@@ -207,17 +239,7 @@ class StepRunner:
         missing = [name for name in self._read if name not in inputs]
         if missing:
             raise FeedError(f"the stages {self._indices} read {missing}, which step() was not given")
-        given = {name: inputs[name] for name in self._read}
-        prepared = self._prepare(train, sizes)
-        call = prepared.schedule.step if train else prepared.schedule.eval
-        last = {"target": target, "losses": losses} if self.has_last else {}
-        self._expected = prepared.outputs
-        try:
-            result = call(**last, **extra, **given)
-        finally:
-            self._expected = {}
-        self._voted = True
-        return result
+        return {name: inputs[name] for name in self._read}, sizes
 
     def _inputs(self, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All inputs by name."""

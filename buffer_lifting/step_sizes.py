@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -87,6 +88,36 @@ def step_sizes(
     micro = batch // parts if n_microbatches is not None else parts
     lengths = check_lengths(lifted.axes, micro, found, lifted.feed_program.max_lengths)
     return StepSizes(batch, micro, tuple(sorted(lengths.items())))
+
+
+def check_ranks(sizes: StepSizes | None, axes: int, train: bool, group: Any, device: torch.device) -> None:
+    """One small all-reduce: every rank of the pipeline has the same sizes, and none has refused the step.
+
+    Args:
+        sizes: this rank's; ``None`` if it has refused, and is going to raise why.
+        axes: how many sequence axes the program has.
+        train: whether it is a step, and no evaluation.
+        group: the pipeline's process group.
+        device: that the group communicates on.
+
+    Raises:
+        FeedError: on every rank, if they differ.
+    """
+    import torch.distributed as dist
+
+    own = [0] if sizes is None else [1, int(train), sizes.batch, sizes.microbatch, *(n for _, n in sizes.lengths)]
+    values = torch.zeros(4 + axes, dtype=torch.int64)
+    values[: len(own)] = torch.tensor(own)
+    both = torch.stack([values, -values]).to(device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    highest, lowest = both[0], -both[1]
+    if sizes is not None and not torch.equal(highest, lowest):
+        if not lowest[0]:
+            raise FeedError("another rank refused the step; its own error says why")
+        names = ["ready", "training", "batch", "microbatch", *(axis for axis, _ in sizes.lengths)]
+        pairs = zip(names, lowest.tolist(), highest.tolist(), strict=False)
+        text = ", ".join(f"{name} from {low} to {high}" for name, low, high in pairs if low != high)
+        raise FeedError(f"the ranks' sizes differ: {text}")
 
 
 class _Known:

@@ -196,6 +196,7 @@ def train(cell: Cell, directory: Path, rank: int) -> dict[str, Any]:
         optimizer.zero_grad()
     if graph is not None:
         del graph.run
+    result["natural"] = graph is not None
     result["sizes"] = [(s.batch, s.seq_len) for s in runner.sizes]
     result["stages"] = sorted(runner.modules)
     return result
@@ -292,15 +293,58 @@ def refusals(directory: Path, rank: int) -> dict[str, str]:
     return result
 
 
+def compared(directory: Path, rank: int) -> dict[str, Any]:
+    """Ranks that are given unlike steps, with ``compare_ranks``: an error on each, and the next step works."""
+    staged = staged_program("llama_pr1797", WORLD)
+    runner = make_runner(staged, "Schedule1F1B", directory, rank, compare_ranks=True)
+    (tokens,), _ = make_inputs("llama_pr1797", 8, 32, seed=1)
+    (other,), _ = make_inputs("llama_pr1797", 8, 48, seed=1)
+    mine = other if rank else tokens
+    attempts: dict[str, Callable[[], Any]] = {
+        "lengths": lambda: runner.step(mine, **staged.feed(*mine.shape), target=mine),
+        "refused": lambda: runner.step(tokens, **staged.feed(8, 32), target=other[:3] if rank else tokens),
+        "kind": lambda: (runner.eval if rank else runner.step)(tokens, **staged.feed(8, 32), target=tokens),
+    }
+    result = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            result[name] = "nothing"
+        except Exception as error:
+            result[name] = f"{type(error).__name__}: {error}"
+    step(runner, staged, "llama_pr1797", 0)
+    return result
+
+
+def sharded(directory: Path, rank: int) -> dict[str, Any]:
+    """:func:`accumulate` with FSDP on each stage (of one rank: it is the bookkeeping of gradients that matters)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("pp", "dp"))
+    staged = staged_program("llama_pr1797", WORLD)
+    runner = make_runner(staged, "Schedule1F1B", directory, rank, mesh=mesh)
+    for module in runner.modules.values():
+        fully_shard(module, mesh=mesh["dp"])
+    for number in (0, 1):
+        step(runner, staged, "llama_pr1797", number)
+    return {
+        "gradients": {
+            index: {name: p.grad.full_tensor().clone() for name, p in module.named_parameters()}
+            for index, module in runner.modules.items()
+        }
+    }
+
+
 def converted(directory: Path, rank: int) -> dict[str, Any]:
     """Stages in another dtype, with the runner told; the dtypes that were sent."""
-    staged = staged_program("llama_pr1797", WORLD)
+    staged = staged_program("nanogpt", WORLD)
     for stage in staged.stages:
         stage.module.to(torch.float64)
     runner = make_runner(staged, "Schedule1F1B", directory, rank, activation_dtype=torch.float64)
     sends = Sends()
     with sends.counted():
-        inputs, target = step_data("llama_pr1797", 0)
+        inputs, target = step_data("nanogpt", 0)
         feed = {k: v.to(torch.float64) if v.is_floating_point() else v for k, v in staged.feed(*STEPS[0]).items()}
         losses: list[Tensor] = []
         runner.step(**inputs, **feed, target=target, losses=losses)
@@ -309,11 +353,11 @@ def converted(directory: Path, rank: int) -> dict[str, Any]:
 
 def untold(directory: Path, rank: int) -> dict[str, Any]:
     """Stages in another dtype that the runner knows nothing of: the rank that computes it raises and ends."""
-    staged = staged_program("llama_pr1797", WORLD)
+    staged = staged_program("nanogpt", WORLD)
     for stage in staged.stages:
         stage.module.to(torch.float64)
     runner = make_runner(staged, "Schedule1F1B", directory, rank)
-    inputs, target = step_data("llama_pr1797", 0)
+    inputs, target = step_data("nanogpt", 0)
     feed = {k: v.to(torch.float64) if v.is_floating_point() else v for k, v in staged.feed(*STEPS[0]).items()}
     runner.step(**inputs, **feed, target=target)
     return {}
@@ -346,6 +390,8 @@ OTHERS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "evaluate": evaluate,
     "by_microbatch": by_microbatch,
     "refusals": refusals,
+    "compared": compared,
+    "sharded": sharded,
     "converted": converted,
     "dry_run": dry_run,
     "untold": untold,
