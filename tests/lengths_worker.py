@@ -68,7 +68,7 @@ CELLS = (
     Cell("llama_pr1797", "ScheduleInterleaved1F1B"),
     Cell("hf_llama", "ScheduleInterleavedZeroBubble"),
     Cell("nanogpt_tied", "ScheduleZBVZeroBubble"),
-    Cell("llama_masked", "ScheduleLoopedBFS"),
+    Cell("llama_pr1797", "ScheduleLoopedBFS"),
     Cell("llama_pr1797", "Schedule1F1B", loaded=True),
 )
 

@@ -27,8 +27,8 @@ from buffer_lifting.boundaries import BoundaryTensor
 from buffer_lifting.errors import AxesError, FeedError, PartitionError
 from buffer_lifting.step_sizes import StepSizes, step_sizes
 
-#: Seconds for the workers together.
-BUDGET = 280.0
+#: Seconds for a pair of workers.
+BUDGET = 270.0
 TOLERANCE = 1e-5
 #: Bytes of a vote, torch's first message between neighbours: one int32.
 VOTE = 4
@@ -36,13 +36,23 @@ VOTE = 4
 Results = list[dict[str, dict[str, Any]]]
 
 
+def selected(request: pytest.FixtureRequest, key: str) -> list[Any]:
+    """What the selected tests ask for."""
+    params = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    return list(dict.fromkeys(spec.params[key] for spec in params if spec is not None and key in spec.params))
+
+
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The results of what the selected tests name; what ends its processes runs in a test of its own."""
-    params = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
-    wanted = [spec.params for spec in params if spec is not None]
-    names = [own["cell"].name for own in wanted if "cell" in own] + [own["part"] for own in wanted if "part" in own]
-    return launch(list(dict.fromkeys(names)), tmp_path_factory.mktemp("lengths"), BUDGET)
+    """The results of the cells that the selected tests name."""
+    names = [cell.name for cell in selected(request, "cell")]
+    return launch(names, tmp_path_factory.mktemp("cells"), BUDGET)
+
+
+@pytest.fixture(scope="module")
+def others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of the other parts of the worker, in a pair of processes of their own."""
+    return launch(selected(request, "part"), tmp_path_factory.mktemp("parts"), BUDGET)
 
 
 def of(name: str, results: Results) -> list[dict[str, Any]]:
@@ -163,9 +173,9 @@ def test_no_table_is_made_twice_and_no_parameter(cell: Cell, results: Results) -
 
 @pytest.mark.multiprocess
 @part("accumulate")
-def test_gradients_accumulate_as_with_one_stage(part: str, results: Results) -> None:
+def test_gradients_accumulate_as_with_one_stage(part: str, others: Results) -> None:
     """torch divides what is there by the number of microbatches at the end of each step, once for all stages."""
-    run = of(part, results)
+    run = of(part, others)
     (_, first), (_, second) = reference("llama_pr1797", (0, 1), update=False)
     scaled = {name: first[name] / MICROBATCHES + second[name] for name in first}
     plain = {name: first[name] + second[name] for name in first}
@@ -175,9 +185,9 @@ def test_gradients_accumulate_as_with_one_stage(part: str, results: Results) -> 
 
 @pytest.mark.multiprocess
 @part("evaluate")
-def test_evaluation_goes_between_steps(part: str, results: Results) -> None:
+def test_evaluation_goes_between_steps(part: str, others: Results) -> None:
     """Without gradients, and without a message more than the activations when it takes turns with steps."""
-    run = of(part, results)
+    run = of(part, others)
     for rank, sign in enumerate(("forward", "backward")):
         for place, (number, kind) in enumerate(((0, "step"), (1, "eval"), (0, "eval"), (1, "step"), (1, "eval"))):
             batch, seq = STEPS[number]
@@ -196,9 +206,9 @@ def test_evaluation_goes_between_steps(part: str, results: Results) -> None:
 
 @pytest.mark.multiprocess
 @part("by_microbatch")
-def test_a_static_microbatch_takes_batches_of_any_number(part: str, results: Results) -> None:
+def test_a_static_microbatch_takes_batches_of_any_number(part: str, others: Results) -> None:
     """Two and four microbatches of two samples."""
-    run = of(part, results)
+    run = of(part, others)
     for batch in (8, 4):
         module = copy.deepcopy(build_model("llama_pr1797"))
         (tokens,), _ = make_inputs("llama_pr1797", batch, 16, seed=batch)
@@ -209,7 +219,7 @@ def test_a_static_microbatch_takes_batches_of_any_number(part: str, results: Res
 
 @pytest.mark.multiprocess
 @part("refusals")
-def test_a_step_that_does_not_fit_is_refused_before_it_begins(part: str, results: Results) -> None:
+def test_a_step_that_does_not_fit_is_refused_before_it_begins(part: str, others: Results) -> None:
     """On both ranks, with nothing sent; the next step works."""
     expected = {
         "static length": "AxesError: the program was exported with a static sequence of 16",
@@ -226,7 +236,7 @@ def test_a_step_that_does_not_fit_is_refused_before_it_begins(part: str, results
         "no target": "FeedError: the last stage's rank needs target=",
         "other target": "FeedError: target has 4 samples, the batch has 8",
     }
-    run = of(part, results)
+    run = of(part, others)
     assert set(run[WORLD - 1]) - {"error", "posted"} == set(expected)
     for rank, record in enumerate(run):
         assert record["posted"] == "[]"
@@ -237,9 +247,9 @@ def test_a_step_that_does_not_fit_is_refused_before_it_begins(part: str, results
 
 @pytest.mark.multiprocess
 @part("compared")
-def test_ranks_that_are_given_unlike_steps_say_so(part: str, results: Results) -> None:
+def test_ranks_that_are_given_unlike_steps_say_so(part: str, others: Results) -> None:
     """With ``compare_ranks``, on every rank, also where only one of them refuses the step."""
-    first, second = of(part, results)
+    first, second = of(part, others)
     assert first["lengths"] == second["lengths"] == "FeedError: the ranks' sizes differ: seq from 32 to 48"
     assert first["kind"] == second["kind"] == "FeedError: the ranks' sizes differ: training from 0 to 1"
     assert first["refused"] == "FeedError: another rank refused the step; its own error says why"
@@ -248,9 +258,9 @@ def test_ranks_that_are_given_unlike_steps_say_so(part: str, results: Results) -
 
 @pytest.mark.multiprocess
 @part("sharded")
-def test_the_gradients_of_fsdp_modules_survive_a_new_length(part: str, results: Results) -> None:
+def test_the_gradients_of_fsdp_modules_survive_a_new_length(part: str, others: Results) -> None:
     """torch drops an FSDP module's gradients when a schedule begins, for the sake of a dry run that there is not."""
-    run = of(part, results)
+    run = of(part, others)
     (_, first), (_, second) = reference("llama_pr1797", (0, 1), update=False)
     scaled = {name: first[name] / MICROBATCHES + second[name] for name in first}
     assert worst(joined([rank["gradients"] for rank in run], "llama_pr1797"), scaled)[0] <= TOLERANCE
@@ -258,9 +268,9 @@ def test_the_gradients_of_fsdp_modules_survive_a_new_length(part: str, results: 
 
 @pytest.mark.multiprocess
 @part("converted")
-def test_converted_stages_send_the_dtype_that_the_runner_was_told(part: str, results: Results) -> None:
+def test_converted_stages_send_the_dtype_that_the_runner_was_told(part: str, others: Results) -> None:
     """float64 stages of a float32 program."""
-    run = of(part, results)
+    run = of(part, others)
     batch, seq = STEPS[0]
     for rank in run:
         assert sorted(rank["posted"]) == [VOTE] + [batch // MICROBATCHES * seq * DIM * 8] * MICROBATCHES
@@ -280,9 +290,9 @@ def test_an_activation_that_the_metadata_does_not_fit_is_an_error(tmp_path: Path
 
 @pytest.mark.multiprocess
 @part("dry_run")
-def test_given_shapes_save_the_dry_run(part: str, results: Results) -> None:
+def test_given_shapes_save_the_dry_run(part: str, others: Results) -> None:
     """torch's own stages run once more, and send what they found: the control of the messages counted above."""
-    for rank in of(part, results):
+    for rank in of(part, others):
         assert rank["True"]["forwards"] == MICROBATCHES
         assert rank["False"]["forwards"] == MICROBATCHES + 1
         assert len(rank["True"]["posted"]) == MICROBATCHES + 1
