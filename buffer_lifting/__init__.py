@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from buffer_lifting.stages import Stage, StagedProgram
+    from buffer_lifting.step_runner import StepRunner
     from buffer_lifting.token_loss import TokenLoss
     from buffer_lifting.verification import verify
 
@@ -52,6 +53,7 @@ _PUBLIC = {
     "LiftedProgram": "lifted",
     "StagedProgram": "stages",
     "Stage": "stages",
+    "StepRunner": "step_runner",
     "ScanReport": "program",
     "PositionRead": "program",
     "SequenceMixing": "program",
@@ -80,6 +82,7 @@ __all__ = [
     "SequenceMixing",
     "Stage",
     "StagedProgram",
+    "StepRunner",
     "TokenLoss",
     "UnsupportedReadError",
     "VerificationError",

@@ -63,14 +63,14 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
         return result
     given = axes or {}
     names: dict[str, str] = {}
-    for name, dims in given.items():
+    named = [(name, dim, axis) for name, dims in given.items() for dim, axis in dims.items()]
+    for name, dim, axis in sorted(named, key=lambda claim: claim[2].endswith(f":{COL}")):  # rows have the length
         node = next(n for n in inputs if n.fqn == name)
         assert node.tensor is not None
-        for dim, axis in dims.items():
-            size = rename(node.tensor.shape[dim % len(node.tensor.shape)], names)
-            base, _, role = axis.partition(":")
-            if role != COL or not _of_all_ranks(size, result.lengths.get(base)):
-                _claim(result, base, size, name, names)
+        size = rename(node.tensor.shape[dim % len(node.tensor.shape)], names)
+        base, _, role = axis.partition(":")
+        if role != COL or not _of_all_ranks(size, result.lengths.get(base)):
+            _claim(result, base, size, name, names)
     if names:
         record.rename_symbols(names)
     if main is not None and main.fqn not in given and main.tensor is not None:

@@ -20,6 +20,8 @@ from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes
 from buffer_lifting.streams import Streams
 
 Lengths = int | Mapping[str, int]
+#: For how many lengths tables are kept.
+KEPT = 32
 
 
 @dataclass
@@ -95,6 +97,19 @@ class FeedProgram:
             result[lifted.name] = value if lifted.batched else value[0]
         return result
 
+    def _kept(self, key: Any) -> dict[str, torch.Tensor] | None:
+        """The tables of a length, which become the last ones to be forgotten."""
+        tables = self._tables.pop(key, None)
+        if tables is not None:
+            self._tables[key] = tables
+        return tables
+
+    def _keep(self, key: Any, tables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        while len(self._tables) >= KEPT:
+            del self._tables[next(iter(self._tables))]
+        self._tables[key] = tables
+        return tables
+
     def clear_tables(self) -> None:
         """Forgets the tables that were computed."""
         self._tables.clear()
@@ -120,15 +135,17 @@ class FeedProgram:
         """Position values on the whole sequence, ``[seq, *row]``; computed once a length and device."""
         assert self.natural is not None
         key = ("natural", tuple(sorted(lengths.items())), device)
-        if key not in self._tables:
-            self._check_state(self.natural)
-            raw = self.natural.run(self._values(self.natural, self._probe(), lengths))
-            self._tables[key] = {
-                out.node: _place(canonical(raw[out.node], out)[0], device)
-                for out in self.outputs
-                if out.program == "natural"
-            }
-        return self._tables[key]
+        kept = self._kept(key)
+        if kept is not None:
+            return kept
+        self._check_state(self.natural)
+        raw = self.natural.run(self._values(self.natural, self._probe(), lengths))
+        made = {
+            out.node: _place(canonical(raw[out.node], out)[0], device)
+            for out in self.outputs
+            if out.program == "natural"
+        }
+        return self._keep(key, made)
 
     def _substituted_tables(
         self, lengths: dict[str, int], streams: Mapping[str, Streams], device: torch.device | None
@@ -140,8 +157,9 @@ class FeedProgram:
         outs = [out for out in self.outputs if out.program == "substituted"]
         natural = all(along.positions is None for along in streams.values())
         key = ("substituted", tuple(sorted(lengths.items())), device)
-        if natural and key in self._tables:
-            return self._tables[key]
+        kept = self._kept(key) if natural else None
+        if kept is not None:
+            return kept
         if not natural and "" in graph.iotas.values():
             raise FeedError("one index of the program is read along several axes: positions= cannot stand for it")
         rows = {axis: streams[axis].position_rows(lengths[axis]) for axis in set(graph.iotas.values()) - {""}}
@@ -156,9 +174,7 @@ class FeedProgram:
             out.node: _place(torch.cat([canonical(sample[out.node], out) for sample in samples]), device)
             for out in outs
         }
-        if natural:
-            self._tables[key] = result
-        return result
+        return self._keep(key, result) if natural else result
 
     def _hoisted_tables(
         self,

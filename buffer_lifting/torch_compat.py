@@ -343,6 +343,21 @@ def REPLICATE() -> Any:
     return _replicate()()
 
 
+def without_first_step(stage: Any, voted: bool) -> None:
+    """Leaves out what a ``PipelineStage`` that was given its shapes need not do on the first step of its schedule.
+
+    Private: ``_post_metadata_inference_cleanup`` (drops the gradients of an FSDP module, those that earlier steps
+    accumulated included, although there was no dry run whose gradients it would have to drop) and, where earlier
+    stages of the same ranks have ``voted`` that all shapes are given, ``_warmup_forward_vote`` and
+    ``_warmup_backward_result`` (one message each between neighbouring stages). ``PipelineStage`` has no public way
+    to say that nothing is left to infer.
+    """
+    stage._post_metadata_inference_cleanup = lambda: None
+    if voted:
+        stage._warmup_forward_vote = lambda has_backward, received_acc=None: torch.ones(1, dtype=torch.int32)
+        stage._warmup_backward_result = lambda received_result=None: torch.ones(1, dtype=torch.int32)
+
+
 _RENAMED = {
     "zero_": "zeros_like",
     "fill_": "fill",
