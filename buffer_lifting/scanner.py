@@ -152,7 +152,7 @@ class _Scan:
         dep = self.deps[node.name]
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
-        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data)
+        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data, self._varies)
         if Dep.DATA not in dep:
             label_user_value(self, node, apply_rule(view))
             return
@@ -191,9 +191,14 @@ class _Scan:
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]
 
-    def _positional(self, name: str) -> Labels | None:
+    def _varies(self, name: str) -> tuple[bool, ...]:
+        return self.planner.variation.of(name)
+
+    def _positional(self, name: str, of_users: bool = False) -> Labels | None:
         """The labels of a value without user contents: dims that have the length of an axis, and vary along it."""
         meta, dep = self.record.nodes[name].tensor, self.deps[name]
+        if Dep.USER in dep and of_users:
+            dep = (dep & ~Dep.USER) | Dep.STATE
         if meta is None or dep & (Dep.USER | Dep.DATA) or not dep & (Dep.IOTA | Dep.STATE | Dep.PARAM):
             return None
         result: list[DimLabel] = []

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, as_it_is, pointwise, rule
+from buffer_lifting.axis_rules.core import (
+    Alignment,
+    AxisResult,
+    OpView,
+    align,
+    as_it_is,
+    by_keys,
+    pointwise,
+    rule,
+    where_it_varies,
+)
 from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import (
     BATCH,
@@ -32,6 +42,22 @@ def _linear(view: OpView) -> AxisResult:
     out = (*labels[:-1], feature(shape[-1]))
     operands = {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"}
     return AxisResult((out,), {"input": as_it_is(labels), **operands})
+
+
+@rule("conv1d")
+def _conv1d(view: OpView) -> AxisResult | None:
+    """A convolution ``[B, C, S]`` whose kernel has one element is a projection of each row; others look around."""
+    labels, weight, shape = view.labels("input"), view.shape("weight"), view.shape("out")
+    if weight is None or weight[-1] != 1 or shape is None or labels is None or len(labels) != 3:
+        return None
+    moves = [view.node.args.get("stride"), view.node.args.get("padding")]
+    plain = [(None, (1,), 1), (None, (0,), 0, "valid")]
+    if any(move not in known for move, known in zip(moves, plain, strict=True)):
+        return None
+    if is_labelled(labels[1]):
+        return AxisResult(None, mixing="a learned projection runs along the sequence")
+    operands = {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"}
+    return AxisResult(((labels[0], feature(shape[1]), labels[2]),), {"input": as_it_is(labels), **operands})
 
 
 @rule("matmul", "bmm", "mm", "addmm", "baddbmm")
@@ -264,6 +290,9 @@ def _attention(view: OpView) -> AxisResult:
     if mask is not None:
         scores = (*query[:-1], with_role(key[-2], COL))
         operands["attn_mask"] = align(scores, mask)
+        own = view.labels("attn_mask") if view.is_data("attn_mask") else None
+        if own is not None and by_keys(where_it_varies(view, "attn_mask", own), scores):
+            operands["attn_mask"] = Alignment(own, operands["attn_mask"].batch_from_right)
     if any(f.axis == BATCH for dim in (query[-2], key[-2]) for f in dim):
         return AxisResult((out,), operands, "attention along the batch")
     if not has_seq(query[-2]) or not has_seq(key[-2]):
