@@ -180,8 +180,13 @@ def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result:
             clash.setdefault(hint, [n for n, s in own if s == by_size[hint]]).append(axis)
     names: dict[str, str] = {}
     for node in inputs:
-        for dim, size in enumerate(node.tensor.shape if node.tensor else ()):
+        shape = node.tensor.shape if node.tensor else ()
+        for dim, size in enumerate(shape):
             hint = record.hints.get(str(size))
+            if result.batch in shape and size != result.batch and is_symbol(size):
+                batch_hint = record.hints.get(str(result.batch))
+                if hint == batch_hint and hint not in clash:
+                    continue  # export tells this dim from the batch, which the input has: [3, batch, seq]
             if node.fqn in given and dim not in {d % len(node.tensor.shape) for d in given[node.fqn]}:  # type: ignore[union-attr]
                 continue
             target = by_size.get(hint) if hint is not None and hint not in clash else None

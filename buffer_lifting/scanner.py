@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
+from dataclasses import replace
 
 from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
@@ -16,6 +17,7 @@ from buffer_lifting.completion import Completion
 from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.flex import plan_flex
 from buffer_lifting.flex_plan import FlexPlan
+from buffer_lifting.folding import onto_folded_batch
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
@@ -152,7 +154,9 @@ class _Scan:
         dep = self.deps[node.name]
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
-        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data, self._varies)
+        view = OpView(
+            self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data, self._varies
+        )
         if Dep.DATA not in dep:
             label_user_value(self, node, apply_rule(view))
             return
@@ -330,9 +334,8 @@ class _Scan:
             return
         two_axis = len(seq_axes(labels)) > 1
         context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
-        self.planner.trail.clear()
         try:
-            rebuilt = self.planner.rebuild(value.name, labels, context)
+            rebuilt = self._rebuilt(value, labels, context)
             form: Form | None = None
         except Refuse as refused:
             natural = self._natural(edge, context)
@@ -349,7 +352,24 @@ class _Scan:
             why = "a product whose matrix rows or columns are the batch has no place for values per sample"
             self.reports.refused(edge.consumer, edge.path, value, labels, Refuse(why, edge.consumer.name))
             return
-        self._accept(edge, rebuilt, used, form)
+        try:
+            rebuilt, landing = onto_folded_batch(edge, rebuilt, self.labels.get(edge.consumer.name))
+        except Refuse as refusal:
+            self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
+            return
+        self._accept(edge, rebuilt, used, form, landing)
+
+    def _rebuilt(self, value: Node, labels: Labels, context: Context) -> Value:
+        self.planner.trail.clear()
+        try:
+            return self.planner.rebuild(value.name, labels, context)
+        except Refuse as refusal:
+            if Dep.USER not in self.deps[value.name]:
+                raise
+            try:
+                return self.planner.rebuild(value.name, labels, replace(context, rounded=True))
+            except Refuse:
+                raise refusal from None
 
     def _batch_is_a_matrix_dim(self, node: Node) -> bool:
         known = self.labels.get(node.name)
@@ -383,14 +403,16 @@ class _Scan:
             return "positions" if two_axis else "values"
         return form
 
-    def _accept(self, edge: Edge, rebuilt: Value, used: list[CutKey], form: Form | None) -> None:
+    def _accept(
+        self, edge: Edge, rebuilt: Value, used: list[CutKey], form: Form | None, landing: Alignment | None = None
+    ) -> None:
         streams = {key.stream for key in used}
         stream: Stream = "inputs" if streams == {"inputs"} else ("slots" if "slots" in streams else "positions")
         if form is None:
             form = "positions" if all(key.content == "iota" for key in used) else "values"
         read = self.reports.accepted(edge, stream, form)
         self.replacements.append(
-            Replacement(edge.consumer.name, edge.path, edge.value.name, rebuilt.plan, edge.alignment)
+            Replacement(edge.consumer.name, edge.path, edge.value.name, rebuilt.plan, landing or edge.alignment)
         )
         self.frontier.append(
             FrontierEdge(

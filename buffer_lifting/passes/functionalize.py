@@ -143,7 +143,7 @@ class _Functionalizer:
                 self.source[node] = first
                 if _writes(node):
                     written.setdefault(known.base, []).append(order[node])
-                    if functional_form(node.target) is None or not self._invertible(first):
+                    if functional_form(node.target) is None or _wraps(node) or not self._invertible(first):
                         known.frozen = True
                 continue
             self.storage[node] = _Storage(node, node)
@@ -268,12 +268,20 @@ class _Functionalizer:
             if all(isinstance(size, int) for size in before.shape):
                 return self._call(aten.expand.default, (made, list(before.shape)), node, before)
             return self._call(aten.expand_as.default, (made, operand), node, before)
+        if node.target is aten.fill_diagonal_.default:
+            return self._call(target, (operand, self._diagonal(node, operand), node.args[1]), node, after)
         made = self._call(target, node.args, node, after, dict(node.kwargs))
         others = [n.meta.get("val") for n in node.all_input_nodes if n is not operand]
         wider = [v for v in others if isinstance(v, torch.Tensor) and v.dtype != before.dtype and v.ndim]
         if wider and target not in (aten.index_put.default, aten.masked_fill.Tensor) and before.dtype != torch.bool:
             made = self._call(aten.to.dtype, (made, before.dtype), node, after)
         return made
+
+    def _diagonal(self, node: Node, operand: Node) -> Node:
+        """Where a matrix has its diagonal: bool, of its shape."""
+        where = _cast(operand.meta["val"], torch.bool)
+        ones = self._call(aten.ones_like.default, (operand,), node, where, {"dtype": torch.bool})
+        return self._call(aten.tril.default, (self._call(aten.triu.default, (ones,), node, where),), node, where)
 
     def _call(self, target: Any, args: Any, like: Node, value: Any, kwargs: dict[str, Any] | None = None) -> Node:
         made = self.graph.call_function(target, tuple(args), kwargs or {})
@@ -350,6 +358,13 @@ def _first(node: Node) -> Node | None:
     """The operand that a view looks at, or that a write writes to."""
     first = node.args[0] if node.args else None
     return first if isinstance(first, Node) and isinstance(first.meta.get("val"), torch.Tensor) else None
+
+
+def _wraps(node: Node) -> bool:
+    """Whether a diagonal is filled that is not that of one matrix."""
+    if node.target is not aten.fill_diagonal_.default:
+        return False
+    return node.args[0].meta["val"].ndim != 2 or (len(node.args) > 2 and bool(node.args[2])) or bool(node.kwargs)  # type: ignore[union-attr]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
