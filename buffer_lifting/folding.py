@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from buffer_lifting.axis_rules import Alignment
+from buffer_lifting.graph.record import Node
 from buffer_lifting.labels import BATCH, Labels, has_batch
+from buffer_lifting.ops import MATRIX_PRODUCTS
 from buffer_lifting.plan import Call, Plan, Refuse, Value
 from buffer_lifting.reporting import Edge
 
@@ -26,12 +29,10 @@ def onto_folded_batch(edge: Edge, value: Value, results: tuple[Labels, ...] | No
     if len(folded) < 2 or not has_batch(folded):
         return value, edge.alignment
     anchor = edge.consumer.name
-    sizes = [factor.size for factor in folded[1:]]
-    if folded[0].axis != BATCH or not all(isinstance(size, int) for size in sizes):
+    sizes = [factor.size for factor in folded[1:] if isinstance(factor.size, int)]
+    if folded[0].axis != BATCH or len(sizes) < len(folded) - 1:
         raise Refuse("the batch is folded behind another dim", anchor, hint="put the batch first in the model")
-    heads = 1
-    for size in sizes:
-        heads *= int(size)  # type: ignore[call-overload]
+    heads = math.prod(sizes)
     rank = max(batch, len(labels))
     plan: Plan = value.plan
     for _ in range(rank - len(labels)):
@@ -43,3 +44,8 @@ def onto_folded_batch(edge: Edge, value: Value, results: tuple[Labels, ...] | No
     wide: Labels = (*((),) * (rank - len(labels)), *labels)
     alignment = Alignment((*wide[:at], folded, *wide[at + 1 :]), batch)
     return replace(value, plan=plan, rank=rank), alignment
+
+
+def batch_is_a_matrix_dim(node: Node, results: tuple[Labels, ...] | None) -> bool:
+    """Whether a matrix product has the batch in its rows or columns, so that nothing can be given per sample."""
+    return node.base_op in MATRIX_PRODUCTS and bool(results) and any(map(has_batch, results[0][-2:]))  # type: ignore[index]

@@ -8,6 +8,8 @@ sequence is cut where that is legal, else refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from buffer_lifting.axes import InputLabels
 from buffer_lifting.contents import Contents
 from buffer_lifting.dataflow import Dep
@@ -112,6 +114,23 @@ class Planner(Contents):
         return self._whole[name]
 
     # -- rebuilding -----------------------------------------------------------------------------------------
+
+    def rebuild_read(self, name: str, labels: Labels, context: Context) -> Value:
+        """The value of a read: exact if that can be had, else with sums over user inputs up to rounding.
+
+        Raises:
+            Refuse: with the reason.
+        """
+        self.trail.clear()
+        try:
+            return self.rebuild(name, labels, context)
+        except Refuse as refusal:
+            if Dep.USER not in self.deps[name]:
+                raise
+            try:
+                return self.rebuild(name, labels, replace(context, rounded=True))
+            except Refuse:
+                raise refusal from None
 
     def rebuild(self, name: str, labels: Labels, context: Context, picked: int | None = None) -> Value:
         """The value of node ``name`` with dims ``labels``, made of lifted inputs.

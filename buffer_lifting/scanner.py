@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import replace
 
 from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
@@ -17,7 +16,7 @@ from buffer_lifting.completion import Completion
 from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.flex import plan_flex
 from buffer_lifting.flex_plan import FlexPlan
-from buffer_lifting.folding import onto_folded_batch
+from buffer_lifting.folding import batch_is_a_matrix_dim, onto_folded_batch
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
@@ -29,7 +28,6 @@ from buffer_lifting.labels import (
     Factor,
     Labels,
     feature,
-    has_batch,
     has_seq,
     is_labelled,
     seq_axes,
@@ -38,7 +36,6 @@ from buffer_lifting.naming import name_outputs
 from buffer_lifting.ops import (
     ATTENTION,
     FLEX_ATTENTION,
-    MATRIX_PRODUCTS,
     content_operands,
     is_pointwise,
     length_operands,
@@ -154,9 +151,8 @@ class _Scan:
         dep = self.deps[node.name]
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
-        view = OpView(
-            self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data, self._varies
-        )
+        varies = self.planner.variation.of
+        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data, varies)
         if Dep.DATA not in dep:
             label_user_value(self, node, apply_rule(view))
             return
@@ -194,9 +190,6 @@ class _Scan:
 
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]
-
-    def _varies(self, name: str) -> tuple[bool, ...]:
-        return self.planner.variation.of(name)
 
     def _positional(self, name: str, of_users: bool = False) -> Labels | None:
         """The labels of a value without user contents: dims that have the length of an axis, and vary along it."""
@@ -335,7 +328,7 @@ class _Scan:
         two_axis = len(seq_axes(labels)) > 1
         context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
         try:
-            rebuilt = self._rebuilt(value, labels, context)
+            rebuilt = self.planner.rebuild_read(value.name, labels, context)
             form: Form | None = None
         except Refuse as refused:
             natural = self._natural(edge, context)
@@ -348,7 +341,7 @@ class _Scan:
         used = list(dict.fromkeys(self.planner.trail))
         if not used or not rebuilt.changed:
             return
-        if rebuilt.lane and self._batch_is_a_matrix_dim(edge.consumer):
+        if rebuilt.lane and batch_is_a_matrix_dim(edge.consumer, self.labels.get(edge.consumer.name)):
             why = "a product whose matrix rows or columns are the batch has no place for values per sample"
             self.reports.refused(edge.consumer, edge.path, value, labels, Refuse(why, edge.consumer.name))
             return
@@ -358,24 +351,6 @@ class _Scan:
             self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
             return
         self._accept(edge, rebuilt, used, form, landing)
-
-    def _rebuilt(self, value: Node, labels: Labels, context: Context) -> Value:
-        self.planner.trail.clear()
-        try:
-            return self.planner.rebuild(value.name, labels, context)
-        except Refuse as refusal:
-            if Dep.USER not in self.deps[value.name]:
-                raise
-            try:
-                return self.planner.rebuild(value.name, labels, replace(context, rounded=True))
-            except Refuse:
-                raise refusal from None
-
-    def _batch_is_a_matrix_dim(self, node: Node) -> bool:
-        known = self.labels.get(node.name)
-        if node.base_op not in MATRIX_PRODUCTS or not known:
-            return False
-        return any(has_batch(dim) for dim in known[0][-2:])
 
     def _natural(self, edge: Edge, context: Context) -> Value | None:
         """The fallback: the value stays in natural order in the stage and is gathered along each axis."""
