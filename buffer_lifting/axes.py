@@ -69,6 +69,12 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
         for dim, axis in dims.items():
             size = rename(node.tensor.shape[dim % len(node.tensor.shape)], names)
             _claim(result, axis.split(":")[0], size, name, names)
+    if main is not None and main.fqn not in given and main.tensor is not None and len(main.tensor.shape) > 1:
+        for axis, size in zip((BATCH, SEQ), main.tensor.shape, strict=False):  # of a size that axes= has given
+            known = result.batch if axis == BATCH else result.lengths.get(axis)
+            if known is not None and is_symbol(known) and is_symbol(size) and _same(size, known, record.hints):
+                names.setdefault(str(size), str(known))
+    names = {old: new for old, new in names.items() if old != new}
     if names:
         record.rename_symbols(names)
     if main is not None and main.fqn not in given and main.tensor is not None:

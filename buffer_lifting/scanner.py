@@ -194,9 +194,8 @@ class _Scan:
     def _positional(self, name: str, of_users: bool = False) -> Labels | None:
         """The labels of a value without user contents: dims that have the length of an axis, and vary along it."""
         meta, dep = self.record.nodes[name].tensor, self.deps[name]
-        if Dep.USER in dep and of_users:
-            dep = (dep & ~Dep.USER) | Dep.STATE
-        if meta is None or dep & (Dep.USER | Dep.DATA) or not dep & (Dep.IOTA | Dep.STATE | Dep.PARAM):
+        known = Dep.USER not in dep and bool(dep & (Dep.IOTA | Dep.STATE | Dep.PARAM))
+        if meta is None or Dep.DATA in dep or not (known or of_users):
             return None
         result: list[DimLabel] = []
         seen = False
