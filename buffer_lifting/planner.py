@@ -238,12 +238,10 @@ class Planner(Contents):
         if wanted != has:
             if _axes(wanted) == _axes(has) and len([r for _, r in wanted if r]) == 1:
                 return self.cut(node, labels, context, hoisted=True)
-            raise Refuse(
-                f"input {node.fqn!r} is read along other axes than it has",
-                node.name,
-                "BL103",
-                "pass axes= for it",
-            )
+            hint = "pass axes= for it"
+            if any(has_batch(dim) and has_seq(dim) for dim in labels):
+                hint = "give it as [batch, seq], and fold its dims in the model"
+            raise Refuse(f"input {node.fqn!r} is read along other axes than it has", node.name, "BL103", hint)
         batch = batch_dim(own)
         if batch is None:
             return Value(Existing(node.name), False, len(labels))

@@ -324,8 +324,6 @@ def functional_form(target: Any) -> Any:
 
     Private: ``OpOverload._schema`` (no public map from in-place to functional ops).
     """
-    if target is torch.ops.aten.fill_diagonal_.default:
-        return torch.ops.aten.masked_fill.Scalar  # by a mask of the diagonal
     schema = target._schema
     _, _, name = schema.name.partition("::")
     name = _RENAMED.get(name, name[:-1] if name.endswith("_") and not name.endswith("__") else "")

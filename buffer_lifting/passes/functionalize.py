@@ -143,7 +143,7 @@ class _Functionalizer:
                 self.source[node] = first
                 if _writes(node):
                     written.setdefault(known.base, []).append(order[node])
-                    if functional_form(node.target) is None or _wraps(node) or not self._invertible(first):
+                    if _form(node) is None or not self._invertible(first):
                         known.frozen = True
                 continue
             self.storage[node] = _Storage(node, node)
@@ -223,7 +223,7 @@ class _Functionalizer:
 
     def _write(self, node: Node) -> None:
         known = self.storage[node]
-        target = functional_form(node.target)
+        target = _form(node)
         if known.frozen or target is None:
             return
         view = self.source[node]  # the operand written to, in the words of the original graph
@@ -269,7 +269,8 @@ class _Functionalizer:
                 return self._call(aten.expand.default, (made, list(before.shape)), node, before)
             return self._call(aten.expand_as.default, (made, operand), node, before)
         if node.target is aten.fill_diagonal_.default:
-            return self._call(target, (operand, self._diagonal(node, operand), node.args[1]), node, after)
+            fill = schema_args(node)["fill_value"]
+            return self._call(target, (operand, self._diagonal(node, operand), fill), node, after)
         made = self._call(target, node.args, node, after, dict(node.kwargs))
         others = [n.meta.get("val") for n in node.all_input_nodes if n is not operand]
         wider = [v for v in others if isinstance(v, torch.Tensor) and v.dtype != before.dtype and v.ndim]
@@ -360,11 +361,12 @@ def _first(node: Node) -> Node | None:
     return first if isinstance(first, Node) and isinstance(first.meta.get("val"), torch.Tensor) else None
 
 
-def _wraps(node: Node) -> bool:
-    """Whether a diagonal is filled that is not that of one matrix."""
+def _form(node: Node) -> Any:
+    """The op that returns what a write leaves; of the diagonal of one matrix, ``masked_fill``. ``None``: no such op."""
     if node.target is not aten.fill_diagonal_.default:
-        return False
-    return node.args[0].meta["val"].ndim != 2 or (len(node.args) > 2 and bool(node.args[2])) or bool(node.kwargs)  # type: ignore[union-attr]
+        return functional_form(node.target)
+    wraps = schema_args(node).get("wrap", False)
+    return aten.masked_fill.Scalar if node.meta["val"].ndim == 2 and not wraps else None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
