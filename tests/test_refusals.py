@@ -98,6 +98,19 @@ def pointwise_conv(net: Net, ids: Tensor) -> Tensor:
     return net.h(net.conv(net.embed(ids).mT).mT)
 
 
+def talking_heads(net: Net, ids: Tensor) -> Tensor:
+    """Scores of all heads are projected by a kernel of one element."""
+    q, k, v = net.heads(net.embed(ids))
+    scores = F.conv2d(q @ k.mT, torch.ones(HEADS, HEADS, 1, 1)).masked_fill(~causal(ids.shape[1]), -1e9)
+    return net.done(scores.softmax(-1) @ v)
+
+
+def matrix_and_vector(net: Net, ids: Tensor) -> Tensor:
+    """A gate for each token: its features by a parameter of one dim."""
+    x = net.embed(ids)
+    return net.h(x * (x @ net.key.weight[0])[..., None])
+
+
 def diagonal(net: Net, ids: Tensor) -> Tensor:
     """A mask whose diagonal is filled in place."""
     mask = torch.where(causal(ids.shape[1]), 0.0, -1e9)
@@ -146,6 +159,8 @@ LIFTED = [
     key_mask,
     normalized_scores,
     pointwise_conv,
+    talking_heads,
+    matrix_and_vector,
     diagonal,
     sum_of_positions,
     alibi_repeated,
@@ -229,6 +244,17 @@ def conv_over_tokens(net: Net, ids: Tensor) -> Tensor:
     return net.h(F.conv1d(net.embed(ids), torch.ones(ids.shape[1], ids.shape[1], 1)))
 
 
+def local_scores(net: Net, ids: Tensor) -> Tensor:
+    """Scores that a kernel of three keys smooths."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done(F.conv2d(q @ k.mT, torch.ones(HEADS, HEADS, 1, 3), padding=(0, 1)).softmax(-1) @ v)
+
+
+def vector_of_tokens(net: Net, ids: Tensor) -> Tensor:
+    """Tokens summed by a table of positions."""
+    return net.h(net.embed(ids) + (net.embed(ids).mT @ net.pe.weight[: ids.shape[1], 0])[:, None])
+
+
 def diagonals(net: Net, ids: Tensor) -> Tensor:
     """A diagonal that runs on below a tall matrix."""
     mask = torch.zeros(3 * ids.shape[1], ids.shape[1])
@@ -261,6 +287,10 @@ NEAR_MISSES: list[tuple[Body, bool, str]] = [
     (wide_conv, False, "conv1d"),
     (strided_conv, False, "conv1d"),
     (conv_over_tokens, False, "a learned projection runs along the sequence"),
+    (local_scores, True, "conv2d"),
+    (local_scores, False, "conv2d"),
+    (vector_of_tokens, True, "BL201"),
+    (vector_of_tokens, False, "BL201"),
     (diagonals, False, "BL102"),
     (product_of_positions, True, "mixes the sequence"),
     (alibi_of_other_heads, True, "BL105"),

@@ -43,20 +43,20 @@ def _linear(view: OpView) -> AxisResult:
     return AxisResult((out,), {"input": as_it_is(labels), **operands})
 
 
-@rule("conv1d")
-def _conv1d(view: OpView) -> AxisResult | None:
-    """A convolution ``[B, C, S]`` whose kernel has one element is a projection of each row; others look around."""
+@rule("conv1d", "conv2d", "conv3d")
+def _conv(view: OpView) -> AxisResult | None:
+    """A convolution ``[B, C, ...]`` whose kernel has one element is a projection; others look around."""
     labels, weight, shape = view.labels("input"), view.shape("weight"), view.shape("out")
-    if weight is None or weight[-1] != 1 or shape is None or labels is None or len(labels) != 3:
+    if weight is None or shape is None or labels is None or not len(labels) == len(weight) == len(shape):
         return None
-    moves = [view.node.args.get("stride"), view.node.args.get("padding")]
-    plain = [(None, (1,), 1), (None, (0,), 0, "valid")]
-    if any(move not in known for move, known in zip(moves, plain, strict=True)):
+    moves = [view.node.args.get("stride", 1), view.node.args.get("padding", 0)]
+    still = [move if isinstance(move, tuple) else (move,) for move in moves]
+    if {*weight[2:]} != {1} or {*still[0]} - {None, 1} or {*still[1]} - {None, 0, "valid"}:
         return None
     if is_labelled(labels[1]):
         return AxisResult(None, mixing="a learned projection runs along the sequence")
     operands = {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"}
-    return AxisResult(((labels[0], feature(shape[1]), labels[2]),), {"input": as_it_is(labels), **operands})
+    return AxisResult(((labels[0], feature(shape[1]), *labels[2:]),), {"input": as_it_is(labels), **operands})
 
 
 @rule("matmul", "bmm", "mm", "addmm", "baddbmm")
@@ -72,6 +72,10 @@ def _matmul(view: OpView) -> AxisResult:
     left_shape, right_shape, shape = view.shape(left_path), view.shape(right_path), view.shape("out")
     if left_shape is None or right_shape is None or shape is None:
         return AxisResult(None)
+    vector = len(right_shape) == 1 and not view.is_data(right_path) and view.node.base_op == "aten.matmul"
+    rows = view.labels(left_path) if vector else None
+    if rows is not None and len(rows) > 1 and not is_labelled(rows[-1]):
+        return AxisResult((rows[:-1],), {left_path: as_it_is(rows), right_path: Alignment(features(right_shape), None)})
     if len(left_shape) < 2 or len(right_shape) < 2:
         return AxisResult(None, mixing="a matrix-vector product whose axes are not known")
     left, right = view.labels(left_path), view.labels(right_path)
