@@ -4,7 +4,7 @@
 without a rule is unknown, never assumed to be local.
 """
 
-from buffer_lifting.axis_rules import compute, flex, views
+from buffer_lifting.axis_rules import compute, flex, moves, views
 from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, apply_rule, ruled_ops
 from buffer_lifting.axis_rules.views import permutation
 
@@ -16,6 +16,7 @@ __all__ = [
     "apply_rule",
     "compute",
     "flex",
+    "moves",
     "permutation",
     "ruled_ops",
     "views",

@@ -234,7 +234,7 @@ class _Values:
             if batch is None or value.ndim == len(labels) < batch:
                 return value.unsqueeze(0).expand(case.batch if batch else 1, *value.shape)
             at = value.ndim - batch
-            moved = value.movedim(at, 0)
+            moved = _one_head(value, at, case.batch).movedim(at, 0)
             kept = moved.shape[moved.ndim - len(labels) :] if moved.ndim > len(labels) else None
             if at == 0 and kept is not None:
                 return moved.reshape(moved.shape[0], *_factors(labels, kept, size))
@@ -247,6 +247,15 @@ class _Values:
                 where = len(shape)
             shape.extend(_factor_sizes(label, length, size, case.batch))
         return value.reshape(shape).movedim(where, 0)
+
+
+def _one_head(value: torch.Tensor, at: int, batch: int) -> torch.Tensor:
+    """A value ``[..., B * H, ...]`` that is the same for all heads, for one of them; any other as it is."""
+    if value.shape[at] <= batch or value.shape[at] % batch:
+        return value
+    heads = value.unflatten(at, (batch, -1))
+    first = heads.narrow(at + 1, 0, 1)
+    return first.squeeze(at + 1) if torch.equal(heads, first.expand_as(heads)) else value
 
 
 #: Units of the dtype's precision, of the largest value, that floating values may differ by.
