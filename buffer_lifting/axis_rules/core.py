@@ -122,7 +122,7 @@ class OpView:
         return pairs
 
 
-Rule = Callable[[OpView], AxisResult]
+Rule = Callable[[OpView], AxisResult | None]
 _RULES: dict[str, Rule] = {}
 
 
