@@ -36,7 +36,7 @@ _PRODUCTS = tuple(f"aten.{name}" for name in ["mul", "multiply", "div", "matmul"
 _ORDERS = tuple(f"aten.{name}" for name in ["le", "lt", "ge", "gt", "less_equal", "less", "greater_equal", "greater"])
 _SUMS = ("aten.add", "aten.sub", "aten.rsub", "aten.subtract")
 _DIVISIONS = ("aten.floor_divide", "aten.div", "aten.floor")
-_LOSSES = ("aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd", "aten.nll_loss2d")
+_WRITES = ("slice_scatter", "select_scatter")
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,8 @@ def _position_ids(facts: Facts) -> bool:
 
 def _equal(facts: Facts) -> bool:
     """A table that is read under several names: aliases of one storage, or equal contents in several buffers."""
-    tables = {node.name: node for trail in facts.trails for node in trail.nodes if facts.is_table(node, *_STATIC)}
+    nodes = {node.name: node for trail in facts.trails for node in trail.nodes if facts.is_table(node, *_STATIC)}
+    tables = {name: node for name, node in nodes.items() if node.tensor and node.tensor.shape}
     contents = [node.content for node in tables.values() if node.content]
     return any(node.aliases for node in tables.values()) or len(set(contents)) < len(contents)
 
@@ -395,10 +396,15 @@ def _causal(facts: Facts) -> bool:
 
 
 def _window(facts: Facts) -> bool:
-    pairs = list(_comparisons(facts))
-    return any(left.startswith(("shifted", "chunk")) or right in ("shifted", "chunk") for left, right in pairs) or any(
-        left.startswith("distance") and right == "number" and not left.endswith("eq") for left, right in pairs
-    )
+    """Rows and columns are compared a number apart, or by chunks; or a mask's rows are written one by one."""
+    for left, right in _comparisons(facts):
+        if left.startswith(("shifted", "chunk")) or right in ("shifted", "chunk"):
+            return True
+        if left.startswith("distance") and right == "number" and not left.endswith("eq"):
+            return True
+    rows = min((length for length in facts.lengths if isinstance(length, int)), default=0)
+    writes = (sum(node.op.partition(".")[2].startswith(_WRITES) for node in trail.nodes) for trail in facts.trails)
+    return bool(rows) and any(count >= rows for count in writes)
 
 
 def _is_documents(facts: Facts, cumsum: Node) -> bool:
@@ -459,7 +465,8 @@ def _length(facts: Facts) -> bool:
     numbers = {name for name, node in facts.record.nodes.items() if isinstance(node.meta, ScalarMeta)}
     chains = {node.name for trail in facts.trails for node in trail.nodes}
     for node in facts.live:
-        if node.tensor is None or (node.name not in chains and Dep.DATA not in facts.deps[node.name]):
+        reads = node.name in chains or Dep.DATA in facts.deps[node.name]
+        if node.tensor is None or not reads or node.base_op in _CUTS:
             continue
         if any(name in numbers and Dep.LENGTH in facts.deps[name] for _, name in length_operands(node)):
             return True
@@ -491,7 +498,8 @@ def _hop_consumer(facts: Facts) -> bool:
 
 
 def _written(facts: Facts) -> bool:
-    return any(str(node.location) in facts.written for trail in facts.trails for node in trail.nodes)
+    nodes = (node for trail in facts.trails for node in trail.nodes if node.tensor)
+    return any(str(node.location) in facts.written for node in nodes)
 
 
 def _layout(facts: Facts) -> bool:

@@ -113,7 +113,7 @@ _TORCHTUNE = (
     _tune(
         "gemma2",
         (Export("eager", ids), _TUNE_POSITIONS_DYNAMIC),
-        ("slice", "mask_causal", "mask_window", "equal_buffers"),
+        ("slice", "mask_causal", "mask_window", "equal_buffers", "index", "user_positions"),
         head_dim=HEAD_DIM,
         sliding_window_size=WINDOW,
     ),

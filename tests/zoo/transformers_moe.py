@@ -33,7 +33,7 @@ _LATENT: dict[str, Any] = {
 _ROUTED = f"{ROPE} routing distractor"
 
 _MOE = (
-    lm("mixtral", "Mixtral", "sdpa batched labels aux", f"{_ROUTED} labels mixing", num_local_experts=4),
+    lm("mixtral", "Mixtral", "sdpa batched labels aux", f"{_ROUTED} labels length mixing", num_local_experts=4),
     lm("olmoe", "Olmoe", f"{ALL} batched", f"{_ROUTED} user_positions mask_padding labels", num_experts=4, **_TOP2),
     lm(
         "qwen2_moe",
@@ -61,7 +61,7 @@ _MOE = (
         "llama4",
         "Llama4",
         ALL,
-        f"{_ROUTED} mask_window length user_positions mask_padding labels",
+        f"{_ROUTED} mask_window scale cumsum_data user_positions mask_padding labels",
         config="Llama4TextConfig",
         quick=True,
         num_local_experts=4,
@@ -94,7 +94,7 @@ _RECURRENT = (
         n_groups=1,
         chunk_size=4,
     ),
-    lm("rwkv", "Rwkv", "eager", "mixing", attention="eager", attention_hidden_size=32, context_length=53),
+    lm("rwkv", "Rwkv", "eager", "distractor mixing", attention="eager", attention_hidden_size=32, context_length=53),
     lm(
         "recurrent_gemma",
         "RecurrentGemma",
@@ -109,7 +109,7 @@ _RECURRENT = (
         "minimax",
         "MiniMax",
         "sdpa",
-        "mixing",
+        f"{ROPE} routing mixing",
         num_local_experts=4,
         block_size=4,
         layer_types=["linear_attention", "full_attention"],

@@ -12,7 +12,7 @@ from .transformers_pairs import BART_SIZES, pair_exports
 _MIXED: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 
 _DECODERS = (
-    lm("olmo3", "Olmo3", "sdpa positions", f"{ROPE} mask_window user_positions", **_MIXED),
+    lm("olmo3", "Olmo3", "sdpa positions", f"{ROPE} mask_window user_positions equal_buffers", **_MIXED),
     lm("nanochat", "NanoChat", "sdpa mask labels", f"{ROPE} mask_padding labels"),
     lm("diffllama", "DiffLlama", "sdpa eager", ROPE),
     lm("helium", "Helium", "sdpa mask", f"{ROPE} mask_padding", **HEAD8),
