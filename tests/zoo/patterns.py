@@ -14,10 +14,10 @@ from functools import cached_property
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.fx import Node as FxNode
 
 from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.graph.from_fx import build_record
-from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms, multiply
 from buffer_lifting.labels import BATCH, COL
@@ -65,7 +65,9 @@ class Trail:
 class Facts:
     """What the conditions look at: the record, the plan of its scan, and what normalising the program changed."""
 
-    def __init__(self, record: GraphRecord, plan: LiftPlan, inlined: tuple[str, ...], written: set[str]) -> None:
+    def __init__(
+        self, record: GraphRecord, plan: LiftPlan, inlined: tuple[str, ...], written: list[list[set[str]]]
+    ) -> None:
         self.record, self.plan, self.inlined, self.written = record, plan, inlined, written
         known = {node.name: plan.data_labels.get(node.name) for node in record.inputs()}
         self.inputs = {name: labels[0] for name, labels in known.items() if labels}
@@ -84,8 +86,14 @@ class Facts:
 
     @cached_property
     def trails(self) -> list[Trail]:
-        """The reads with their chains."""
-        return [Trail(read, self.record.nodes[read.value], tuple(self.chain(read.value))) for read in self.reads]
+        """The reads with their chains; of a body of flex attention, those of its operands."""
+        trails = []
+        for read in self.reads:
+            value = self.record.nodes[read.value]
+            operands = [name for path, name in value.named_refs() if path.startswith(("mask_buffers", "score_buffers"))]
+            names = operands if value.base_op == FLEX_ATTENTION else [value.name]
+            trails.append(Trail(read, value, tuple(node for name in names for node in self.chain(name))))
+        return trails
 
     @property
     def reads(self) -> list[PositionRead]:
@@ -167,21 +175,36 @@ def facts_of(program: ExportedProgram, axes: Axes | None = None) -> Facts:
     """The facts of a program; it is scanned for them."""
     normalized = normalize(program, read_only=True)
     record = build_record(program, normalized.graph)
-    return Facts(record, scan_record(record, axes), normalized.inlined, set(_writes(program.graph_module)))
+    prefixes = tuple(f"{name}_" for name in normalized.inlined)
+    written = [[_names(operand, prefixes) for operand in operands] for operands in _writes(program.graph_module)]
+    return Facts(record, scan_record(record, axes), normalized.inlined, written)
 
 
-def _writes(module: GraphModule) -> Iterator[str]:
-    """The places (``file:line``) where the original program writes in place."""
+def _writes(module: GraphModule, env: dict[FxNode, FxNode] | None = None) -> Iterator[list[FxNode]]:
+    """The operands of each write in place of the original program, those behind the arguments of inlined bodies."""
+    env = env or {}
     for node in module.graph.nodes:
-        if not isinstance(node.target, OpOverload) or node.target is torch.ops.aten.detach_.default:
-            continue
-        if node.target._schema.is_mutable:
-            place = innermost_location(node.meta.get("stack_trace") or "")
-            if place is not None:
-                yield str(place)
-    for child in module.children():
-        if isinstance(child, GraphModule):
-            yield from _writes(child)
+        body = next((n for n in node.all_input_nodes if n.op == "get_attr"), None)
+        inner = getattr(module, str(body.target), None) if body is not None else None
+        if isinstance(inner, GraphModule):
+            slots = [n for n in inner.graph.nodes if n.op == "placeholder"]
+            given = [env.get(n, n) for n in node.args[len(node.args) - len(slots) :] if isinstance(n, FxNode)]
+            if len(given) == len(slots):
+                yield from _writes(inner, dict(zip(slots, given, strict=True)))
+        elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            if node.target is not torch.ops.aten.detach_.default:  # it writes no element
+                yield [env.get(n, n) for n in node.all_input_nodes]
+
+
+def _names(operand: FxNode, prefixes: tuple[str, ...]) -> set[str]:
+    """What an operand of the original, and what it is a view of, may be called in the record."""
+    names = set()
+    while True:
+        names |= {f"{prefix}{operand.name}" for prefix in ("", *prefixes)}
+        first = operand.args[0] if operand.args else None
+        if not isinstance(first, FxNode):
+            return names
+        operand = first
 
 
 # Tables -------------------------------------------------------------------------------------------------
@@ -351,7 +374,8 @@ def _body_comparisons(body: GraphRecord, ends: set[str]) -> Iterator[tuple[str, 
         elif node.name in ends:
             sides[node.name] = "index"
         elif node.base_op in _SUMS and above:
-            sides[node.name] = "distance" if len(above) > 1 else "shifted"
+            moved = "shifted" if node.args.get("other") != 0 else above[0]
+            sides[node.name] = "distance" if len(above) > 1 else moved
         elif above and (is_view(node) or node.base_op in _LOOKUPS):
             sides[node.name] = above[0]
 
@@ -470,7 +494,8 @@ def _length(facts: Facts) -> bool:
             continue
         if any(name in numbers and Dep.LENGTH in facts.deps[name] for _, name in length_operands(node)):
             return True
-        if node.name in chains and node.base_op in ("aten.max", "aten.amax") and facts.from_index(node.name):
+        largest = node.base_op in ("aten.max", "aten.amax") and not facts.spans(node)
+        if largest and node.name in chains and facts.from_index(node.name):
             return True
     return False
 
@@ -498,8 +523,14 @@ def _hop_consumer(facts: Facts) -> bool:
 
 
 def _written(facts: Facts) -> bool:
-    nodes = (node for trail in facts.trails for node in trail.nodes if node.tensor)
-    return any(str(node.location) in facts.written for node in nodes)
+    """A write in place to a value of a chain, or of one, with nothing of data in it."""
+    chains = {node.name for trail in facts.trails for node in trail.nodes}
+    for operands in facts.written:
+        known = [names & facts.record.nodes.keys() for names in operands]
+        data = any(Dep.DATA in facts.deps[name] for names in known for name in names)
+        if not data and any(names & chains for names in known):
+            return True
+    return False
 
 
 def _layout(facts: Facts) -> bool:

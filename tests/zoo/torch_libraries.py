@@ -238,7 +238,7 @@ _LITGPT = (
     _lit("gemma3", (_SDPA_DYNAMIC,), ("slice", "is_causal"), **_GEMMA3),
     _lit("phi2", (_SDPA_DYNAMIC,), ("slice", "is_causal"), **_PHI2),
     _lit("falcon", (_SDPA_STATIC,), ("slice", "is_causal"), **_FALCON),
-    _lit("mixtral", (_SDPA,), ("slice", "is_causal", "routing"), **_MIXTRAL),
+    _lit("mixtral", (_SDPA,), ("slice", "is_causal", "routing", "distractor"), **_MIXTRAL),
     _lit("mla", (_SDPA_DYNAMIC,), ("slice", "is_causal"), **_MLA),
 )
 
@@ -262,10 +262,19 @@ _EVAL_STATIC = Export("sdpa", ids, shapes=("static",), train=False)
 _TRAIN = Export("train", ids, shapes=("dynamic",))
 
 _TORCHTITAN = (
-    _titan("llama3", (_SDPA, _TITAN_POSITIONS), ("slice", "index", "user_positions", "is_causal"), quick=True),
-    _titan("qwen3", (_SDPA_STATIC,), ("slice", "index", "user_positions", "is_causal")),
-    _titan("qwen3_moe", (_EVAL,), ("slice", "is_causal", "routing")),
-    _titan("deepseek_v3", (_EVAL_STATIC, _TRAIN), ("slice", "is_causal", "routing")),
+    _titan(
+        "llama3",
+        (_SDPA, _TITAN_POSITIONS),
+        ("slice", "index", "user_positions", "is_causal", "equal_buffers"),
+        quick=True,
+    ),
+    _titan("qwen3", (_SDPA_STATIC,), ("slice", "is_causal", "equal_buffers")),
+    _titan("qwen3_moe", (_EVAL,), ("slice", "is_causal", "routing", "equal_buffers", "distractor")),
+    _titan(
+        "deepseek_v3",
+        (_EVAL_STATIC, _TRAIN),
+        ("slice", "is_causal", "routing", "equal_buffers", "distractor", "mixing"),
+    ),
 )
 
 

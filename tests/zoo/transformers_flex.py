@@ -17,7 +17,7 @@ _EXPORTS = (
     Export("flex", inputs_plain, _FLEX, ("static",), frozen=True),
     Export("positions", inputs_positions, _FLEX, ("static",), frozen=True),
 )
-_PATTERNS = "flex computed hop user_positions mask_causal mask_documents"
+_PATTERNS = "flex computed hop user_positions mask_causal mask_documents distractor"
 
 
 def _flex(name: str, stem: str, patterns: str = _PATTERNS, **fields: Any) -> Entry:

@@ -50,7 +50,7 @@ _MOE = (
         "gpt_oss",
         "GptOss",
         "eager positions mask labels batched",
-        f"{_ROUTED} mask_window user_positions mask_padding labels",
+        "computed hop mask_causal routing distractor mask_window user_positions mask_padding labels",
         attention="eager",
         num_local_experts=4,
         sliding_window=4,
