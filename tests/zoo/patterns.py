@@ -36,6 +36,7 @@ _PRODUCTS = tuple(f"aten.{name}" for name in ["mul", "multiply", "div", "matmul"
 _ORDERS = tuple(f"aten.{name}" for name in ["le", "lt", "ge", "gt", "less_equal", "less", "greater_equal", "greater"])
 _SUMS = ("aten.add", "aten.sub", "aten.rsub", "aten.subtract")
 _DIVISIONS = ("aten.floor_divide", "aten.div", "aten.floor")
+_EMPTY_WRITES = (torch.ops.aten.detach_.default,)
 _WRITES = ("slice_scatter", "select_scatter")
 
 
@@ -191,9 +192,10 @@ def _writes(module: GraphModule, env: dict[FxNode, FxNode] | None = None) -> Ite
             given = [env.get(n, n) for n in node.args[len(node.args) - len(slots) :] if isinstance(n, FxNode)]
             if len(given) == len(slots):
                 yield from _writes(inner, dict(zip(slots, given, strict=True)))
-        elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            if node.target is not torch.ops.aten.detach_.default:  # it writes no element
-                yield [env.get(n, n) for n in node.all_input_nodes]
+        elif (
+            isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.target not in _EMPTY_WRITES
+        ):
+            yield [env.get(n, n) for n in node.all_input_nodes]
 
 
 def _names(operand: FxNode, prefixes: tuple[str, ...]) -> set[str]:

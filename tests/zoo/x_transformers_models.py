@@ -101,7 +101,7 @@ _DECODERS = (
         "rotary_xpos",
         "Decoder",
         (_EAGER_STATIC, _FLASH_DYNAMIC),
-        ("computed", "hop", "mask_causal", "offset", "scale", "hop_consumer"),
+        ("computed", "hop", "mask_causal", "offset", "scale", "hop_consumer", "length"),
         options={"rotary_xpos": True},
     ),
     _entry(
@@ -121,7 +121,7 @@ _DECODERS = (
             _POSITIONS_DYNAMIC,
             Export("warm", ids, {"warm": True}, ("dynamic",)),
         ),
-        ("alibi", "mask_causal", "mask_table", "offset"),
+        ("alibi", "mask_causal", "mask_table", "offset", "slice"),
         quick=True,
         options={"alibi_pos_bias": True},
     ),
@@ -240,18 +240,28 @@ _ROTARY = (
     _rotary(
         "lang",
         (_COLD, _WARM, Export("full", ids, {"warm": True}, ("static",), seq=TABLE)),
-        ("slice", "hop", "written", "is_causal", "offset", "computed", "hop_consumer"),
+        ("slice", "hop", "written", "is_causal", "offset", "computed", "hop_consumer", "equal_buffers"),
         quick=True,
     ),
     _rotary(
         "xpos",
         (_COLD_DYNAMIC, Export("warm", ids, {"warm": True}, ("dynamic",))),
-        ("slice", "hop", "written", "is_causal", "offset", "computed", "hop_consumer", "scale"),
+        ("slice", "hop", "written", "is_causal", "offset", "computed", "hop_consumer", "scale", "equal_buffers"),
         use_xpos=True,
     ),
-    _rotary("uncached", (_COLD_DYNAMIC,), ("computed", "learned", "hop", "is_causal"), cache_if_possible=False),
-    _rotary("learned", (_COLD_DYNAMIC,), ("computed", "learned", "hop", "is_causal"), learned_freq=True),
-    _rotary("seq_first", (Export("warm", ids, {"warm": True}, ("dynamic",)),), ("slice", "hop"), seq_first=True),
+    _rotary(
+        "uncached",
+        (_COLD_DYNAMIC,),
+        ("computed", "hop", "is_causal", "offset", "hop_consumer"),
+        cache_if_possible=False,
+    ),
+    _rotary("learned", (_COLD_DYNAMIC,), ("computed", "hop", "is_causal", "offset", "hop_consumer"), learned_freq=True),
+    _rotary(
+        "seq_first",
+        (Export("warm", ids, {"warm": True}, ("dynamic",)),),
+        ("slice", "hop", "hop_consumer", "is_causal", "equal_buffers"),
+        seq_first=True,
+    ),
 )
 
 ENTRIES = (*_DECODERS, *_ENCODERS, *_ROTARY)
