@@ -151,6 +151,10 @@ class Facts:
         nodes = [self.record.nodes[above] for above in self.above(name)]
         return any(n.base_op in (*INDICES, "aten.cumsum") or is_positions(n) for n in nodes)
 
+    def is_position(self, index: Node) -> bool:
+        """Whether an index is made of positions: by an op, by the user, or in a buffer."""
+        return self.from_index(index.name) or any(self.is_table(n, StateKind.BUFFER) for n in self.chain(index.name))
+
     def lookups(self) -> Iterator[tuple[Node, Node | None, list[Node]]]:
         """Live reads by an index that is no data: the op, what it reads (behind views), and its indices."""
         for node in self.live:
@@ -285,7 +289,7 @@ def _learned(facts: Facts) -> bool:
         return True
     chains = {node.name for trail in facts.trails for node in trail.nodes} | {read.node for read in facts.reads}
     for node, source, indices in facts.lookups():
-        along = all(facts.spans(index) == 1 for index in indices)
+        along = all(facts.spans(index) == 1 and facts.is_position(index) for index in indices)
         if along and node.name in chains and facts.is_table(source, StateKind.PARAMETER):
             return True
     return any(facts.is_table(trail.value, StateKind.PARAMETER) and facts.spans(trail.value) for trail in facts.trails)
@@ -406,7 +410,7 @@ def _side(facts: Facts, node: Node) -> str:
         elif node.base_op in _LOOKUPS:  # position ids at an index
             if facts.is_table(facts.operand(node, "self", "weight"), *StateKind):
                 return ""
-        elif not is_view(node) and node.base_op not in ("aten.abs", "aten.neg"):
+        elif not is_view(node) and node.base_op not in ("aten.repeat", "aten.abs", "aten.neg"):
             return ""
         above = facts.operand(node, "self", "input")
         if above is None:

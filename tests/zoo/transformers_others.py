@@ -201,7 +201,7 @@ _ENCODERS = (
         "deberta_v2",
         "DebertaV2",
         (EAGER,),
-        ("relative", "slice", "learned", "position_ids_buffer", "written", "distractor"),
+        ("relative", "slice", "learned", "position_ids_buffer", "distractor"),
         "deberta.encoder.layer.1",
         position_buckets=8,
         **_DEBERTA_SIZES,

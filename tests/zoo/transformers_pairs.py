@@ -152,7 +152,7 @@ _TOWERS = (
         "t5_encoder",
         "T5",
         (SDPA, EAGER_DYNAMIC, Export("mask", named_mask, shapes=("dynamic",))),
-        ("relative", "mask_padding", "written"),
+        ("relative", "mask_padding", "written", "distractor"),
         "encoder.block.1",
         quick=True,
         model="T5EncoderModel",
@@ -188,7 +188,7 @@ _TOWERS = (
         "whisper_decoder",
         "Whisper",
         (SDPA,),
-        ("learned", "index", "mask_causal", "mask_documents"),
+        ("learned", "mask_causal", "mask_documents"),
         "model.decoder.layers.1",
         model="WhisperForCausalLM",
         max_position_embeddings=None,
@@ -199,7 +199,7 @@ _TOWERS = (
         **{k: v for k, v in BART_SIZES.items() if k != "decoder_start_token_id"},
         decoder_start_token_id=1,
     ),
-    Entry("hf_vit", LIBRARY, _vit, (Export("sdpa", _pixels, shapes=("dynamic",)),), ("mixing",)),
+    Entry("hf_vit", LIBRARY, _vit, (Export("sdpa", _pixels, shapes=("dynamic",)),), ()),
 )
 
 ENTRIES = (*_ENCODER_DECODERS, *_TOWERS)
