@@ -23,7 +23,8 @@ from typing import Any
 import buffer_lifting as bl
 
 from .catalog import Entry, Expected, Export, Shape, entries, export_cell, export_of
-from .patterns import facts_of, occurring
+from .facts import facts_of
+from .patterns import occurring
 
 Cell = tuple[str, str, Shape]
 CHECKS = ("values", "identity", "equivariance", "composition")

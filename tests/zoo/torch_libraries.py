@@ -118,7 +118,11 @@ _TORCHTUNE = (
         sliding_window_size=WINDOW,
     ),
     _tune("mistral", (_SDPA_STATIC,), ("slice", "is_causal", "equal_buffers")),
-    _tune("phi3", (_SDPA_DYNAMIC, _TUNE_POSITIONS_STATIC), ("slice", "index", "is_causal", "equal_buffers")),
+    _tune(
+        "phi3",
+        (_SDPA_DYNAMIC, _TUNE_POSITIONS_STATIC),
+        ("slice", "index", "is_causal", "equal_buffers", "user_positions"),
+    ),
     _tune("qwen2", (_SDPA_DYNAMIC,), ("slice", "is_causal", "equal_buffers")),
     Entry("tune_t5_encoder", "torchtune", _torchtune_t5, (_FULL,), ("full", "relative"), ("layers.1",)),
 )
@@ -225,7 +229,7 @@ _LITGPT = (
             Export("full", ids, shapes=("dynamic",), seq=TABLE),
             Export("cache", _cache_positions, {"cache": True}, ("static",)),
         ),
-        ("slice", "is_causal"),
+        ("slice", "is_causal", "index", "user_positions", "mixing"),
         quick=True,
     ),
     _lit("llama3", (_SDPA,), ("slice", "is_causal"), rope_adjustments=_LLAMA3_ROPE, **_LLAMA),

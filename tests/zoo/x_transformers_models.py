@@ -101,7 +101,7 @@ _DECODERS = (
         "rotary_xpos",
         "Decoder",
         (_EAGER_STATIC, _FLASH_DYNAMIC),
-        ("computed", "hop", "mask_causal", "offset", "scale", "hop_consumer", "length"),
+        ("computed", "hop", "mask_causal", "offset", "scale", "hop_consumer", "length", "is_causal"),
         options={"rotary_xpos": True},
     ),
     _entry(
@@ -121,7 +121,7 @@ _DECODERS = (
             _POSITIONS_DYNAMIC,
             Export("warm", ids, {"warm": True}, ("dynamic",)),
         ),
-        ("alibi", "mask_causal", "mask_table", "offset", "slice"),
+        ("alibi", "mask_causal", "mask_table", "offset", "slice", "user_positions"),
         quick=True,
         options={"alibi_pos_bias": True},
     ),
@@ -139,7 +139,7 @@ _DECODERS = (
         ("relative", "mask_causal", "written"),
         options={"dynamic_pos_bias": True},
     ),
-    _entry("no_position", "Decoder", (_EAGER_STATIC,), ("mask_causal", "is_causal")),
+    _entry("no_position", "Decoder", (_EAGER_STATIC,), ("mask_causal",)),
 )
 
 _ENCODERS = (
@@ -151,7 +151,7 @@ _ENCODERS = (
         options={"rotary_pos_emb": True},
     ),
     _entry("encoder_absolute", "Encoder", (_EAGER_DYNAMIC,), ("learned",), absolute=True),
-    _entry("encoder_alibi", "Encoder", (_FLASH_DYNAMIC,), ("alibi",), options={"alibi_pos_bias": True}),
+    _entry("encoder_alibi", "Encoder", (_FLASH_DYNAMIC,), ("alibi", "offset"), options={"alibi_pos_bias": True}),
     _entry("encoder_t5_bias", "Encoder", (_EAGER_STATIC,), ("relative",), options={"rel_pos_bias": True}),
 )
 
