@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from buffer_lifting.errors import UnsupportedReadError
 from buffer_lifting.graph.record import GraphRecord, Location, Node, NodeKind, Ref, ScalarMeta
 from buffer_lifting.graph.sizes import divide, product
-from buffer_lifting.labels import COL, KEYS, ROW, DimLabel, Labels, has_seq
-from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, MATRIX_OPERANDS, is_random
+from buffer_lifting.labels import COL, KEYS, ROW, DimLabel, Labels, has_seq, with_role
+from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, MATRIX_OPERANDS, is_pointwise, is_random
 from buffer_lifting.plan import LiftPlan
 
 #: Views and copies along which a gather can move up, to where there are fewer elements to send.
@@ -127,6 +127,15 @@ def _key_operands(node: Node, labels: dict[str, tuple[Labels, ...] | None]) -> l
                 want(right_path, right, -2)
     elif node.base_op == "aten.einsum":
         found.extend(_einsum_keys(node, labels))
+    elif is_pointwise(node):
+        out = labels[node.name]
+        assert out is not None
+        for path in refs:
+            own = of(path) or ()
+            for offset in range(1, min(len(own), len(out[0])) + 1):  # data of the keys that meets the scores
+                mine, wanted = own[-offset], out[0][-offset]
+                if mine != wanted and has_seq(mine) and mine == with_role(wanted, ROW):
+                    want(path, own, -offset)
     return found
 
 

@@ -43,22 +43,6 @@ def _linear(view: OpView) -> AxisResult:
     return AxisResult((out,), {"input": as_it_is(labels), **operands})
 
 
-@rule("conv1d", "conv2d", "conv3d")
-def _conv(view: OpView) -> AxisResult | None:
-    """A convolution ``[B, C, ...]`` whose kernel has one element is a projection; others look around."""
-    labels, weight, shape = view.labels("input"), view.shape("weight"), view.shape("out")
-    if weight is None or shape is None or labels is None or not len(labels) == len(weight) == len(shape):
-        return None
-    moves = [view.node.args.get("stride", 1), view.node.args.get("padding", 0)]
-    still = [move if isinstance(move, tuple) else (move,) for move in moves]
-    if {*weight[2:]} != {1} or {*still[0]} - {None, 1} or {*still[1]} - {None, 0, "valid"}:
-        return None
-    if is_labelled(labels[1]):
-        return AxisResult(None, mixing="a learned projection runs along the sequence")
-    operands = {path: Alignment(features(s), None) for path, s in view.tensors() if path != "input"}
-    return AxisResult(((labels[0], feature(shape[1]), *labels[2:]),), {"input": as_it_is(labels), **operands})
-
-
 @rule("matmul", "bmm", "mm", "addmm", "baddbmm")
 def _matmul(view: OpView) -> AxisResult:
     added = view.node.base_op in ("aten.addmm", "aten.baddbmm")
