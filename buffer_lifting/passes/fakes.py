@@ -46,6 +46,17 @@ class Fakes:
         return self._known[key][0]
 
 
+def same_layout(one: Any, other: Any) -> bool:
+    """Whether two fake tensors have the same dtype, sizes and strides."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.dtype != other.dtype:
+        return False
+    return _sizes(one.shape) == _sizes(other.shape) and _sizes(one.stride()) == _sizes(other.stride())
+
+
+def _sizes(values: Any) -> tuple[str, ...]:
+    return tuple(str(value) for value in values)
+
+
 def operands(args: Any, kwargs: Any) -> list[Node]:
     """The nodes among the arguments of a call."""
     found: list[Node] = []

@@ -24,7 +24,7 @@ from buffer_lifting.labels import BATCH, COL, KEYS, ROW, DimLabel, Factor, Label
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.collectives import Emit, gather_dim
 from buffer_lifting.passes.exchange_heads import HeadExchange
-from buffer_lifting.passes.fakes import Fakes
+from buffer_lifting.passes.fakes import Fakes, same_layout
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import InputAxes
 from buffer_lifting.torch_compat import fake_mode_of, replace_operands, schema_args, size_of
@@ -231,6 +231,9 @@ class _Sharding:
         except Exception as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise _problem(node, f"it does not run on a shard: {text}") from error
+        if same_layout(value, node.meta.get("val")):
+            self.changed.discard(node)  # attention's result is as it was: nothing below it changes
+            return
         node.meta["val"] = value
         self.changed.add(node)
 
