@@ -304,7 +304,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--num-stages", type=_positive, metavar="N", help="check N pipeline stages as well")
     verify.add_argument("--seed", type=int, default=0, help="of the inputs and orders; default: 0")
 
-    add_commands(commands, common, axes, parse_axes)
+    add_commands(commands, common, axes, parse_axes, _positive)
 
     demo = command("demo", _demo, "train a small Llama on two processes, and compare with one", [common])
     demo.add_argument("--steps", type=_positive, default=5, help="default: 5")
