@@ -115,7 +115,7 @@ def _read(group: ReadGroup, number: int, places: Places, status: str) -> str:
             caption = "In the graph" if only else f"{kind.capitalize()} lifting"
             parts.append(
                 f"<figure{'' if only else f' class={chr(34)}{kind}{chr(34)}'}><figcaption>{caption}</figcaption>"
-                f'<div class="picture">{drawing}</div></figure>'
+                f'<div class="picture" tabindex="0" role="region" aria-label="{caption}">{drawing}</div></figure>'
             )
     parts.append("</div>")
     parts += [_nearest(group), _steps(group.rows, places), _members(group)]

@@ -19,29 +19,44 @@
     label();
   });
 
-  // search and filter: what is shown is an item whose text has every word, and whose code and target are chosen
+  // search and filter: what is shown is an item whose text has every word, and whose code and target are chosen; of
+  // several equal ones in an item, those whose line (with the item's own text) has them
   const search = one("search");
   const suppressed = one("suppressed");
   const target = one("target");
   const boxes = all(".codes input");
-  const items = all("[data-code]").map((element) => ({ element, text: element.textContent.toLowerCase() }));
+  const items = all("[data-code]").map((element) => {
+    const list = element.querySelector(".members");
+    const text = list ? element.textContent.replace(list.textContent, " ") : element.textContent;
+    const members = list ? all("li", list).map((entry) => ({ entry, text: entry.textContent.toLowerCase() })) : [];
+    return { element, members, text: text.toLowerCase(), total: Number(element.dataset.count), shown: 0 };
+  });
   const cards = items.filter((item) => item.element.classList.contains("card"));
   const reads = items.filter((item) => item.element.classList.contains("read"));
+  const links = all("svg a");
   function filter() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const codes = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
-    for (const { element, text } of items) {
-      const data = element.dataset;
-      element.hidden = !(words.every((word) => text.includes(word)) && (!data.code || codes.has(data.code)) &&
-        (!target || !target.value || data.target === target.value) &&
-        (!("suppressed" in data) || !suppressed || suppressed.checked));
+    for (const item of items) {
+      const data = item.element.dataset;
+      const chosen = (!data.code || codes.has(data.code)) && (!target || !target.value || data.target === target.value) &&
+        (!("suppressed" in data) || !suppressed || suppressed.checked);
+      const rest = words.filter((word) => !item.text.includes(word));
+      let matching = rest.length ? 0 : item.total;
+      for (const { entry, text } of item.members) {
+        entry.hidden = !rest.every((word) => text.includes(word));
+        if (rest.length && !entry.hidden) matching += 1;
+      }
+      item.shown = chosen ? matching : 0;
+      item.element.hidden = !chosen || (rest.length > 0 && !matching);
     }
     for (const group of all("[data-group]")) {
       group.hidden = all("[data-code]", group).length > 0 && all("[data-code]", group).every((item) => item.hidden);
     }
-    const count = (list) => list.reduce((sum, item) => sum + (item.element.hidden ? 0 : Number(item.element.dataset.count)), 0);
-    const total = (list) => list.reduce((sum, item) => sum + Number(item.element.dataset.count), 0);
-    one("shown").textContent = `${count(cards)} of ${total(cards)} findings, ${count(reads)} of ${total(reads)} reads and ops`;
+    for (const link of links) link.classList.toggle("dim", one(link.getAttribute("href").slice(1)).hidden);
+    const sum = (list, key) => list.reduce((total, item) => total + item[key], 0);
+    const text = (list, what) => `${sum(list, "shown")} of ${sum(list, "total")} ${what}`;
+    one("shown").textContent = `${text(cards, "findings")}, ${text(reads, "reads and ops")}`;
   }
   let waiting = 0;
   search.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(filter, 80); });

@@ -45,10 +45,11 @@ def size_text(entry: StageInput) -> str:
 
 
 def draw_stages(stages: Sequence[StageView], name: str) -> str:
-    """Stages from top to bottom; their keyword inputs come from the left, activations from above."""
+    """Stages from top to bottom; their keyword inputs come from the right, activations from above."""
     parts: list[str] = []
     y = MARGIN
-    x = MARGIN + _INPUT + _GAP
+    x = MARGIN
+    edge = x + _STAGE
     for stage in stages:
         keywords = [entry for entry in stage.inputs if entry.kind != "activation"]
         height = max(62, len(keywords) * _ROW + 10)
@@ -63,9 +64,9 @@ def draw_stages(stages: Sequence[StageView], name: str) -> str:
         )
         for row, entry in enumerate(keywords):
             top = y + 5 + row * _ROW
-            parts.append(_keyword(entry, top))
-            text = f'<text class="more edge" x="{MARGIN + _INPUT + 10}" y="{top + 8}">{size_text(entry)}</text>'
-            line = f"M {MARGIN + _INPUT} {top + 12} L {x - 6} {top + 12}"
+            parts.append(_keyword(entry, edge + _GAP, top))
+            text = f'<text class="more edge" x="{edge + 18}" y="{top + 8}">{size_text(entry)}</text>'
+            line = f"M {edge + _GAP} {top + 12} L {edge + 6} {top + 12}"
             parts.append(f'<path class="arrow dashed" d="{line}" marker-end="url(#head)"/>{text}')
         y += height
         if stage.index == len(stages) - 1:
@@ -82,19 +83,19 @@ def draw_stages(stages: Sequence[StageView], name: str) -> str:
     about = f"{count(len(stages), 'stage')}; " + "; ".join(
         f"stage {stage.index} sends {count(stage.sends, 'byte')}" for stage in stages[:-1]
     )
-    width, height = x + _STAGE + 60, y + MARGIN
+    width, height = edge + _GAP + _INPUT + MARGIN, y + MARGIN
     return (
         f'<svg role="img" aria-label="{escape(about)}" id="{escape(name)}" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
     )
 
 
-def _keyword(entry: StageInput, top: int) -> str:
+def _keyword(entry: StageInput, left: int, top: int) -> str:
     kind = "input" if entry.kind == "lifted" else "source"
     return (
         f'<g class="box {kind}"><title>{escape(f"{entry.name} ({_KINDS[entry.kind]})")}</title>'
-        f'<rect x="{MARGIN}" y="{top + 1}" width="{_INPUT}" height="{_ROW - 4}" rx="4"/>'
-        f'<text x="{MARGIN + 8}" y="{top + 16}">{escape(middle_cut(entry.name, 46))}</text></g>'
+        f'<rect x="{left}" y="{top + 1}" width="{_INPUT}" height="{_ROW - 4}" rx="4"/>'
+        f'<text x="{left + 8}" y="{top + 16}">{escape(middle_cut(entry.name, 46))}</text></g>'
     )
 
 

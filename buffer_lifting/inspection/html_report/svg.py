@@ -31,7 +31,7 @@ def draw_chain(picture: Picture, name: str) -> str:
             column += 1
         taken.add((row, column))
         places[box.id] = (MARGIN + column * (WIDTH + GAP_X), MARGIN + row * (HEIGHT + GAP_Y))
-    _narrow(places)
+    _ordered(places)
     lines = [_down(arrow, places) for arrow in picture.arrows]
     return _svg(name, picture, [*lines, *(_box(box, places[box.id]) for box in picture.boxes)], places)
 
@@ -89,11 +89,14 @@ def _depths(picture: Picture) -> dict[str, int]:
     return depth
 
 
-def _narrow(places: dict[str, Point]) -> None:
-    """Columns that hold nothing take no room."""
-    used = {x: MARGIN + place * (WIDTH + GAP_X) for place, x in enumerate(sorted({x for x, _ in places.values()}))}
+def _ordered(places: dict[str, Point]) -> None:
+    """The column that begins highest comes first, and columns that hold nothing take no room."""
+    tops: dict[float, float] = {}
+    for x, y in places.values():
+        tops[x] = min(y, tops.get(x, y))
+    order = sorted(tops, key=lambda x: (tops[x], x))
     for name, (x, y) in places.items():
-        places[name] = (used[x], y)
+        places[name] = (MARGIN + order.index(x) * (WIDTH + GAP_X), y)
 
 
 def _down(arrow: Arrow, places: dict[str, Point]) -> str:
