@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from buffer_lifting import __version__
 from buffer_lifting.inspection.command import add_commands
 from buffer_lifting.inspection.config import CheckError
 from buffer_lifting.inspection.rules import UnknownRuleError
@@ -154,15 +155,20 @@ def _lift_command(args: argparse.Namespace) -> int:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from buffer_lifting.errors import AxesError, PartitionError, UnsupportedReadError
+    from buffer_lifting.errors import PartitionError
     from buffer_lifting.partitioner import partition
     from buffer_lifting.targets import load_lifted
 
     points = [point.strip() for point in args.split_points.split(",")] if args.split_points else None
-    try:
+    if args.target.endswith(".lifted"):
         lifted = load_lifted(args.target, parse_axes(args.axes))
+    else:
+        _, lifted = _lift(args)
+    if lifted is None:
+        return FINDINGS
+    try:
         staged = partition(lifted, args.num_stages, points)
-    except (AxesError, UnsupportedReadError, PartitionError) as error:
+    except PartitionError as error:
         print(f"{args.target}: {error}")
         return FINDINGS
     staged.save(args.output)
@@ -247,6 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=TARGET_HELP + "\n" + EXIT_CODES,
         formatter_class=raw,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(

@@ -162,7 +162,10 @@ def _summary(report: ScanReport, lifted: Sequence[LiftedInput]) -> list[str]:
     handled = sum(mix.handled for mix in report.mixing)
     rows = [
         ("reads", f"{len(report.reads)}" + (f" ({counts})" if counts else "")),
-        ("mixing", f"{len(report.mixing)} ops ({handled} handled)" if report.mixing else "0 ops"),
+        (
+            "mixing",
+            f"{len(report.mixing)} op{'s' * (len(report.mixing) != 1)}{f' ({handled} handled)' * bool(handled)}",
+        ),
     ]
     rows += [("input" if place == 0 else "", _axes_text(axes)) for place, axes in enumerate(report.inputs)]
     lines = [f"{name:8}{text}".rstrip() for name, text in rows]
