@@ -64,7 +64,7 @@ class Diagnostic:
     @property
     def fingerprint(self) -> str:
         """The key as 32 hexadecimal digits."""
-        return hashlib.sha256("\0".join(map(str, self.key)).encode()).hexdigest()[:32]
+        return hashlib.sha256("\0".join(map(str, self.key)).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def diagnostic(

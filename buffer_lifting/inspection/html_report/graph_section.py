@@ -83,7 +83,9 @@ def _program(view: ProgramView, number: int, places: Places, named: bool) -> str
                 parts.append(f'<figure class="{kind}"><figcaption>{title}</figcaption><div class="picture whole" ')
                 drawing = draw_columns(picture, f"whole-{number}-{kind}")
                 parts.append(f'tabindex="0" role="region" aria-label="{title}, all reads">{drawing}</div></figure>')
-        parts.append(f"<h4>{count(len(view.groups), 'kind')} of reads and ops that mix the sequence</h4>")
+        level = "h4" if named else "h3"
+        text = f"{count(len(view.groups), 'kind')} of reads and ops that mix the sequence"
+        parts.append(f"<{level}>{text}</{level}>")
         words = _STATUS if view.kind == "program" else {**_STATUS, **_LIFTED}
         parts += [_read(group, number, places, words[group.status]) for group in view.groups]
     elif not view.problem:

@@ -107,7 +107,7 @@ def _source(
         code=first.code if first else "",
         title=f"{what} is read by position and is lifted"
         if inputs
-        else f"{what} is read by position, by inputs of other sources",
+        else f"{what} is read by position, with lifted inputs of other sources",
         hint="",
         status="natural" if first and first.form == "natural" else "lifted",
         source=source,
