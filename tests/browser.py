@@ -27,10 +27,11 @@ def _which(names: Sequence[str]) -> str:
 class Browser:
     """One session: a window with a page."""
 
-    def __init__(self, address: str, width: int, height: int, dark: bool) -> None:
+    def __init__(self, address: str, width: int, height: int, dark: bool, scripts: bool) -> None:
         options = ["--headless=new", "--no-sandbox", "--disable-gpu"]
+        settings = {} if scripts else {"profile.managed_default_content_settings.javascript": 2}
         wanted = {
-            "goog:chromeOptions": {"binary": _which(CHROMIUM), "args": options},
+            "goog:chromeOptions": {"binary": _which(CHROMIUM), "args": options, "prefs": settings},
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
         self.base = address
@@ -85,7 +86,7 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(width: int = 1300, height: int = 900, dark: bool = False) -> Iterator[Browser]:
+def browser(width: int = 1300, height: int = 900, dark: bool = False, scripts: bool = True) -> Iterator[Browser]:
     """A browser that ends with the block.
 
     Raises:
@@ -97,7 +98,7 @@ def browser(width: int = 1300, height: int = 900, dark: bool = False) -> Iterato
         port = next(
             match[1] for line in driver.stdout if (match := re.search(r"started successfully on port (\d+)", line))
         )
-        page = Browser(f"http://127.0.0.1:{port}", width, height, dark)
+        page = Browser(f"http://127.0.0.1:{port}", width, height, dark, scripts)
         try:
             yield page
         finally:
