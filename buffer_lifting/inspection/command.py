@@ -43,11 +43,13 @@ exit codes: 0 clean, 1 findings, 2 a target could not be checked (also when othe
 stdout, everything else on stderr.
 """
 REPORT_HELP = """\
-A TARGET is what `check` takes, or a file that `buffer-lifting lift` wrote. Settings, suppressions and exit codes are
-those of `check`. The page needs no network and no other file.
+A TARGET is what `check` takes, or a file that `buffer-lifting lift` wrote. Settings and suppressions are those of
+`check`. The page needs no network and no other file.
 
 A .pt2 file is read without running anything from it, but for its stages (--num-stages, --split-points) torch loads
 it, which can run code from the file, as loading a .lifted file can: use only files you trust.
+
+exit codes: 0 clean, 1 findings, 2 could not check. The page is written in every case, if it can be.
 """
 
 
