@@ -38,7 +38,9 @@ _KEY = (
 
 def graph_section(views: Sequence[ProgramView], places: Places, targets: Sequence[str]) -> str:
     """The section of the page; ``targets`` gives each target its number."""
-    parts = ['<section aria-labelledby="graph-title"><h2 id="graph-title">Graph: from sources to consumers</h2>']
+    parts = [
+        '<section id="graph" aria-labelledby="graph-title"><h2 id="graph-title">Graph: from sources to consumers</h2>'
+    ]
     if not views:
         parts.append("<p>There is none.</p>")
     else:
@@ -47,11 +49,11 @@ def graph_section(views: Sequence[ProgramView], places: Places, targets: Sequenc
             for value in ("both", "before", "after")
         )
         parts.append(
-            f'<p class="needs-script" hidden>Show lifting: {choices}'
+            f'<p class="controls needs-script" hidden>Show lifting: {choices}'
             '<button id="toggle" type="button">Open or close all reads</button></p>'
         )
         parts.append(_key())
-    parts.append('<div id="graph">')
+    parts.append('<div id="pictures">')
     for view in views:
         parts.append(_program(view, targets.index(view.target), places, len(targets) > 1))
     return "\n".join([*parts, "</div></section>"])

@@ -101,7 +101,7 @@ def _source(
     """What reads one source, and what stands for it."""
     first = reads[0] if reads else None
     found = [reader for item in inputs for reader in readers.get(item.name, [])]
-    what = read_message(first)[0].split(" is read by position")[0] if first else f"{source!r}"
+    what = read_message(first)[0].split(" is read by position")[0] if first else _unread(source)
     return ReadGroup(
         id="",
         code=first.code if first else "",
@@ -119,6 +119,11 @@ def _source(
         before=_before(source, reads),
         after=_after(source, inputs, readers) if inputs else None,
     )
+
+
+def _unread(source: str) -> str:
+    """A source that no read of the report has, because it is read together with another."""
+    return f"the index from {source}" if source.startswith("aten.") else repr(source)
 
 
 def _before(source: str, reads: list[PositionRead]) -> Picture:

@@ -76,7 +76,7 @@
   filter();
 
   // pictures: before, after or both; open and close
-  const pictures = one("graph");
+  const pictures = one("pictures");
   for (const choice of all("input[name=show]")) {
     choice.addEventListener("change", () => { pictures.className = choice.value === "both" ? "" : `show-${choice.value}`; });
   }

@@ -154,9 +154,10 @@ def _targets(result: CheckResult, views: Sequence[ProgramView]) -> str:
         cells = [found, view.nodes, *_reads(reads), len(view.lifted), len(view.stages)]
         numbers = "".join(f'<td class="number">{cell:,}</td>' for cell in cells)
         inputs = "<br>".join(escape(_axes(axes)) for axes in view.inputs)
-        rows.append(f"<tr><td>{code(view.target)}</td><td>{escape(view.kind)}</td>{numbers}<td>{inputs}</td></tr>")
-    names = ("Findings", "Nodes", "Reads", "Refused", "Ops that mix, handled", "Lifted inputs", "Stages")
-    head = "".join(f'<th class="number">{name}</th>' for name in names)
+        names = f"<td>{code(view.target)}</td><td>{escape(view.kind)}</td>"
+        rows.append(f'<tr>{names}{numbers}<td class="axes">{inputs}</td></tr>')
+    columns = ("Findings", "Nodes", "Reads", "Refused", "Ops that mix, handled", "Lifted inputs", "Stages")
+    head = "".join(f'<th class="number">{name}</th>' for name in columns)
     table = f"<thead><tr><th>Target</th><th>Is a</th>{head}<th>Inputs</th></tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="wide"><table>{table}</table></div>'
 
