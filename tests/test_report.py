@@ -277,6 +277,7 @@ def test_hostile_text_in_every_field(tmp_path: Path) -> None:
     parsed = Page(page)
     assert [data for data in parsed.text("script") if data.startswith("{")] and len(parsed.all("script")) == 2
     assert not parsed.all("img") and "<!--" not in page
+    assert all(char == "\n" or char.isprintable() for _, text in parsed.texts for char in text)
     assert parsed.data["check"]["findings"][0]["message"] == EVIL
     for drawing in (draw_chain(picture, EVIL), draw_columns(picture, EVIL)):
         svg = Page(drawing)
@@ -397,6 +398,8 @@ def test_stages_in_memory_and_saved_are_the_same(files: Path) -> None:
     for one, other in zip(memory.stages, saved.stages, strict=True):
         kinds = [[(entry.name, entry.kind, entry.per_token) for entry in stage.inputs] for stage in (one, other)]
         assert kinds[0] == kinds[1] and one.modules == other.modules
+        sent = [[entry.size for entry in stage.inputs if entry.kind == "activation"] for stage in (one, other)]
+        assert sent[0] == sent[1]
     groups = [Counter((g.source, g.status, len(g.members), g.inputs) for g in view.groups) for view in (memory, saved)]
     assert groups[0] == groups[1]
     assert saved.inputs == memory.inputs
