@@ -486,7 +486,9 @@ def test_a_view_that_fails_stops_no_check(
 
     monkeypatch.setattr("buffer_lifting.inspection.html_report.build.program_view", broken)
     assert main(["check", "gpt.pt2", "--format", "html"]) == 1
-    page = Page(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert "warning: gpt.pt2: it cannot be drawn (RuntimeError: no picture)" in captured.err
+    page = Page(captured.out)
     assert any("it cannot be drawn (RuntimeError: no picture)" in text for text in page.text("p"))
     assert page.all("article", class_="card")
 

@@ -88,9 +88,6 @@ def _report(args: argparse.Namespace) -> int:
     views: list[ProgramView] = []
     result = _checked(args, settings, _observer(views, settings.axes, cut), trusted=True)
     path.write_text(render_html(result, Places(settings.root), views) + "\n", encoding="ascii")
-    for view in views:
-        if view.problem or view.unsplit:
-            _log(f"warning: {view.target}: {view.problem or view.unsplit}")
     _log(f"wrote {path}")
     return _finished(args, settings, result)
 
@@ -142,12 +139,15 @@ def _finished(args: argparse.Namespace, settings: _Settings, result: CheckResult
 
 
 def _observer(views: list[ProgramView], axes: Axes | None, cut: Cut | None = None) -> Observe:
-    """Adds the view of every target that could be read."""
+    """Adds the view of every target that could be read; what is missing of one is a warning."""
     from buffer_lifting.inspection.html_report.build import view_of
 
     def observe(target: str, subject: Any) -> None:
         with redirect_stdout(sys.stderr):
-            views.append(view_of(target, subject, axes, cut))
+            view = view_of(target, subject, axes, cut)
+        views.append(view)
+        if view.problem or view.unsplit:
+            _log(f"warning: {target}: {view.problem or view.unsplit}")
 
     return observe
 
