@@ -17,6 +17,7 @@ from buffer_lifting.labels import COL, KEYS, ROW, DimLabel, Labels, has_seq, wit
 from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, MATRIX_OPERANDS, is_pointwise, is_random
 from buffer_lifting.plan import LiftPlan
 
+CODE = "BL203"
 #: Views and copies along which a gather can move up, to where there are fewer elements to send.
 _MOVABLE = frozenset(
     f"aten.{name}"
@@ -268,4 +269,4 @@ def _has_keys(labels: Labels) -> bool:
 def _line(node: Node, why: str, hint: str) -> str:
     place: Location | None = node.location
     where = f" [{place}]" if place else ""
-    return f"  BL203 node {node.name!r} ({node.op}): {why}{where} -> {hint}"
+    return f"  {CODE} node {node.name!r} ({node.op}): {why}{where} -> {hint}"

@@ -93,6 +93,7 @@ class _Scan:
         self.frontier: list[FrontierEdge] = []
         self.flex: list[FlexPlan] = []
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
+        self.distributed: set[str] = set()  # made from what context_parallel gathers of user inputs
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.totals: set[str] = set()  # what is computed from a reduction over all tokens
         self.alignments: dict[str, dict[str, Alignment]] = {}
@@ -236,7 +237,7 @@ class _Scan:
         contents = set(content_operands(node))
         for path, name in node.named_refs():
             value = self.record.nodes[name]
-            if name not in contents or (result is not None and path in result.consumed):
+            if name not in contents or name in self.distributed or (result is not None and path in result.consumed):
                 continue
             if name in self.mixed and self._normalises_a_loss(node, value):
                 why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"

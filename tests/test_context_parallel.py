@@ -254,3 +254,12 @@ def test_feeds_of_another_size_and_stages_in_one_process() -> None:
         staged(torch.zeros(3, 6, dtype=torch.int64))
     with pytest.raises(bl.PartitionError, match="give build_stage a mesh"):
         staged.build_stage(0, "cpu")
+
+
+@pytest.mark.parametrize("strategy", ["allgather", "alltoall"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_check_of_the_result_has_no_findings(name: str, strategy: str) -> None:
+    """What was gathered is known to follow the slots: in the program and in its stages."""
+    parallel = bl.context_parallel(lifted_of(name)[1], size=2, strategy=strategy)
+    assert bl.check(parallel) == ()
+    assert bl.check(bl.partition(parallel, num_stages=2)) == ()

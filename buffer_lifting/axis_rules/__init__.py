@@ -4,7 +4,7 @@
 rule is unknown, never assumed to be local.
 """
 
-from buffer_lifting.axis_rules import compute, convolution, flex, moves, views
+from buffer_lifting.axis_rules import collectives, compute, convolution, flex, moves, views
 from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, apply_rule, ruled_ops
 from buffer_lifting.axis_rules.views import permutation
 
@@ -14,6 +14,7 @@ __all__ = [
     "OpView",
     "align",
     "apply_rule",
+    "collectives",
     "compute",
     "convolution",
     "flex",

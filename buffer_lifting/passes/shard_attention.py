@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from buffer_lifting.errors import UnsupportedReadError
 from buffer_lifting.graph.record import GraphRecord, TensorMeta
 from buffer_lifting.graph.sizes import Size, add, multiply, product, rename
-from buffer_lifting.keys import Gather, KeyPlan
+from buffer_lifting.keys import CODE, Gather, KeyPlan
 from buffer_lifting.labels import BATCH, COL, KEYS, ROW, DimLabel, Factor, Labels, has_seq
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.collectives import Emit, gather_dim
@@ -376,6 +376,6 @@ def _problem(node: Node, why: str) -> UnsupportedReadError:
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     where = f" [{lines[-1]}]" if lines else ""
     return UnsupportedReadError(
-        f"BL203 node {node.name!r} ({node.target}): under context parallelism {why}{where} -> please report "
+        f"{CODE} node {node.name!r} ({node.target}): under context parallelism {why}{where} -> please report "
         "this model; context_parallel(lifted, size=1) runs it on one rank"
     )
