@@ -11,10 +11,10 @@ from buffer_lifting.errors import FeedError
 from buffer_lifting.torch_compat import balancer_indices, is_load_balancer
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
-_GROUP = 1 << 17  # indices counted at once: their counts stay in the cache of a core
+_GROUP = 1 << 15  # indices counted at once: their counts stay in the cache of a core
 
-#: Copies of the last orders that were found to be permutations. An order that equals one of them, by content, is
-#: valid. Never by identity: the buffer of a data loader changes without a trace in the tensor that shares it.
+#: Copies of the last orders for all samples that were found to be permutations. An order that equals one of them, by
+#: content, is valid. Never by identity: the buffer of a data loader changes without a trace in the tensor that shares it.
 _known: deque[torch.Tensor] = deque(maxlen=4)
 
 
@@ -49,7 +49,7 @@ def checked_order(name: str, value: Any, batch_size: int, length: int, where: st
         FeedError: no integer tensor, a wrong shape, or a row that is no permutation of ``0..length - 1``.
     """
     value = _rows(name, value, batch_size, length, where)
-    for known in _known:
+    for known in _known if len(value) == 1 else ():
         alike = known.shape == value.shape and known.dtype == value.dtype and known.device == value.device
         if alike and torch.equal(known, value):
             return known
@@ -57,8 +57,9 @@ def checked_order(name: str, value: Any, batch_size: int, length: int, where: st
     sample = _repeating_row(value)
     if sample is not None:
         raise FeedError(f"{name} of sample {sample} holds some slot twice (and so another one never){where}")
-    value = value.clone(memory_format=torch.contiguous_format)
-    _known.appendleft(value)
+    if len(value) == 1:
+        value = value.clone(memory_format=torch.contiguous_format)
+        _known.appendleft(value)
     return value
 
 
