@@ -36,7 +36,7 @@ KINDS = ("shared", "shared, new", "per sample")
 
 
 class Rotary(nn.Module):
-    """The smallest program that reads a table as PR #1797's Llama does: ``[batch, seq]`` to ``[batch, seq, 2 * ROW]``."""
+    """The smallest program that reads a table as PR #1797's Llama does: ``[batch, seq]`` in, 2 * ROW features out."""
 
     freqs_cis: Tensor
 

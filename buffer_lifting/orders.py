@@ -14,7 +14,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _GROUP = 1 << 15  # indices counted at once: their counts stay in the cache of a core
 
 #: Copies of the last orders for all samples that were found to be permutations. An order that equals one of them, by
-#: content, is valid. Never by identity: the buffer of a data loader changes without a trace in the tensor that shares it.
+#: content, is valid. Never by identity: a data loader's buffer changes without a trace in the tensor that shares it.
 _known: deque[torch.Tensor] = deque(maxlen=4)
 
 

@@ -206,7 +206,10 @@ def parse_shard(shard: Any, mesh_dim: str | None = None) -> tuple[int, int]:
                 f"shard is the mesh dim {names[0]!r}, but the program was made for the context-parallel dim "
                 f"{mesh_dim!r}"
             )
-        rank, size = mesh.get_local_rank(), mesh.size()
+        place = mesh.get_coordinate()
+        if place is None:
+            raise FeedError(f"shard is the {mesh}, and rank {torch.distributed.get_rank()} is not in the mesh")
+        rank, size = place[0], mesh.size()
     if size < 1 or not 0 <= rank < size:
         raise FeedError(f"shard {(rank, size)}: the rank is outside 0..{size - 1}")
     return rank, size
