@@ -60,6 +60,10 @@ format: $(TEST)/.installed ## format the code, and fix what the linter can fix
 bench: $(TEST)/.installed ## run the benchmarks
 	$(TEST)/bin/python benchmarks/run.py $(BENCH_ARGS)
 
+.PHONY: bench-feed
+bench-feed: $(TEST)/.installed ## measure what feeding a step costs
+	OMP_NUM_THREADS=1 $(TEST)/bin/python benchmarks/feed.py $(BENCH_ARGS)
+
 .PHONY: clean
 clean: ## remove the environments, caches and build products
 	rm -rf $(DEMO) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from buffer_lifting.agreement import check_orders
     from buffer_lifting.errors import (
         AxesError,
         FeedError,
@@ -47,6 +48,7 @@ _PUBLIC = {
     "partition": "partitioner",
     "verify": "verification",
     "check": "inspection.diagnostics",
+    "check_orders": "agreement",
     "load": "package",
     "load_stage": "package",
     "Diagnostic": "inspection.diagnostics",
@@ -88,6 +90,7 @@ __all__ = [
     "VerificationError",
     "VerifyReport",
     "check",
+    "check_orders",
     "context_parallel",
     "lift",
     "load",

@@ -112,9 +112,9 @@ class StagedProgram:
         micro = self.lifted.axes.batch
         if n_microbatches is not None and (n_microbatches < 1 or batch_size % n_microbatches):
             raise FeedError(f"a batch of {batch_size} does not divide into {n_microbatches} microbatches")
-        if micro is None or batch_size == micro:
+        if micro is None:
             return self.lifted.feed(batch_size, seq_len, inputs, order, positions, shard, device)
-        if batch_size % micro:
+        if not isinstance(batch_size, int) or batch_size < 1 or batch_size % micro:
             raise FeedError(
                 f"a batch of {batch_size} does not divide into microbatches of {micro}, the static batch the program "
                 "was exported with"
@@ -124,25 +124,7 @@ class StagedProgram:
                 f"{n_microbatches} microbatches of a batch of {batch_size} have {batch_size // n_microbatches} samples "
                 f"each, but the program was exported with a static batch of {micro}"
             )
-        parts = [
-            self.lifted.feed(
-                micro,
-                seq_len,
-                None if inputs is None else {k: self._rows(k, v, start, micro) for k, v in inputs.items()},
-                _rows_of(order, start, micro, batch_size),
-                _rows_of(positions, start, micro, batch_size),
-                shard,
-                device,
-            )
-            for start in range(0, batch_size, micro)
-        ]
-        return {name: _join([part[name] for part in parts]) for name in parts[0]} if parts else {}
-
-    def _rows(self, name: str, value: torch.Tensor, start: int, count: int) -> torch.Tensor:
-        axes = self.lifted.input_axes.get(name)
-        if axes is None or axes.batch_dim is None:
-            return value
-        return value.narrow(axes.batch_dim, start, count)
+        return self.lifted.feed_microbatches(batch_size, seq_len, inputs, order, positions, shard, device)
 
     def shard_inputs(
         self, *, order: Any = None, shard: Any = (0, 1), **inputs: torch.Tensor
@@ -328,22 +310,6 @@ def check_names(axes: Mapping[str, InputAxes], names: Iterable[str]) -> None:
             f"the user inputs {taken} have names that a schedule's step() keeps for itself; rename them in the "
             "model's forward and export again"
         )
-
-
-def _rows_of(value: Any, start: int, count: int, batch: int) -> Any:
-    if isinstance(value, Mapping):
-        return {axis: _rows_of(part, start, count, batch) for axis, part in value.items()}
-    if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[0] == batch and batch > 1:
-        return value[start : start + count]
-    return value
-
-
-def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenates along the batch; stays a stride-0 expand when every part is the same one."""
-    first = parts[0]
-    if all(p.stride()[0] == 0 and p.data_ptr() == first.data_ptr() and p.shape == first.shape for p in parts):
-        return first[:1].expand(sum(p.shape[0] for p in parts), *first.shape[1:])
-    return torch.cat(parts)
 
 
 __all__ = ["Stage", "StagedProgram", "boundary_tensors", "check_index", "check_names", "chunk_spec", "tree_flatten"]

@@ -321,13 +321,13 @@ def balancer_indices(balancer: Any) -> torch.Tensor | None:
     return cast("torch.Tensor | None", balancer._generate_indices(restore=False))
 
 
-def mesh_shard(value: Any) -> tuple[int, int] | None:
-    """``(rank, size)`` of a 1-D DeviceMesh, ``None`` for anything else."""
+def as_mesh(value: Any) -> Any:
+    """A DeviceMesh, ``None`` for anything else (which does not import torch.distributed)."""
+    if isinstance(value, tuple):
+        return None
     from torch.distributed.device_mesh import DeviceMesh
 
-    if not isinstance(value, DeviceMesh):
-        return None
-    return int(value.get_local_rank()), int(value.size())
+    return value if isinstance(value, DeviceMesh) else None
 
 
 def _replicate() -> type:
