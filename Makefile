@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: $(DEMO)/.installed ## lift a small model and show what happens, in an environment of its own
@@ -47,6 +47,10 @@ pytest: $(TEST)/.installed ## run the tests only (not the slow ones)
 test-slow: $(TEST)/.installed ## run the slow tests
 	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
+.PHONY: test-browser
+test-browser: $(TEST)/.installed ## run the tests of the HTML report in Chromium (needs chromium and chromedriver)
+	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m browser $(PYTEST_ARGS)
+
 .PHONY: format
 format: $(TEST)/.installed ## format the code, and fix what the linter can fix
 	$(TEST)/bin/ruff check --fix-only
@@ -55,6 +59,10 @@ format: $(TEST)/.installed ## format the code, and fix what the linter can fix
 .PHONY: bench
 bench: $(TEST)/.installed ## run the benchmarks
 	$(TEST)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+.PHONY: bench-feed
+bench-feed: $(TEST)/.installed ## measure what feeding a step costs
+	OMP_NUM_THREADS=1 $(TEST)/bin/python benchmarks/feed.py $(BENCH_ARGS)
 
 .PHONY: clean
 clean: ## remove the environments, caches and build products

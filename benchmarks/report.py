@@ -36,19 +36,24 @@ def record(static: Sequence[Measurement], dynamic: Sequence[Measurement], stages
     return {
         "schema": SCHEMA,
         "command": command,
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "buffer_lifting": buffer_lifting.__version__,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": environment(),
         "clock": "CPU seconds of the process, median",
         "stages": stages,
         "static": [_entry(result) for result in static],
         "dynamic": [_entry(result) for result in dynamic],
         "growth": exponents,
         "bars": bars(static, exponents),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured with."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "buffer_lifting": buffer_lifting.__version__,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -125,13 +130,12 @@ def plain(table: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def markdown(table: list[Row]) -> str:
-    """The table for README.md. The ratio that has a bar is bold."""
+def markdown(table: list[Row], strong: Sequence[str] = (next(iter(_COLUMNS)),)) -> str:
+    """The table for README.md. The ratios that have a bar are bold."""
     titles = list(table[0])
-    strong = next(iter(_COLUMNS))
     lines = [f"| {' | '.join(titles)} |", f"|{'|'.join(' ---: ' for _ in titles)}|"]
     for row in table:
-        cells = [f"**{row[t]}**" if t == strong and row[t] else row[t].replace("|", "\\|") for t in titles]
+        cells = [f"**{row[t]}**" if t in strong and row[t] else row[t].replace("|", "\\|") for t in titles]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -183,19 +187,26 @@ def readme_block(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def find_block(readme: str, name: str) -> tuple[int, int]:
+def markers(topic: str = "") -> tuple[str, str]:
+    """The lines around the results of a benchmark; the topic of this one is the empty string."""
+    suffix = f"-{topic}" if topic else ""
+    return BEGIN.replace(":", f"{suffix}:"), END.replace(":", f"{suffix}:")
+
+
+def find_block(readme: str, name: str, topic: str = "") -> tuple[int, int]:
     """Where the text between the markers starts and ends.
 
     Raises:
         ReadmeError: not exactly one pair of markers, in order.
     """
-    begin, end = readme.find(BEGIN), readme.find(END)
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or end < begin:
-        raise ReadmeError(f"{name} needs one line {BEGIN} and, below it, one line {END}: the results go between")
-    return begin + len(BEGIN), end
+    first, last = markers(topic)
+    begin, end = readme.find(first), readme.find(last)
+    if readme.count(first) != 1 or readme.count(last) != 1 or end < begin:
+        raise ReadmeError(f"{name} needs one line {first} and, below it, one line {last}: the results go between")
+    return begin + len(first), end
 
 
-def read_readme(path: Path) -> str:
+def read_readme(path: Path, topic: str = "") -> str:
     """The README, checked for markers.
 
     Raises:
@@ -204,16 +215,21 @@ def read_readme(path: Path) -> str:
     if not path.is_file():
         raise ReadmeError(f"there is no {path.name} to write the results to")
     readme = path.read_text(encoding="utf-8")
-    find_block(readme, path.name)
+    find_block(readme, path.name, topic)
     return readme
 
 
-def write_readme(path: Path, results: dict[str, Any]) -> None:
+def write_block(path: Path, topic: str, block: str) -> None:
     """Replaces what is between the markers.
 
     Raises:
         ReadmeError: as :func:`read_readme`.
     """
-    readme = read_readme(path)
-    begin, end = find_block(readme, path.name)
-    path.write_text(f"{readme[:begin]}\n{readme_block(results)}\n{readme[end:]}", encoding="utf-8")
+    readme = read_readme(path, topic)
+    begin, end = find_block(readme, path.name, topic)
+    path.write_text(f"{readme[:begin]}\n{block}\n{readme[end:]}", encoding="utf-8")
+
+
+def write_readme(path: Path, results: dict[str, Any]) -> None:
+    """The block of these results; raises as :func:`write_block`."""
+    write_block(path, "", readme_block(results))

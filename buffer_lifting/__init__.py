@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from buffer_lifting.agreement import check_orders
     from buffer_lifting.errors import (
         AxesError,
         FeedError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from buffer_lifting.stages import Stage, StagedProgram
+    from buffer_lifting.step_runner import StepRunner
     from buffer_lifting.token_loss import TokenLoss
     from buffer_lifting.verification import verify
 
@@ -46,12 +48,14 @@ _PUBLIC = {
     "partition": "partitioner",
     "verify": "verification",
     "check": "inspection.diagnostics",
+    "check_orders": "agreement",
     "load": "package",
     "load_stage": "package",
     "Diagnostic": "inspection.diagnostics",
     "LiftedProgram": "lifted",
     "StagedProgram": "stages",
     "Stage": "stages",
+    "StepRunner": "step_runner",
     "ScanReport": "program",
     "PositionRead": "program",
     "SequenceMixing": "program",
@@ -80,11 +84,13 @@ __all__ = [
     "SequenceMixing",
     "Stage",
     "StagedProgram",
+    "StepRunner",
     "TokenLoss",
     "UnsupportedReadError",
     "VerificationError",
     "VerifyReport",
     "check",
+    "check_orders",
     "context_parallel",
     "lift",
     "load",

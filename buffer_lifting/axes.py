@@ -63,14 +63,20 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
         return result
     given = axes or {}
     names: dict[str, str] = {}
-    for name, dims in given.items():
+    named = [(name, dim, axis) for name, dims in given.items() for dim, axis in dims.items()]
+    for name, dim, axis in sorted(named, key=lambda claim: claim[2].endswith(f":{COL}")):  # rows have the length
         node = next(n for n in inputs if n.fqn == name)
         assert node.tensor is not None
-        for dim, axis in dims.items():
-            size = rename(node.tensor.shape[dim % len(node.tensor.shape)], names)
-            base, _, role = axis.partition(":")
-            if role != COL or not _of_all_ranks(size, result.lengths.get(base)):
-                _claim(result, base, size, name, names)
+        size = rename(node.tensor.shape[dim % len(node.tensor.shape)], names)
+        base, _, role = axis.partition(":")
+        if role != COL or not _of_all_ranks(size, result.lengths.get(base)):
+            _claim(result, base, size, name, names)
+    if main is not None and main.fqn not in given and main.tensor is not None and len(main.tensor.shape) > 1:
+        for axis, size in zip((BATCH, SEQ), main.tensor.shape, strict=False):  # of a size that axes= has given
+            known = result.batch if axis == BATCH else result.lengths.get(axis)
+            if known is not None and is_symbol(known) and is_symbol(size) and _same(size, known, record.hints):
+                names.setdefault(str(size), str(known))
+    names = {old: new for old, new in names.items() if old != new}
     if names:
         record.rename_symbols(names)
     if main is not None and main.fqn not in given and main.tensor is not None:
@@ -188,8 +194,13 @@ def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result:
             clash.setdefault(hint, [n for n, s in own if s == by_size[hint]]).append(axis)
     names: dict[str, str] = {}
     for node in inputs:
-        for dim, size in enumerate(node.tensor.shape if node.tensor else ()):
+        shape = node.tensor.shape if node.tensor else ()
+        for dim, size in enumerate(shape):
             hint = record.hints.get(str(size))
+            if result.batch in shape and size != result.batch and is_symbol(size):
+                batch_hint = record.hints.get(str(result.batch))
+                if hint == batch_hint and hint not in clash:
+                    continue  # export tells this dim from the batch, which the input has: [3, batch, seq]
             if node.fqn in given and dim not in {d % len(node.tensor.shape) for d in given[node.fqn]}:  # type: ignore[union-attr]
                 continue
             target = by_size.get(hint) if hint is not None and hint not in clash else None

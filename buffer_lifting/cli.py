@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from buffer_lifting import __version__
 from buffer_lifting.inspection.command import add_commands
 from buffer_lifting.inspection.config import CheckError
 from buffer_lifting.inspection.rules import UnknownRuleError
@@ -154,15 +155,20 @@ def _lift_command(args: argparse.Namespace) -> int:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from buffer_lifting.errors import AxesError, PartitionError, UnsupportedReadError
+    from buffer_lifting.errors import PartitionError
     from buffer_lifting.partitioner import partition
     from buffer_lifting.targets import load_lifted
 
     points = [point.strip() for point in args.split_points.split(",")] if args.split_points else None
-    try:
+    if args.target.endswith(".lifted"):
         lifted = load_lifted(args.target, parse_axes(args.axes))
+    else:
+        _, lifted = _lift(args)
+    if lifted is None:
+        return FINDINGS
+    try:
         staged = partition(lifted, args.num_stages, points)
-    except (AxesError, UnsupportedReadError, PartitionError) as error:
+    except PartitionError as error:
         print(f"{args.target}: {error}")
         return FINDINGS
     staged.save(args.output)
@@ -247,6 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=TARGET_HELP + "\n" + EXIT_CODES,
         formatter_class=raw,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(
@@ -304,7 +311,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--num-stages", type=_positive, metavar="N", help="check N pipeline stages as well")
     verify.add_argument("--seed", type=int, default=0, help="of the inputs and orders; default: 0")
 
-    add_commands(commands, common, axes, parse_axes)
+    add_commands(commands, common, axes, parse_axes, _positive)
 
     demo = command("demo", _demo, "train a small Llama on two processes, and compare with one", [common])
     demo.add_argument("--steps", type=_positive, default=5, help="default: 5")

@@ -4,41 +4,28 @@ What lies above the cuts is evaluated outside the graph on the whole sequence in
 by the index streams of the axis it runs along: ``order[i]`` is the global slot that local slot ``i`` holds,
 ``positions[p]`` the position id of global slot ``p``. One-axis values follow ``positions[order]``, everything else
 follows ``order``.
+
+Two things are kept from step to step: the tables in natural order, by length, and the rows of the last order that all
+samples shared. What a step makes has the size of this shard; ``[batch, seq, *row]`` is made for values of role
+``col`` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
 
 from buffer_lifting.errors import AxesError, FeedError
+from buffer_lifting.feed_graph import FeedGraph
 from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes
 from buffer_lifting.streams import Streams
 
 Lengths = int | Mapping[str, int]
-
-
-@dataclass
-class FeedGraph:
-    """A part of the original graph: the nodes above the cuts."""
-
-    module: GraphModule
-    states: dict[str, str]  # placeholder -> FQN
-    carriers: tuple[str, ...]  # user inputs that it reads (the contents too, in the hoisted graph)
-    targets: tuple[str, ...]
-    iotas: Mapping[str, str] = field(default_factory=dict)  # placeholders for an arange of position ids, and its axis
-
-    def run(self, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The targets' values, by node name, without gradients or autocast."""
-        first = next((v for v in values.values() if isinstance(v, torch.Tensor)), None)
-        kind = first.device.type if first is not None else "cpu"
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
-            results = self.module(**values)
-        return dict(zip(self.targets, results, strict=True))
+#: For how many lengths tables are kept.
+KEPT = 32
 
 
 @dataclass
@@ -55,6 +42,7 @@ class FeedProgram:
     hoisted: FeedGraph | None = None
     max_lengths: dict[str, int] = field(default_factory=dict)
     _tables: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
+    _rows: dict[Any, tuple[Any, torch.Tensor]] = field(default_factory=dict, init=False)
 
     def feed(
         self,
@@ -67,37 +55,82 @@ class FeedProgram:
     ) -> dict[str, torch.Tensor]:
         """The tensors of all lifted inputs (or those in ``names``): ``[batch, seq, *row]``, flat ``[seq, *row]``.
 
-        ``lengths`` and ``streams`` are by axis name.
+        ``lengths`` and ``streams`` are by axis name. A batch of several static microbatches is made in one call.
         """
         wanted = [out for out in self.outputs if names is None or out.input.name in names]
-        tables = self._natural_tables(lengths, device) if any(o.program == "natural" for o in wanted) else {}
-        whole: dict[str, torch.Tensor] = {}
-        if any(o.program == "substituted" for o in wanted):
-            whole |= self._substituted_tables(lengths, streams, device)
-        if any(o.program == "hoisted" for o in wanted):
+        programs = {out.program for out in wanted}
+        tables = self._natural_tables(lengths, device) if "natural" in programs else {}
+        ready: dict[str, torch.Tensor] = {}
+        if "substituted" in programs:
+            substituted = [out for out in wanted if out.program == "substituted"]
+            if all(along.positions is None for along in streams.values()):
+                tables = tables | self._substituted_tables(lengths, device)
+            else:
+                ready |= self._substituted_rows(substituted, batch_size, lengths, streams, device)
+        if "hoisted" in programs:
             if self.mixes_positions and any(along.positions is not None for along in streams.values()):
                 raise FeedError(
                     "positions= cannot be given: a value is computed from user inputs and from the index that also "
                     "makes position ids, and which of the two it means is not known; give the model its position_ids"
                 )
-            whole |= self._hoisted_tables(batch_size, lengths, inputs, device)
+            hoisted = [out for out in wanted if out.program == "hoisted"]
+            ready |= self._hoisted_rows(hoisted, batch_size, lengths, inputs, streams, device)
         result = {}
         for output in wanted:
             lifted = output.input
-            length, along = lengths[lifted.axis], streams[lifted.axis]
-            if output.program == "iota":
-                value = along.index(length, lifted.stream, lifted.role, device)
-            elif output.program == "natural":
-                value = along.take(tables[output.node], length, lifted.stream, lifted.role)
-            else:
-                value = along.take_batched(whole[output.node], length, lifted.role)
+            value = ready.get(lifted.name)
+            if value is None:
+                value = self._selected(output, tables, lengths[lifted.axis], streams[lifted.axis], device)
             value = value.expand(batch_size, *value.shape[1:])
             result[lifted.name] = value if lifted.batched else value[0]
         return result
 
+    def _kept(self, key: Any) -> dict[str, torch.Tensor] | None:
+        """The tables of a length, which become the last ones to be forgotten."""
+        tables = self._tables.pop(key, None)
+        if tables is not None:
+            self._tables[key] = tables
+        return tables
+
+    def _keep(self, key: Any, tables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        while len(self._tables) >= KEPT:
+            del self._tables[next(iter(self._tables))]
+        self._tables[key] = tables
+        return tables
+
+    def _selected(
+        self,
+        output: FeedOutput,
+        tables: Mapping[str, torch.Tensor],
+        length: int,
+        along: Streams,
+        device: torch.device | None,
+    ) -> torch.Tensor:
+        """Rows of a table, or the index itself: ``[1 or batch, seq, *row]``.
+
+        Of an order that all samples share, the last result is kept.
+        """
+        lifted = output.input
+        stream = "slots" if along.positions is None else lifted.stream
+        kept = along.order is not None and along.order.shape[0] == 1 and stream == "slots"
+        key = (output.program, output.node, lifted.axis, lifted.role, device)
+        state = (along.order, along.rank, along.size)  # the order itself: equal orders are one tensor
+        if kept and key in self._rows:
+            before, value = self._rows[key]
+            if before[0] is state[0] and before[1:] == state[1:]:
+                return value
+        if output.program == "iota":
+            value = along.index(length, stream, lifted.role, device)
+        else:
+            value = along.take(tables[output.node], length, stream, lifted.role)
+        if kept:
+            self._rows[key] = (state, value)
+        return value
+
     def clear_tables(self) -> None:
         """Forgets the tables that were computed."""
         self._tables.clear()
+        self._rows.clear()
 
     def _check_state(self, graph: FeedGraph) -> None:
         missing = sorted(fqn for fqn in graph.states.values() if self.state[fqn].device.type == "meta")
@@ -120,54 +153,94 @@ class FeedProgram:
         """Position values on the whole sequence, ``[seq, *row]``; computed once a length and device."""
         assert self.natural is not None
         key = ("natural", tuple(sorted(lengths.items())), device)
-        if key not in self._tables:
-            self._check_state(self.natural)
-            raw = self.natural.run(self._values(self.natural, self._probe(), lengths))
-            self._tables[key] = {
-                out.node: _place(canonical(raw[out.node], out)[0], device)
-                for out in self.outputs
-                if out.program == "natural"
-            }
-        return self._tables[key]
+        kept = self._kept(key)
+        if kept is not None:
+            return kept
+        self._check_state(self.natural)
+        raw = self.natural.run(self._values(self.natural, self._probe(), lengths))
+        made = {
+            out.node: _place(canonical(raw[out.node], out)[0], device)
+            for out in self.outputs
+            if out.program == "natural"
+        }
+        return self._keep(key, made)
 
-    def _substituted_tables(
-        self, lengths: dict[str, int], streams: Mapping[str, Streams], device: torch.device | None
+    def _substituted_tables(self, lengths: dict[str, int], device: torch.device | None) -> dict[str, torch.Tensor]:
+        """Values computed from the position ids, these being natural: ``[seq, *row]``, once a length and device."""
+        key = ("substituted", tuple(sorted(lengths.items())), device)
+        kept = self._kept(key)
+        if kept is not None:
+            return kept
+        natural = {axis: torch.arange(length) for axis, length in lengths.items()}
+        outs = [out for out in self.outputs if out.program == "substituted"]
+        values = self._substituted_sample(outs, lengths, natural, device)
+        return self._keep(key, {node: value[0] for node, value in values.items()})
+
+    def _substituted_sample(
+        self,
+        outs: Sequence[FeedOutput],
+        lengths: dict[str, int],
+        ids: Mapping[str, torch.Tensor],
+        device: torch.device | None,
     ) -> dict[str, torch.Tensor]:
-        """Values computed from the position ids, ``[1 or batch, seq, *row]``."""
+        """The values of one sample, whole and in natural order, by node: ``[1, seq, *row]``."""
         graph = self.substituted
         assert graph is not None
         self._check_state(graph)
-        outs = [out for out in self.outputs if out.program == "substituted"]
-        natural = all(along.positions is None for along in streams.values())
-        key = ("substituted", tuple(sorted(lengths.items())), device)
-        if natural and key in self._tables:
-            return self._tables[key]
-        if not natural and "" in graph.iotas.values():
+        values = self._values(graph, self._probe(), lengths)
+        for name, axis in graph.iotas.items():
+            values[name] = ids[axis] if axis else torch.arange(lengths[outs[0].input.axis])
+        raw = graph.run(values)
+        return {out.node: _place(canonical(raw[out.node], out), device) for out in outs}
+
+    def _substituted_rows(
+        self,
+        outs: Sequence[FeedOutput],
+        batch_size: int,
+        lengths: dict[str, int],
+        streams: Mapping[str, Streams],
+        device: torch.device | None,
+    ) -> dict[str, torch.Tensor]:
+        """Values computed from position ids that were given, this shard's rows, by lifted name.
+
+        One sample at a time: the values of a sample are whole, those of the batch are not.
+        """
+        assert self.substituted is not None
+        axes = set(self.substituted.iotas.values())
+        if "" in axes:
             raise FeedError("one index of the program is read along several axes: positions= cannot stand for it")
-        rows = {axis: streams[axis].position_rows(lengths[axis]) for axis in set(graph.iotas.values()) - {""}}
-        samples = []
-        for sample in range(max((len(own) for own in rows.values()), default=1)):
-            values = self._values(graph, self._probe(), lengths)
-            for name, axis in graph.iotas.items():
-                own = rows[axis] if axis else [torch.arange(lengths[outs[0].input.axis])]
-                values[name] = own[sample if len(own) > 1 else 0]
-            samples.append(graph.run(values))
-        result = {
-            out.node: _place(torch.cat([canonical(sample[out.node], out) for sample in samples]), device)
-            for out in outs
-        }
-        if natural:
-            self._tables[key] = result
+        rows = {axis: streams[axis].position_rows(lengths[axis]) for axis in axes}
+        count = max((len(own) for own in rows.values()), default=1)
+        result: dict[str, torch.Tensor] = {}
+        for sample in range(count):
+            ids = {axis: own[sample if len(own) > 1 else 0] for axis, own in rows.items()}
+            values = self._substituted_sample(outs, lengths, ids, device)
+            for out in outs:
+                lifted = out.input
+                along = streams[lifted.axis]
+                own = along if count == 1 else along.samples(sample, 1)
+                taken = own.take_batched(values[out.node], lengths[lifted.axis], lifted.role)
+                if count == 1:
+                    result[lifted.name] = taken
+                    continue
+                if sample == 0:
+                    result[lifted.name] = taken.new_empty(batch_size, *taken.shape[1:])
+                result[lifted.name][sample] = taken[0]
         return result
 
-    def _hoisted_tables(
+    def _hoisted_rows(
         self,
+        outs: Sequence[FeedOutput],
         batch_size: int,
         lengths: dict[str, int],
         inputs: Mapping[str, torch.Tensor] | None,
+        streams: Mapping[str, Streams],
         device: torch.device | None,
     ) -> dict[str, torch.Tensor]:
-        """Values computed from the whole, unsharded user inputs, ``[batch, seq, *row]``."""
+        """Values computed from the whole, unsharded user inputs, this shard's rows, by lifted name.
+
+        A program with a static batch computes them for so many samples at a time.
+        """
         graph = self.hoisted
         assert graph is not None
         needed = sorted({name for out in self.outputs if out.program == "hoisted" for name in self._reads(out)})
@@ -180,16 +253,23 @@ class FeedProgram:
         assert inputs is not None
         for name in needed:
             self._check_input(name, inputs[name], batch_size, lengths)
-        values = self._values(graph, batch_size, lengths)
-        values.update({name: inputs[name] for name in needed})
-        for name, axis in graph.iotas.items():
-            values[name] = torch.arange(lengths[axis] if axis else next(iter(lengths.values())))
-        raw = graph.run(values)
-        return {
-            out.node: _place(canonical(raw[out.node], out, batched=True), device)
-            for out in self.outputs
-            if out.program == "hoisted"
-        }
+        micro = batch_size if self.axes.batch is None else self.axes.batch
+        parts: dict[str, list[torch.Tensor]] = {out.input.name: [] for out in outs}
+        for start in range(0, batch_size, micro):
+            values = self._values(graph, micro, lengths)
+            for name in needed:
+                axes = self.input_axes.get(name)
+                dim = None if axes is None else axes.batch_dim
+                values[name] = inputs[name] if dim is None else inputs[name].narrow(dim, start, micro)
+            for name, axis in graph.iotas.items():
+                values[name] = torch.arange(lengths[axis] if axis else next(iter(lengths.values())))
+            raw = graph.run(values)
+            for out in outs:
+                own = streams[out.input.axis].samples(start, micro)
+                value = _place(canonical(raw[out.node], out, batched=True), device)
+                part = own.take_batched(value, lengths[out.input.axis], out.input.role)
+                parts[out.input.name].append(part if micro == batch_size else part.expand(micro, *part.shape[1:]))
+        return {name: own[0] if len(own) == 1 else torch.cat(own) for name, own in parts.items()}
 
     def _reads(self, output: FeedOutput) -> set[str]:
         """The user inputs whose contents a hoisted output needs."""
@@ -252,57 +332,6 @@ def canonical(value: torch.Tensor, output: FeedOutput, batched: bool = False) ->
 
 def _place(value: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     return value if device is None else value.to(device)
-
-
-def above(nodes: Mapping[str, Node], targets: Iterable[str], known: Container[str]) -> set[Node]:
-    """The nodes that ``targets`` are computed from, themselves included; it stops at ``known`` nodes."""
-    found: set[Node] = set()
-    stack = [nodes[name] for name in targets]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            if node.name not in known:
-                stack.extend(node.all_input_nodes)
-    return found
-
-
-def extract(graph: Graph, targets: list[str], states: Mapping[str, str], iotas: Mapping[str, str]) -> FeedGraph | None:
-    """The part of ``graph`` above ``targets``. ``iotas`` (by name, with their axis) become placeholders."""
-    if not targets:
-        return None
-    nodes = {node.name: node for node in graph.nodes}
-    needed = above(nodes, targets, iotas)
-    new = Graph()
-    env: dict[Node, Node] = {}
-    found_states, carriers, found_iotas, contents = {}, [], {}, set()
-    for node in graph.nodes:
-        if node not in needed:
-            continue
-        if node.op == "placeholder" or node.name in iotas:
-            env[node] = new.placeholder(node.name)
-            if node.name in iotas:
-                found_iotas[node.name] = iotas[node.name]
-            elif node.name in states:
-                found_states[node.name] = states[node.name]
-            else:
-                carriers.append(node.name)
-                if any(user in needed and "sym_size" not in str(user.target) for user in node.users):
-                    contents.add(node.name)
-                if node.name in targets:
-                    contents.add(node.name)
-        else:
-            env[node] = new.node_copy(node, lambda n: env[n])
-        env[node].meta = dict(node.meta)
-    # placeholders first, as fx's code generation wants them
-    first = next((n for n in new.nodes if n.op != "placeholder"), None)
-    for node in list(new.nodes):
-        if node.op == "placeholder" and first is not None and node > first:
-            first.prepend(node)
-    new.output(tuple(env[nodes[name]] for name in targets))
-    module = GraphModule(torch.nn.Module(), new)
-    module.meta["contents"] = contents
-    return FeedGraph(module, found_states, tuple(carriers), tuple(targets), found_iotas)
 
 
 def check_lengths(axes: AxesInfo, batch_size: int, seq_len: Lengths, maxima: Mapping[str, int]) -> dict[str, int]:

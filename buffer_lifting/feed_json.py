@@ -8,7 +8,8 @@ from typing import IO, Any
 import torch
 from torch.export import ExportedProgram
 
-from buffer_lifting.feed import FeedGraph, FeedProgram
+from buffer_lifting.feed import FeedProgram
+from buffer_lifting.feed_graph import FeedGraph
 from buffer_lifting.graph_json import (
     decode_graph,
     decode_record,

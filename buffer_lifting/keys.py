@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from buffer_lifting.errors import UnsupportedReadError
 from buffer_lifting.graph.record import GraphRecord, Location, Node, NodeKind, Ref, ScalarMeta
 from buffer_lifting.graph.sizes import divide, product
-from buffer_lifting.labels import COL, KEYS, ROW, DimLabel, Labels, has_seq
-from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, MATRIX_OPERANDS, is_random
+from buffer_lifting.labels import COL, KEYS, ROW, DimLabel, Labels, has_seq, with_role
+from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, MATRIX_OPERANDS, is_pointwise, is_random
 from buffer_lifting.plan import LiftPlan
 
+CODE = "BL203"
 #: Views and copies along which a gather can move up, to where there are fewer elements to send.
 _MOVABLE = frozenset(
     f"aten.{name}"
@@ -48,23 +49,32 @@ class KeyPlan:
     """All gathers of a program, and the labels of its values once they are made."""
 
     gathers: tuple[Gather, ...]
+    exchanges: frozenset[str]  # the attention that exchanges heads for rows
     labels: dict[str, tuple[Labels, ...] | None]
 
 
-def plan_keys(record: GraphRecord, plan: LiftPlan, size: int) -> KeyPlan:
-    """The gathers that make every attention of a program whole on ``size`` ranks. Linear in the nodes.
+def plan_keys(record: GraphRecord, plan: LiftPlan, size: int, strategy: str = "allgather") -> KeyPlan:
+    """What makes every attention of a program whole on ``size`` ranks. Linear in the nodes.
+
+    With the strategy ``"alltoall"`` attention exchanges heads for rows, and nothing is gathered.
 
     Raises:
         UnsupportedReadError: something that mixes the sequence in a way that a gather of keys does not make whole;
             the message names every such node, its source line and what to do.
     """
-    problems = [*_unsupported(record, plan, size)]
+    problems = [*_unsupported(record, plan)]
+    exchanges = set()
     users = _users(record)
     wanted: dict[tuple[str, int, str], list[tuple[str, str]]] = defaultdict(list)
     for node in record.nodes.values():
         if node.kind is not NodeKind.OP or plan.data_labels.get(node.name) is None:
             continue
-        for path, dim, axis in _key_operands(node, plan.data_labels):
+        operands = _key_operands(node, plan.data_labels)
+        if strategy == "alltoall" and operands:
+            problems.extend(_not_exchangeable(record, plan, node, size))
+            exchanges.add(node.name)
+            continue
+        for path, dim, axis in operands:
             wanted[(dict(node.named_refs())[path], dim, axis)].append((node.name, path))
     labels = dict(plan.data_labels)
     gathers = []
@@ -83,7 +93,7 @@ def plan_keys(record: GraphRecord, plan: LiftPlan, size: int) -> KeyPlan:
     if problems:
         head = f"{len(problems)} op(s) cannot run on {size} context-parallel ranks:"
         raise UnsupportedReadError("\n".join([head, *problems[:20], *(["..."] if len(problems) > 20 else [])]))
-    return KeyPlan(tuple(gathers), labels)
+    return KeyPlan(tuple(gathers), frozenset(exchanges), labels)
 
 
 def _as_keys(dim: DimLabel, axis: str) -> DimLabel:
@@ -118,6 +128,15 @@ def _key_operands(node: Node, labels: dict[str, tuple[Labels, ...] | None]) -> l
                 want(right_path, right, -2)
     elif node.base_op == "aten.einsum":
         found.extend(_einsum_keys(node, labels))
+    elif is_pointwise(node):
+        out = labels[node.name]
+        assert out is not None
+        for path in refs:
+            own = of(path) or ()
+            for offset in range(1, min(len(own), len(out[0])) + 1):  # data of the keys that meets the scores
+                mine, wanted = own[-offset], out[0][-offset]
+                if mine != wanted and has_seq(mine) and mine == with_role(wanted, ROW):
+                    want(path, own, -offset)
     return found
 
 
@@ -197,7 +216,25 @@ def _users(record: GraphRecord) -> dict[str, set[str]]:
     return users
 
 
-def _unsupported(record: GraphRecord, plan: LiftPlan, size: int) -> list[str]:
+def _not_exchangeable(record: GraphRecord, plan: LiftPlan, node: Node, size: int) -> list[str]:
+    """Why heads cannot be exchanged for rows at ``node``; nothing if they can."""
+    other = "strategy='allgather' can do it"
+    if node.base_op != ATTENTION:
+        why = "heads are exchanged at scaled_dot_product_attention only, and this attention is written out"
+        return [_line(node, why, f"{other}, or export with it")]
+    refs = dict(node.named_refs())
+    for path in ("query", "key", "value"):
+        value, known = record.nodes[refs[path]].tensor, plan.data_labels.get(refs[path])
+        own = known[0] if known else ()
+        if value is None or len(own) != 4 or has_seq(own[1]) or [f.role for f in own[2]] != [ROW]:
+            return [_line(node, f"its {path} is not [batch, heads, rows, head dim]", other)]
+        heads = value.shape[1]
+        if not isinstance(heads, int) or heads % size:
+            return [_line(node, f"{heads} heads of its {path} do not divide by {size} ranks", other)]
+    return []
+
+
+def _unsupported(record: GraphRecord, plan: LiftPlan) -> list[str]:
     from buffer_lifting.axis_rules.core import TRANSPOSED
 
     lines = []
@@ -232,4 +269,4 @@ def _has_keys(labels: Labels) -> bool:
 def _line(node: Node, why: str, hint: str) -> str:
     place: Location | None = node.location
     where = f" [{place}]" if place else ""
-    return f"  BL203 node {node.name!r} ({node.op}): {why}{where} -> {hint}"
+    return f"  {CODE} node {node.name!r} ({node.op}): {why}{where} -> {hint}"

@@ -63,7 +63,8 @@ class LiftedProgram:
             inputs: whole, unsharded user inputs by name, needed when values are hoisted from them.
             order: ``(S,)``, ``(1, S)`` or ``(B, S)`` integers, local slot -> global slot, all ranks' shards in a
                 row; or a torch context-parallel load balancer; or ``None`` for the natural order; or a mapping from
-                axis name to one of these, in which an axis that is left out is in natural order.
+                axis name to one of these, in which an axis that is left out is in natural order. Every rank gives
+                the same one: :func:`buffer_lifting.check_orders` tells in the first step whether they do.
             positions: ``(S,)`` or ``(B, S)`` position ids of the whole sequence in natural order, below ``S``
                 (packed documents restart at 0); or a mapping from axis name to such a tensor.
             shard: ``(rank, size)`` of this context-parallel rank, or a 1-D DeviceMesh; every axis is cut alike.
@@ -72,15 +73,33 @@ class LiftedProgram:
         Returns:
             By placeholder name, ``[batch, local seq, *row]`` for role ``row``, ``[batch, seq, *row]`` for role
             ``col`` (flat tokens: no batch dim). A natural order, or one shared by all samples, costs no batch
-            copies: the batch dim has stride 0.
+            copies: the batch dim has stride 0, and its rows are kept until another order comes. Do not write to them.
 
         Raises:
             AxesError: a size that a static program does not have, or a ``seq_len`` without one of the axes.
             FeedError: an order, positions, inputs or shard that does not fit; one order for several axes.
         """
-        rank, size = parse_shard(shard)
-        self._check_shard(size)
-        return self._feed(batch_size, seq_len, inputs, order, positions, (rank, size), device)
+        pair = self._shard(shard)
+        return self._feed(batch_size, seq_len, inputs, order, positions, pair, device)
+
+    def feed_microbatches(
+        self,
+        batch_size: int,
+        seq_len: Lengths,
+        inputs: Mapping[str, torch.Tensor] | None = None,
+        order: Any = None,
+        positions: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        shard: Any = (0, 1),
+        device: torch.device | str | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """As :meth:`feed`, for a batch of several microbatches of a program with a static batch."""
+        pair = self._shard(shard)
+        return self._feed(batch_size, seq_len, inputs, order, positions, pair, device, micro=self.axes.batch)
+
+    def _shard(self, shard: Any) -> tuple[int, int]:
+        pair = parse_shard(shard, self.mesh_dim)
+        self._check_shard(pair[1])
+        return pair
 
     def _check_shard(self, size: int) -> None:
         if self.cp_size is not None and size != self.cp_size:
@@ -109,11 +128,12 @@ class LiftedProgram:
         shard: tuple[int, int],
         device: torch.device | str | None,
         names: frozenset[str] | None = None,
+        micro: int | None = None,
     ) -> dict[str, torch.Tensor]:
         unknown = sorted(set(inputs or ()) - set(self.feed_program.input_shapes))
         if unknown:
             raise FeedError(f"inputs= names {unknown}, which are no inputs of the program ({sorted(self.input_axes)})")
-        lengths = check_lengths(self.axes, batch_size, seq_len, self.feed_program.max_lengths)
+        lengths = check_lengths(self.axes, micro or batch_size, seq_len, self.feed_program.max_lengths)
         streams = axis_streams(batch_size, lengths, order, positions, shard)
         place = None if device is None else torch.device(device)
         return self.feed_program.feed(batch_size, lengths, inputs, streams, place, names)
@@ -132,7 +152,7 @@ class LiftedProgram:
         Raises:
             FeedError: an input that the program does not have, or an order or shard that does not fit.
         """
-        return shard_inputs(self.input_axes, inputs, order, parse_shard(shard))
+        return shard_inputs(self.input_axes, inputs, order, parse_shard(shard, self.mesh_dim))
 
     @property
     def input_axes(self) -> dict[str, InputAxes]:

@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 from buffer_lifting.adapter import as_program
 from buffer_lifting.axes import label_inputs
 from buffer_lifting.errors import AxesError, FeedError, UnsupportedReadError
-from buffer_lifting.feed import FeedProgram, extract
+from buffer_lifting.feed import FeedProgram
+from buffer_lifting.feed_graph import extract
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.record import GraphRecord, NodeKind
 from buffer_lifting.lifted import LiftedProgram

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch.export import ExportedProgram
 
+from buffer_lifting.boundaries import BoundaryTensor
 from buffer_lifting.errors import LiftingError, PartitionError
 from buffer_lifting.feed import Lengths
 from buffer_lifting.feed_json import decode_lifted, encode_feed, encode_records
@@ -30,10 +31,9 @@ from buffer_lifting.graph.bodies import flex_nodes
 from buffer_lifting.graph.record import StateKind
 from buffer_lifting.graph_json import decode_graph, decode_record, encode_graph, encode_record
 from buffer_lifting.lifted import LiftedProgram
-from buffer_lifting.runtime import bind_ranks, pp_group
+from buffer_lifting.runtime import Shapes, make_stage
 from buffer_lifting.stage_builder import _register
-from buffer_lifting.stage_inputs import check_inputs_of
-from buffer_lifting.stages import Stage, StagedProgram
+from buffer_lifting.stages import Stage, StagedProgram, boundary_tensors
 from buffer_lifting.tensor_file import read_tensors, write_tensors
 
 VERSION = 1
@@ -235,15 +235,27 @@ class LoadedStage:
         """Along which dim a schedule cuts each keyword: see :meth:`StagedProgram.kwargs_chunk_spec`."""
         return self._feeder.kwargs_chunk_spec(kwargs)
 
-    def build_stage(self, device: torch.device | str, group: Any = None, mesh: Any = None) -> Any:
+    def build_stage(
+        self,
+        device: torch.device | str,
+        group: Any = None,
+        mesh: Any = None,
+        *,
+        microbatch_size: int | None = None,
+        seq_len: Lengths | None = None,
+        activation_dtype: torch.dtype | None = None,
+    ) -> Any:
         """torch's ``PipelineStage`` of this stage: see :meth:`StagedProgram.build_stage`."""
-        from torch.distributed.pipelining import PipelineStage
+        shapes = None
+        if microbatch_size is not None or seq_len is not None:
+            shapes = self.boundary(microbatch_size, seq_len, activation_dtype)
+        return make_stage(self._feeder.lifted, self.stage, self.num_stages, device, group, mesh, shapes)
 
-        place = torch.device(device)
-        module = self.stage.module.to(place)
-        bind_ranks(self._feeder.lifted, self.stage.module, mesh)
-        check_inputs_of(self._feeder.lifted, self.stage)
-        return PipelineStage(module, self.index, self.num_stages, place, group=pp_group(group, mesh))
+    def boundary(
+        self, microbatch_size: int | None, seq_len: Lengths | None, activation_dtype: torch.dtype | None = None
+    ) -> Shapes:
+        """What the stage gets by position and what it hands on: see :meth:`StagedProgram.boundary`."""
+        return boundary_tensors(self._feeder.lifted, self.stage, microbatch_size, seq_len, activation_dtype)
 
 
 def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
@@ -290,9 +302,12 @@ def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stag
         _register(root, name, made[source], kind, entry["persistent"])
     module = decode_graph(document.pop("graph"), root)
     names = {"activations", "kwargs", "outputs", "parameters"}
-    values = {key: decode_record(tuple[str, ...], document[key]) for key in names}
+    values: dict[str, Any] = {key: decode_record(tuple[str, ...], document[key]) for key in names}
     tied = decode_record(tuple[tuple[str, ...], ...], document["tied"])
-    return Stage(index, module, **values, boundary_bytes=decode_record(int, document["boundary_bytes"]), tied=tied)
+    for key in ("activation_shapes", "output_shapes"):
+        values[key] = decode_record(tuple[BoundaryTensor, ...], document.get(key, []))
+    sent = decode_record(int, document["boundary_bytes"])
+    return Stage(index, module, **values, boundary_bytes=sent, tied=tied)
 
 
 # Files --------------------------------------------------------------------------------------------------

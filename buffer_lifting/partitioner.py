@@ -14,6 +14,7 @@ from itertools import pairwise
 from torch.fx import Node
 
 from buffer_lifting.axes import label_inputs
+from buffer_lifting.boundaries import BoundaryTensor, axis_names, describe
 from buffer_lifting.cost import tensor_bytes
 from buffer_lifting.cuts import balanced_cuts, cuts_at
 from buffer_lifting.dataflow import Dep, analyse
@@ -87,7 +88,7 @@ def partition(
     else:
         assert num_stages is not None
         cuts = balanced_cuts(record, activations, num_stages)
-    return _Partition(lifted, record, nodes, activations, cuts).build()
+    return _Partition(lifted, record, nodes, activations, cuts, axis_names(labels)).build()
 
 
 class _Partition:
@@ -98,8 +99,9 @@ class _Partition:
         nodes: dict[str, Node],
         activations: list[str],
         cuts: list[int],
+        axes: dict[str, str],
     ) -> None:
-        self.lifted, self.record, self.nodes = lifted, record, nodes
+        self.lifted, self.record, self.nodes, self.axes = lifted, record, nodes, axes
         bounds = [0, *cuts, len(activations)]
         self.count = len(bounds) - 1
         self.owned = [activations[a:b] for a, b in pairwise(bounds)]
@@ -152,7 +154,7 @@ class _Partition:
         stages = []
         for index, builder in enumerate(builders):
             last = index == self.count - 1
-            built = builder.build(index == 0)
+            built = builder.build(index == 0, last)
             parameters = tuple(fqn for fqn in built.states if fqn in self.aliases)
             stages.append(
                 Stage(
@@ -164,6 +166,8 @@ class _Partition:
                     parameters=parameters,
                     boundary_bytes=0 if last else self._bytes(builder.sent),
                     tied=self._tied_names(parameters),
+                    activation_shapes=self._shapes(built.activations),
+                    output_shapes=self._shapes(built.outputs),
                 )
             )
         user_keywords = tuple(name for name in self.keywords if name not in {i.name for i in self.lifted.inputs})
@@ -200,6 +204,10 @@ class _Partition:
     def _bytes(self, names: list[str]) -> int:
         metas = [self.record.nodes[name].meta for name in names]
         return sum(tensor_bytes(meta, self.record.hints) for meta in metas if isinstance(meta, TensorMeta))
+
+    def _shapes(self, names: tuple[str, ...]) -> tuple[BoundaryTensor, ...]:
+        metas = [(name, self.record.nodes[name].meta) for name in names]
+        return tuple(describe(name, meta, self.axes) for name, meta in metas if isinstance(meta, TensorMeta))
 
     def _tied_names(self, parameters: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
         return tuple((fqn, *self.aliases[fqn]) for fqn in parameters if self.aliases[fqn])

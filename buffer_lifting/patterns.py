@@ -67,7 +67,11 @@ _pattern(
     "batch and sequence dims that are not split, dims of known size",
 )
 _pattern("repeat", "copies along features or the batch", "no copies along the sequence, a constant number of copies")
-_pattern("repeat_interleave", "copies of elements of features", "a dim that is not the sequence, a constant number")
+_pattern(
+    "repeat_interleave",
+    "copies of elements of features or for the batch",
+    "a dim that is not the sequence, a constant number",
+)
 _pattern("getitem", "a part of a value that was split", "a split along another dim than the sequence, constant sizes")
 _pattern(
     "max min amax amin any all sum",

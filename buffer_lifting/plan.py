@@ -104,6 +104,7 @@ class Context:
     stream: str
     form: str
     hoist: bool = True
+    rounded: bool = False  # floating sums over user inputs may be taken in the order of the tokens
 
 
 @dataclass

@@ -8,6 +8,8 @@ sequence is cut where that is legal, else refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from buffer_lifting.axes import InputLabels
 from buffer_lifting.contents import Contents
 from buffer_lifting.dataflow import Dep
@@ -112,6 +114,23 @@ class Planner(Contents):
         return self._whole[name]
 
     # -- rebuilding -----------------------------------------------------------------------------------------
+
+    def rebuild_read(self, name: str, labels: Labels, context: Context) -> Value:
+        """The value of a read: exact if that can be had, else with sums over user inputs up to rounding.
+
+        Raises:
+            Refuse: with the reason.
+        """
+        self.trail.clear()
+        try:
+            return self.rebuild(name, labels, context)
+        except Refuse as refusal:
+            if Dep.USER not in self.deps[name]:
+                raise
+            try:
+                return self.rebuild(name, labels, replace(context, rounded=True))
+            except Refuse:
+                raise refusal from None
 
     def rebuild(self, name: str, labels: Labels, context: Context, picked: int | None = None) -> Value:
         """The value of node ``name`` with dims ``labels``, made of lifted inputs.
@@ -219,12 +238,10 @@ class Planner(Contents):
         if wanted != has:
             if _axes(wanted) == _axes(has) and len([r for _, r in wanted if r]) == 1:
                 return self.cut(node, labels, context, hoisted=True)
-            raise Refuse(
-                f"input {node.fqn!r} is read along other axes than it has",
-                node.name,
-                "BL103",
-                "pass axes= for it",
-            )
+            hint = "pass axes= for it"
+            if any(has_batch(dim) and has_seq(dim) for dim in labels):
+                hint = "give it as [batch, seq], and fold its dims in the model"
+            raise Refuse(f"input {node.fqn!r} is read along other axes than it has", node.name, "BL103", hint)
         batch = batch_dim(own)
         if batch is None:
             return Value(Existing(node.name), False, len(labels))

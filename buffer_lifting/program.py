@@ -199,9 +199,10 @@ class VerifyReport:
             mark = "ok  " if check.passed else "FAIL"
             where = f" at {check.node}" if check.node else ""
             lines.append(
-                f"{mark} {check.name}: {check.compared} tensors, worst {check.worst:.2e}{where} {check.detail}"
+                f"{mark} {check.name}: {check.compared} tensors, worst {check.worst:.2e}{where}"
+                f"{', ' * bool(check.detail)}{check.detail}"
             )
-        return "\n".join(line.rstrip() for line in [*lines, *self.notes])
+        return "\n".join([*lines, *self.notes])
 
 
 AnyTensorDict = dict[str, Any]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from buffer_lifting.layers import common, pattern, spread
 
 if TYPE_CHECKING:
     from buffer_lifting.explain import Explainer
@@ -29,12 +30,12 @@ class _Group:
 
     where: Location | None
     code: str
-    text: str
     hint: str
     refused: bool
     modules: list[str]
     items: list[Item]
-    count: int = 0
+    texts: list[str]
+    sources: list[str]
 
 
 def render_scan(
@@ -57,7 +58,8 @@ def render_scan(
     items += [mix for mix in report.mixing if everything or not mix.handled]
     lines: list[str] = []
     for group in _grouped(items):
-        lines.append(f"{_place(group.where, target)}: {group.code} {group.text}{_spread(group)}")
+        text = common(group.texts, group.sources)
+        lines.append(f"{_place(group.where, target)}: {group.code} {text}{_spread(group)}")
         source = _source_line(group.where)
         if source:
             lines.append(f"    {source}")
@@ -85,10 +87,12 @@ def _grouped(items: Iterable[Item]) -> list[_Group]:
     groups: dict[Any, _Group] = {}
     for item in items:
         text, refused = _message(item)
-        key = (item.location and (item.location.file, item.location.line), item.code, text, item.hint)
-        group = groups.setdefault(key, _Group(item.location, item.code, text, item.hint, refused, [], []))
-        group.count += 1
+        source = getattr(item, "source", "")
+        key = (item.location and (item.location.file, item.location.line), item.code, pattern(text, source), item.hint)
+        group = groups.setdefault(key, _Group(item.location, item.code, item.hint, refused, [], [], [], []))
         group.items.append(item)
+        group.texts.append(text)
+        group.sources.append(source)
         for module in getattr(item, "modules", ()):
             if module and module not in group.modules:
                 group.modules.append(module)
@@ -132,12 +136,9 @@ def _source(kind: str, name: str) -> str:
 
 def _spread(group: _Group) -> str:
     """How often, and in how many layers."""
-    modules = group.modules
-    if len(modules) > 1:
-        patterns = {re.sub(r"(?<![^.])\d+(?![^.])", "*", module) for module in modules}
-        kind = f"layers: {patterns.pop()}" if len(patterns) == 1 else "modules"
-        return f"  [x{len(modules)} {kind}]"
-    return f"  [x{group.count}]" if group.count > 1 else ""
+    if len(group.modules) > 1:
+        return f"  [x{len(group.modules)} {spread(group.modules)}]"
+    return f"  [x{len(group.items)}]" if len(group.items) > 1 else ""
 
 
 def _place(where: Location | None, target: str) -> str:
@@ -161,7 +162,10 @@ def _summary(report: ScanReport, lifted: Sequence[LiftedInput]) -> list[str]:
     handled = sum(mix.handled for mix in report.mixing)
     rows = [
         ("reads", f"{len(report.reads)}" + (f" ({counts})" if counts else "")),
-        ("mixing", f"{len(report.mixing)} ops ({handled} handled)" if report.mixing else "0 ops"),
+        (
+            "mixing",
+            f"{len(report.mixing)} op{'s' * (len(report.mixing) != 1)}{f' ({handled} handled)' * bool(handled)}",
+        ),
     ]
     rows += [("input" if place == 0 else "", _axes_text(axes)) for place, axes in enumerate(report.inputs)]
     lines = [f"{name:8}{text}".rstrip() for name, text in rows]

@@ -11,22 +11,45 @@ from buffer_lifting.errors import PartitionError
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.collectives import bind_group
 from buffer_lifting.stage_inputs import check_inputs_of
-from buffer_lifting.stages import StagedProgram
+from buffer_lifting.stages import Stage, StagedProgram
+
+#: A stage's positional inputs, and its outputs, on the meta device.
+Shapes = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
-def build_stage(staged: StagedProgram, index: int, device: torch.device | str, group: Any, mesh: Any) -> Any:
+def build_stage(
+    staged: StagedProgram, index: int, device: torch.device | str, group: Any, mesh: Any, shapes: Shapes | None
+) -> Any:
     """See :meth:`StagedProgram.build_stage`."""
+    untie(staged, index)
+    return make_stage(staged.lifted, staged.stages[index], len(staged.stages), device, group, mesh, shapes)
+
+
+def make_stage(
+    lifted: LiftedProgram,
+    stage: Stage,
+    count: int,
+    device: torch.device | str,
+    group: Any,
+    mesh: Any,
+    shapes: Shapes | None,
+) -> Any:
+    """torch's ``PipelineStage`` of one of ``count`` stages; ``shapes`` are its inputs and outputs."""
     from torch.distributed.pipelining import PipelineStage
 
-    count = len(staged.stages)
-    if not isinstance(index, int) or not 0 <= index < count:
-        raise PartitionError(f"there is no stage {index!r}; the program has {count} stages")
+    bind_ranks(lifted, stage.module, mesh)
+    check_inputs_of(lifted, stage)
     place = torch.device(device)
-    module = staged.stages[index].module
-    untie(staged, index)
-    bind_ranks(staged.lifted, module, mesh)
-    check_inputs_of(staged.lifted, staged.stages[index])
-    return PipelineStage(module.to(place), index, count, place, group=pp_group(group, mesh))
+    inputs, outputs = shapes or (None, None)
+    return PipelineStage(
+        stage.module.to(place),
+        stage.index,
+        count,
+        place,
+        input_args=inputs,
+        output_args=outputs,
+        group=pp_group(group, mesh),
+    )
 
 
 def bind_ranks(lifted: LiftedProgram, module: GraphModule, mesh: Any) -> None:

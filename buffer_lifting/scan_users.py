@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from buffer_lifting.scanner import _Scan
 
 
+#: What ``context_parallel`` has gathered from all ranks (a mask, for attention that exchanges heads) follows the slots.
+GATHERED = "_c10d_functional.wait_tensor.default"
+
+
 def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None:
     """A value of user inputs alone. One that mixed the sequence is only right if it is hoisted: it is marked."""
     operands = content_operands(node)
+    if node.op == GATHERED or any(name in scan.distributed for name in operands):
+        scan.distributed.add(node.name)
+        scan.labels[node.name] = scan.completion.complete(node, None)
+        return
     labelled = scan._carries(node)
     lost = result is None or result.outputs is None
     mixes = result is not None and bool(result.mixing) and not result.handled

@@ -16,6 +16,7 @@ from buffer_lifting.completion import Completion
 from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.flex import plan_flex
 from buffer_lifting.flex_plan import FlexPlan
+from buffer_lifting.folding import batch_is_a_matrix_dim, onto_folded_batch
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
@@ -27,7 +28,6 @@ from buffer_lifting.labels import (
     Factor,
     Labels,
     feature,
-    has_batch,
     has_seq,
     is_labelled,
     seq_axes,
@@ -36,7 +36,6 @@ from buffer_lifting.naming import name_outputs
 from buffer_lifting.ops import (
     ATTENTION,
     FLEX_ATTENTION,
-    MATRIX_PRODUCTS,
     content_operands,
     is_pointwise,
     length_operands,
@@ -94,6 +93,7 @@ class _Scan:
         self.frontier: list[FrontierEdge] = []
         self.flex: list[FlexPlan] = []
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
+        self.distributed: set[str] = set()  # made from what context_parallel gathers of user inputs
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.totals: set[str] = set()  # what is computed from a reduction over all tokens
         self.alignments: dict[str, dict[str, Alignment]] = {}
@@ -155,7 +155,8 @@ class _Scan:
         dep = self.deps[node.name]
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
-        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data)
+        varies = self.planner.variation.of
+        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data, varies)
         if Dep.DATA not in dep:
             label_user_value(self, node, apply_rule(view))
             return
@@ -196,10 +197,11 @@ class _Scan:
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]
 
-    def _positional(self, name: str) -> Labels | None:
+    def _positional(self, name: str, of_users: bool = False) -> Labels | None:
         """The labels of a value without user contents: dims that have the length of an axis, and vary along it."""
         meta, dep = self.record.nodes[name].tensor, self.deps[name]
-        if meta is None or dep & (Dep.USER | Dep.DATA) or not dep & (Dep.IOTA | Dep.STATE | Dep.PARAM):
+        known = Dep.USER not in dep and bool(dep & (Dep.IOTA | Dep.STATE | Dep.PARAM))
+        if meta is None or Dep.DATA in dep or not (known or of_users):
             return None
         result: list[DimLabel] = []
         seen = False
@@ -235,7 +237,7 @@ class _Scan:
         contents = set(content_operands(node))
         for path, name in node.named_refs():
             value = self.record.nodes[name]
-            if name not in contents or (result is not None and path in result.consumed):
+            if name not in contents or name in self.distributed or (result is not None and path in result.consumed):
                 continue
             if name in self.mixed and self._normalises_a_loss(node, value):
                 why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"
@@ -330,9 +332,8 @@ class _Scan:
             return
         two_axis = len(seq_axes(labels)) > 1
         context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
-        self.planner.trail.clear()
         try:
-            rebuilt = self.planner.rebuild(value.name, labels, context)
+            rebuilt = self.planner.rebuild_read(value.name, labels, context)
             form: Form | None = None
         except Refuse as refused:
             natural = self._natural(edge, context)
@@ -345,17 +346,16 @@ class _Scan:
         used = list(dict.fromkeys(self.planner.trail))
         if not used or not rebuilt.changed:
             return
-        if rebuilt.lane and self._batch_is_a_matrix_dim(edge.consumer):
+        if rebuilt.lane and batch_is_a_matrix_dim(edge.consumer, self.labels.get(edge.consumer.name)):
             why = "a product whose matrix rows or columns are the batch has no place for values per sample"
             self.reports.refused(edge.consumer, edge.path, value, labels, Refuse(why, edge.consumer.name))
             return
-        self._accept(edge, rebuilt, used, form)
-
-    def _batch_is_a_matrix_dim(self, node: Node) -> bool:
-        known = self.labels.get(node.name)
-        if node.base_op not in MATRIX_PRODUCTS or not known:
-            return False
-        return any(has_batch(dim) for dim in known[0][-2:])
+        try:
+            rebuilt, landing = onto_folded_batch(edge, rebuilt, self.labels.get(edge.consumer.name))
+        except Refuse as refusal:
+            self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
+            return
+        self._accept(edge, rebuilt, used, form, landing)
 
     def _natural(self, edge: Edge, context: Context) -> Value | None:
         """The fallback: the value stays in natural order in the stage and is gathered along each axis."""
@@ -383,14 +383,16 @@ class _Scan:
             return "positions" if two_axis else "values"
         return form
 
-    def _accept(self, edge: Edge, rebuilt: Value, used: list[CutKey], form: Form | None) -> None:
+    def _accept(
+        self, edge: Edge, rebuilt: Value, used: list[CutKey], form: Form | None, landing: Alignment | None = None
+    ) -> None:
         streams = {key.stream for key in used}
         stream: Stream = "inputs" if streams == {"inputs"} else ("slots" if "slots" in streams else "positions")
         if form is None:
             form = "positions" if all(key.content == "iota" for key in used) else "values"
         read = self.reports.accepted(edge, stream, form)
         self.replacements.append(
-            Replacement(edge.consumer.name, edge.path, edge.value.name, rebuilt.plan, edge.alignment)
+            Replacement(edge.consumer.name, edge.path, edge.value.name, rebuilt.plan, landing or edge.alignment)
         )
         self.frontier.append(
             FrontierEdge(

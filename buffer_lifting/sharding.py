@@ -18,43 +18,58 @@ def shard_inputs(
 ) -> dict[str, torch.Tensor]:
     """Each input reordered along its sequence dims, and cut to the shard where its role is ``row``.
 
-    ``order`` may be a mapping from axis name to order, and has to be one if ``axes`` has several sequence axes.
+    ``order`` may be a mapping from axis name to order, and has to be one if ``axes`` has several sequence axes. An
+    order is checked once, not once an input, and of each input only the rows of the result are read.
 
     Raises:
-        FeedError: an unknown input, or an order or shard that does not fit it.
+        FeedError: an unknown input, one whose sizes are not those of the others, or an order or shard that does
+            not fit.
     """
-    result = {}
     names = list(dict.fromkeys(axis for own in axes.values() for _, axis, _ in own.seq_dims))
     orders = by_axis("order", order, names)
+    batch, lengths = _sizes(axes, inputs)
+    streams = {
+        axis: Streams(batch, length, orders[axis], None, shard, axis if len(names) > 1 else "")
+        for axis, length in lengths.items()
+    }
+    return {name: _sharded(name, value, axes[name], streams) for name, value in inputs.items()}
+
+
+def _sizes(axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor]) -> tuple[int, dict[str, int]]:
+    """The batch and the length of each axis, on which all inputs agree."""
+    batch: tuple[int, str] | None = None
+    lengths: dict[str, tuple[int, str]] = {}
     for name, value in inputs.items():
         own = axes.get(name)
         if own is None:
             raise FeedError(f"the program has no user input {name!r} (it has {', '.join(sorted(axes)) or 'none'})")
         if value.ndim != own.rank:
             raise FeedError(f"input {name!r} has {value.ndim} dims, the program's has {own.rank}")
-        batch = value.shape[own.batch_dim] if own.batch_dim is not None else 1
-        for dim, axis, role in own.seq_dims:
-            order = orders[axis]
-            per_sample = isinstance(order, torch.Tensor) and order.ndim == 2 and order.shape[0] > 1
-            if own.batch_dim is None and per_sample:
-                raise FeedError(
-                    f"input {name!r} {tuple(value.shape)} has no batch dim: an order per sample cannot be applied; "
-                    "export with it expanded to the batch, or give one order for all samples"
-                )
-            streams = Streams(batch, value.shape[dim], order, None, shard, axis if len(names) > 1 else "")
-            value = _along(value, dim, own.batch_dim, streams, role)
-        result[name] = value
-    return result
+        if own.batch_dim is not None:
+            batch = _agreed("a batch", batch, value, own.batch_dim, name)
+        for dim, axis, _ in own.seq_dims:
+            lengths[axis] = _agreed(f"a length of axis {axis!r}", lengths.get(axis), value, dim, name)
+    return 1 if batch is None else batch[0], {axis: length for axis, (length, _) in lengths.items()}
 
 
-def _along(value: torch.Tensor, dim: int, batch_dim: int | None, streams: Streams, role: str) -> torch.Tensor:
-    if streams.order is not None and streams.order.shape[0] > 1 and batch_dim is None:
-        raise FeedError("an order per sample cannot be applied to an input without a batch dim")
-    lead = [] if batch_dim is None else [batch_dim]
-    rest = [d for d in range(value.ndim) if d not in (*lead, dim)]
-    moved = value.permute(*lead, dim, *rest)
-    moved = moved.unsqueeze(0) if batch_dim is None else moved
-    taken = streams.take_batched(moved, streams.length, COL if role == COL else role)
-    taken = taken.squeeze(0) if batch_dim is None else taken
-    back = [[*lead, dim, *rest].index(d) for d in range(value.ndim)]
-    return taken.permute(back).contiguous()
+def _agreed(what: str, known: tuple[int, str] | None, value: torch.Tensor, dim: int, name: str) -> tuple[int, str]:
+    size = value.shape[dim]
+    if known is not None and known[0] != size:
+        raise FeedError(
+            f"input {name!r} {tuple(value.shape)} has {what} of {size} (its dim {dim}), but {known[1]!r} of "
+            f"{known[0]}; shard_inputs takes the whole, unsharded inputs of one step"
+        )
+    return known or (size, name)
+
+
+def _sharded(name: str, value: torch.Tensor, own: InputAxes, streams: Mapping[str, Streams]) -> torch.Tensor:
+    # rows first: what is left for the columns is the shard's
+    for dim, axis, role in sorted(own.seq_dims, key=lambda entry: entry[2] == COL):
+        along = streams[axis]
+        if own.batch_dim is None and along.order is not None and along.order.shape[0] > 1:
+            raise FeedError(
+                f"input {name!r} {tuple(value.shape)} has no batch dim: an order per sample cannot be applied; "
+                "export with it expanded to the batch, or give one order for all samples"
+            )
+        value = along.along(value, dim, own.batch_dim, role)
+    return value.contiguous()

@@ -11,7 +11,8 @@ from torch.nn import Module
 
 from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.record import GraphRecord, NodeKind, ScalarMeta, StateKind, TensorMeta
-from buffer_lifting.torch_compat import returns_alias
+from buffer_lifting.graph.sizes import product
+from buffer_lifting.torch_compat import returns_alias, size_of
 
 
 @dataclass
@@ -99,8 +100,8 @@ class StageBuilder:
         for operand in self.record.nodes[name].refs():
             self._need(operand, received)
 
-    def build(self, first: bool) -> StageGraph:
-        """The stage's module."""
+    def build(self, first: bool, last: bool) -> StageGraph:
+        """The stage's module; ``last`` returns the program's outputs as they are laid out, others what is sent."""
         graph = Graph()
         env: dict[str, Node] = {}
         inputs = [n for n in self.needed if self.record.nodes[n].kind is NodeKind.INPUT]
@@ -135,21 +136,39 @@ class StageBuilder:
                 env[name] = graph.node_copy(self.nodes[name], lambda n: env[n.name])
                 if env[name].op == "get_attr":
                     _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
-        results = [self._fresh(graph, env[name], name) for name in self.sent]
+        results = [self._fresh(graph, env[name], name, last) for name in self.sent]
         graph.output(results[0] if len(results) == 1 else tuple(results))
         module = GraphModule(root, graph)
         return StageGraph(module, tuple(arguments), tuple(keywords), tuple(self.sent), tuple(states))
 
-    def _fresh(self, graph: Graph, node: Node, name: str) -> Node:
-        """A non-view tensor: schedules detach what a stage returns in place, which a view refuses."""
+    def _fresh(self, graph: Graph, node: Node, name: str, last: bool) -> Node:
+        """A non-view tensor: schedules detach what a stage returns in place, which a view refuses.
+
+        What is sent is contiguous as well: process groups send nothing else.
+        """
         if not isinstance(self.record.nodes[name].meta, TensorMeta):
             return node
         target = self.nodes[name].target
-        if node.op == "call_function" and not returns_alias(self.nodes[name]) and "getitem" not in str(target):
+        dense = last or _is_contiguous(node.meta.get("val"))
+        fresh = node.op == "call_function" and not returns_alias(self.nodes[name]) and "getitem" not in str(target)
+        if fresh and dense:
             return node
-        clone = graph.call_function(torch.ops.aten.clone.default, (node,))
+        layout: dict[str, Any] = {} if dense else {"memory_format": torch.contiguous_format}
+        clone = graph.call_function(torch.ops.aten.clone.default, (node,), layout)
         clone.meta = dict(node.meta)
         return clone
+
+
+def _is_contiguous(value: Any) -> bool:
+    """Whether a tensor is contiguous for every size of its symbols; nothing is guarded on."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    sizes = [size_of(size) for size in value.shape]
+    strides = [size_of(stride) for stride in value.stride()]
+    return all(
+        size == 1 or stride == product(sizes[dim + 1 :])
+        for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True))
+    )
 
 
 def _unread_tail(positional: tuple[str, ...], needed: set[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from buffer_lifting.errors import FeedError
+from buffer_lifting.errors import FeedError, PartitionError
 from buffer_lifting.labels import BATCH, COL
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.stages import Stage
@@ -33,13 +33,17 @@ def check_inputs_of(lifted: LiftedProgram, stage: Stage) -> None:
         missing = [name for name in wanted if name in lifted_names and name not in given]
         if missing:
             raise FeedError(f"{_rank()}stage {stage.index} is not given {', '.join(map(repr, missing))}; see feed()")
-        _check_sizes(lifted, {name: given[name] for name in wanted if isinstance(given.get(name), torch.Tensor)})
+        sizes = _check_sizes(
+            lifted, {name: given[name] for name in wanted if isinstance(given.get(name), torch.Tensor)}
+        )
+        if stage.index:
+            _check_activations(stage, args, sizes)
 
     module.__dict__[_HANDLE] = module.register_forward_pre_hook(check, with_kwargs=True)
 
 
-def _check_sizes(lifted: LiftedProgram, given: dict[str, torch.Tensor]) -> None:
-    """Every input tells the same batch, and the same length of each sequence."""
+def _check_sizes(lifted: LiftedProgram, given: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Every input tells the same batch, and the same length of each sequence: a rank's own part, by axis."""
     told: dict[str, tuple[int, str, str]] = {}
     ranks = lifted.cp_size or 1
     for name, value in given.items():
@@ -53,6 +57,22 @@ def _check_sizes(lifted: LiftedProgram, given: dict[str, torch.Tensor]) -> None:
             if first != whole:
                 what = "the batch" if axis == BATCH else f"axis {axis!r} on {ranks} context-parallel rank(s)"
                 raise FeedError(f"{_rank()}{text}, but {other}: they disagree about {what}")
+    return {axis: whole if axis == BATCH else whole // ranks for axis, (whole, _, _) in told.items()}
+
+
+def _check_activations(stage: Stage, args: tuple[Any, ...], sizes: dict[str, int]) -> None:
+    """What the stage before has sent has the sizes of what this one was fed."""
+    for wanted, value in zip(stage.activation_shapes, args, strict=False):
+        try:
+            shape = wanted.concrete(sizes)
+        except PartitionError:  # no expression of what this stage's inputs tell
+            continue
+        if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
+            told = ", ".join(f"{size} for {axis!r}" for axis, size in sizes.items())
+            raise FeedError(
+                f"{_rank()}stage {stage.index} gets {wanted.name!r} {tuple(value.shape)} from the stage before, but "
+                f"its other inputs have {told}, which makes it {shape}"
+            )
 
 
 def _dims(lifted: LiftedProgram, name: str) -> Iterator[tuple[int, str, str]]:

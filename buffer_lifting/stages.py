@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from buffer_lifting.boundaries import BoundaryTensor, local_length
 from buffer_lifting.errors import FeedError, PartitionError
-from buffer_lifting.feed import Lengths
+from buffer_lifting.feed import Lengths, check_lengths
+from buffer_lifting.labels import BATCH
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.naming import RESERVED
 from buffer_lifting.program import InputAxes
@@ -31,6 +33,8 @@ class Stage:
         parameters: FQNs of its parameters, as in the original model.
         boundary_bytes: bytes that it sends forward per microbatch, at the sizes of the example inputs.
         tied: groups of FQNs that are one parameter here.
+        activation_shapes: dtype and shape of ``activations``, as expressions of batch and sequence.
+        output_shapes: those of ``outputs``.
     """
 
     index: int
@@ -41,6 +45,8 @@ class Stage:
     parameters: tuple[str, ...]
     boundary_bytes: int
     tied: tuple[tuple[str, ...], ...] = ()
+    activation_shapes: tuple[BoundaryTensor, ...] = ()
+    output_shapes: tuple[BoundaryTensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,9 @@ class StagedProgram:
         micro = self.lifted.axes.batch
         if n_microbatches is not None and (n_microbatches < 1 or batch_size % n_microbatches):
             raise FeedError(f"a batch of {batch_size} does not divide into {n_microbatches} microbatches")
-        if micro is None or batch_size == micro:
+        if micro is None:
             return self.lifted.feed(batch_size, seq_len, inputs, order, positions, shard, device)
-        if batch_size % micro:
+        if not isinstance(batch_size, int) or batch_size < 1 or batch_size % micro:
             raise FeedError(
                 f"a batch of {batch_size} does not divide into microbatches of {micro}, the static batch the program "
                 "was exported with"
@@ -118,25 +124,7 @@ class StagedProgram:
                 f"{n_microbatches} microbatches of a batch of {batch_size} have {batch_size // n_microbatches} samples "
                 f"each, but the program was exported with a static batch of {micro}"
             )
-        parts = [
-            self.lifted.feed(
-                micro,
-                seq_len,
-                None if inputs is None else {k: self._rows(k, v, start, micro) for k, v in inputs.items()},
-                _rows_of(order, start, micro, batch_size),
-                _rows_of(positions, start, micro, batch_size),
-                shard,
-                device,
-            )
-            for start in range(0, batch_size, micro)
-        ]
-        return {name: _join([part[name] for part in parts]) for name in parts[0]} if parts else {}
-
-    def _rows(self, name: str, value: torch.Tensor, start: int, count: int) -> torch.Tensor:
-        axes = self.lifted.input_axes.get(name)
-        if axes is None or axes.batch_dim is None:
-            return value
-        return value.narrow(axes.batch_dim, start, count)
+        return self.lifted.feed_microbatches(batch_size, seq_len, inputs, order, positions, shard, device)
 
     def shard_inputs(
         self, *, order: Any = None, shard: Any = (0, 1), **inputs: torch.Tensor
@@ -169,6 +157,10 @@ class StagedProgram:
         device: torch.device | str,
         group: Any = None,
         mesh: Any = None,
+        *,
+        microbatch_size: int | None = None,
+        seq_len: Lengths | None = None,
+        activation_dtype: torch.dtype | None = None,
     ) -> Any:
         """The ``torch.distributed.pipelining.PipelineStage`` of a stage.
 
@@ -178,14 +170,49 @@ class StagedProgram:
             group: the pipeline process group (default: the world).
             mesh: or a DeviceMesh with a ``"pp"`` dim, from which the group is taken. A program made for several
                 context-parallel ranks needs it: the collectives run over its ``mesh_dim``.
+            microbatch_size: with ``seq_len``, what the stage is fed: torch then gets the shapes of its inputs and
+                outputs (:meth:`boundary`) and does not run the stages once to find them. Every rank has to give them.
+            seq_len: tokens of the whole (global) sequence, as in :meth:`feed`.
+            activation_dtype: of the floating tensors that stages send, where that is not the program's (a stage that
+                was converted, mixed precision).
 
         Raises:
             PartitionError: an index out of range, both ``group`` and ``mesh``, a mesh without a ``"pp"`` dim or
-                without the dim of the context-parallel ranks, or with another number of them.
+                without the dim of the context-parallel ranks, or with another number of them; one of
+                ``microbatch_size`` and ``seq_len`` without the other; a shape that they do not decide.
+            AxesError, FeedError: sizes that the program does not take.
         """
         from buffer_lifting.runtime import build_stage
 
-        return build_stage(self, index, device, group, mesh)
+        shapes = None
+        check_index(index, len(self.stages))
+        if microbatch_size is not None or seq_len is not None:
+            shapes = self.boundary(index, microbatch_size, seq_len, activation_dtype)
+        return build_stage(self, index, device, group, mesh, shapes)
+
+    def boundary(
+        self,
+        index: int,
+        microbatch_size: int | None,
+        seq_len: Lengths | None,
+        activation_dtype: torch.dtype | None = None,
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """What a stage gets by position and what it hands on, as contiguous tensors on the meta device.
+
+        Shapes are those of one microbatch on one rank: under context parallelism, of the rank's shard.
+
+        Args:
+            index: which stage.
+            microbatch_size: samples in a microbatch.
+            seq_len: tokens of the whole (global) sequence, as in :meth:`feed`.
+            activation_dtype: as in :meth:`build_stage`.
+
+        Raises:
+            PartitionError: an index out of range, or a shape that the two sizes do not decide.
+            AxesError, FeedError: sizes that the program does not take.
+        """
+        check_index(index, len(self.stages))
+        return boundary_tensors(self.lifted, self.stages[index], microbatch_size, seq_len, activation_dtype)
 
     def save(self, directory: Any) -> None:
         """Writes one file and manifest a stage, and the feed program; :func:`buffer_lifting.load_stage` reads one."""
@@ -248,6 +275,33 @@ def chunk_spec(lifted: LiftedProgram, keywords: tuple[str, ...], names: Iterable
     return spec
 
 
+def check_index(index: Any, count: int) -> None:
+    """Refuses the index of no stage."""
+    if not isinstance(index, int) or not 0 <= index < count:
+        raise PartitionError(f"there is no stage {index!r}; the program has {count} stages")
+
+
+def boundary_tensors(
+    lifted: LiftedProgram,
+    stage: Stage,
+    microbatch_size: int | None,
+    seq_len: Lengths | None,
+    activation_dtype: torch.dtype | None,
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """See :meth:`StagedProgram.boundary`."""
+    if microbatch_size is None or seq_len is None:
+        raise PartitionError("give both microbatch_size and seq_len")
+    if len(stage.activation_shapes) != len(stage.activations) or len(stage.output_shapes) != len(stage.outputs):
+        raise PartitionError("the package has no boundary shapes: it was saved by an earlier version; save it again")
+    lengths = check_lengths(lifted.axes, microbatch_size, seq_len, lifted.feed_program.max_lengths)
+    sizes = {axis: local_length(length, lifted.cp_size) for axis, length in lengths.items()}
+    sizes[BATCH] = microbatch_size
+    return (
+        tuple(shape.empty(sizes, activation_dtype) for shape in stage.activation_shapes),
+        tuple(shape.empty(sizes, activation_dtype) for shape in stage.output_shapes),
+    )
+
+
 def check_names(axes: Mapping[str, InputAxes], names: Iterable[str]) -> None:
     """Refuses user inputs whose names a schedule's ``step`` keeps for itself."""
     taken = sorted(set(names) & RESERVED)
@@ -258,20 +312,4 @@ def check_names(axes: Mapping[str, InputAxes], names: Iterable[str]) -> None:
         )
 
 
-def _rows_of(value: Any, start: int, count: int, batch: int) -> Any:
-    if isinstance(value, Mapping):
-        return {axis: _rows_of(part, start, count, batch) for axis, part in value.items()}
-    if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[0] == batch and batch > 1:
-        return value[start : start + count]
-    return value
-
-
-def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenates along the batch; stays a stride-0 expand when every part is the same one."""
-    first = parts[0]
-    if all(p.stride()[0] == 0 and p.data_ptr() == first.data_ptr() and p.shape == first.shape for p in parts):
-        return first[:1].expand(sum(p.shape[0] for p in parts), *first.shape[1:])
-    return torch.cat(parts)
-
-
-__all__ = ["Stage", "StagedProgram", "check_names", "chunk_spec", "tree_flatten"]
+__all__ = ["Stage", "StagedProgram", "boundary_tensors", "check_index", "check_names", "chunk_spec", "tree_flatten"]

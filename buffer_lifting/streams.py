@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,17 +10,21 @@ import torch
 
 from buffer_lifting.errors import FeedError
 from buffer_lifting.labels import COL
-from buffer_lifting.torch_compat import balancer_indices, is_load_balancer, mesh_shard
+from buffer_lifting.orders import checked_order, checked_positions, resolve
+from buffer_lifting.torch_compat import as_mesh
+
+_ROW = 8  # elements; shorter rows of a batch are gathered one by one
 
 
 class Streams:
-    """Validated ``order``, ``positions`` and ``shard`` of one axis. Index tensors are ``[1 or batch, seq]`` int64.
+    """Validated ``order``, ``positions`` and ``shard`` of one axis.
 
-    ``axis`` names the axis in messages, where there are several.
+    ``order`` is ``[1 or batch, seq]`` of an integer dtype, ``positions`` ``[1 or batch, seq]`` int64; either may be
+    ``None``. ``axis`` names the axis in messages, where there are several.
 
     Raises:
-        FeedError: a tensor of the wrong dtype, shape or range, an order that is no permutation, or a shard that
-            does not divide the sequence.
+        FeedError: a tensor of the wrong dtype, shape or range, an order that is no permutation, a load balancer
+            without indices, or a shard that does not divide the sequence.
     """
 
     def __init__(
@@ -34,37 +39,24 @@ class Streams:
         self.batch_size, self.length = batch_size, length
         self.rank, self.size = parse_shard(shard)
         of = f" of axis {axis!r}" if axis else ""
+        where = f" (context-parallel rank {self.rank} of {self.size})" if self.size > 1 else ""
         if length % self.size:
-            raise FeedError(f"a sequence of {length}{of} does not divide into {self.size} shards")
-        if is_load_balancer(order):
-            order = balancer_indices(order)
-        self.order = None if order is None else self._checked(f"order{of}", order, permutation=True)
-        self.positions = None if positions is None else self._checked(f"positions{of}", positions, permutation=False)
+            raise FeedError(f"a sequence of {length}{of} does not divide into {self.size} shards{where}")
+        order = resolve(f"order{of}", order)
+        self.order = None if order is None else checked_order(f"order{of}", order, batch_size, length, where)
+        self.positions = (
+            None if positions is None else checked_positions(f"positions{of}", positions, batch_size, length, where)
+        )
 
-    def _checked(self, name: str, value: Any, permutation: bool) -> torch.Tensor:
-        if not isinstance(value, torch.Tensor):
-            raise FeedError(f"{name} is a tensor, a torch load balancer or None, not {type(value).__name__}")
-        if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise FeedError(f"{name} holds indices and must have an integer dtype, not {value.dtype}")
-        if value.ndim not in (1, 2) or value.shape[-1] != self.length:
-            raise FeedError(
-                f"{name} has shape {tuple(value.shape)}; the whole sequence wants ({self.length},), (1, {self.length}) "
-                f"or ({self.batch_size}, {self.length})"
-            )
-        value = value.to(torch.int64)
-        value = value.unsqueeze(0) if value.ndim == 1 else value
-        if value.shape[0] not in (1, self.batch_size):
-            raise FeedError(f"{name} has {value.shape[0]} rows for a batch of {self.batch_size}; one or all are wanted")
-        low, high = (int(v) for v in torch.aminmax(value))
-        if low < 0 or high >= self.length:
-            raise FeedError(f"{name} holds {low if low < 0 else high}, outside 0..{self.length - 1}")
-        if permutation:
-            seen = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
-            seen.scatter_(1, value, True)
-            if not bool(seen.all()):
-                sample = int((~seen.all(1)).nonzero()[0, 0])
-                raise FeedError(f"{name} of sample {sample} holds some slot twice (and so another one never)")
-        return value
+    def samples(self, start: int, count: int) -> Streams:
+        """The streams of ``count`` samples from ``start``."""
+        part = copy.copy(self)
+        part.batch_size = count
+        if self.order is not None and self.order.shape[0] > 1:
+            part.order = self.order[start : start + count]
+        if self.positions is not None and self.positions.shape[0] > 1:
+            part.positions = self.positions[start : start + count]
+        return part
 
     def _slots(self, role: str) -> torch.Tensor | None:
         """The slots that a value of ``role`` holds, ``[1 or batch, seq]``; ``None`` for natural order."""
@@ -74,7 +66,7 @@ class Streams:
 
     def _local(self, value: torch.Tensor) -> torch.Tensor:
         part = self.length // self.size
-        return value[:, self.rank * part : (self.rank + 1) * part]
+        return value.narrow(1, self.rank * part, part)
 
     def _index(self, stream: str, role: str) -> torch.Tensor | None:
         slots = self._slots(role)
@@ -84,15 +76,16 @@ class Streams:
             return self.positions if role == COL else self._local(self.positions)
         positions = self.positions
         rows = max(positions.shape[0], slots.shape[0])
+        slots = slots.to(torch.int64)
         return positions.to(slots.device).expand(rows, -1).gather(1, slots.expand(rows, -1))
 
     def index(self, length: int, stream: str, role: str, device: torch.device | None) -> torch.Tensor:
-        """The index itself, ``[1 or batch, seq]`` int64."""
+        """The index itself, ``[1 or batch, seq]`` int64; never memory that is kept from step to step."""
         value = self._index(stream, role)
         if value is None:
             value = torch.arange(length, device=device).unsqueeze(0)
             value = value if role == COL else self._local(value)
-        return value if device is None else value.to(device)
+        return value.to(device=device or value.device, dtype=torch.int64, copy=self.order is not None)
 
     def take(self, table: torch.Tensor, length: int, stream: str, role: str) -> torch.Tensor:
         """Rows of ``table [seq, *row]``: ``[1 or batch, local seq, *row]``; a view when the order is natural."""
@@ -100,27 +93,54 @@ class Streams:
         if index is None:
             part = table.unsqueeze(0)
             return part if role == COL else self._local(part)
-        index = index.to(table.device)
-        rows = table.index_select(0, index.reshape(-1))
+        rows = table.index_select(0, _usable(index, table).reshape(-1))
         return rows.view(*index.shape, *table.shape[1:])
 
     def take_batched(self, values: torch.Tensor, length: int, role: str) -> torch.Tensor:
-        """Rows of ``values [1 or batch, seq, *row]`` by slot."""
+        """Rows of ``values [1 or batch, seq, *row]`` by slot: ``[1 or batch, local seq, *row]``."""
         slots = self._slots(role)
         if slots is None:
             return values if role == COL else self._local(values)
-        slots = slots.to(values.device)
+        if values.shape[0] == 1:
+            return self.take(values[0], length, "slots", role)
+        return self.along(values, 1, 0, role)
+
+    def along(self, values: torch.Tensor, dim: int, batch_dim: int | None, role: str) -> torch.Tensor:
+        """``values`` with its dim ``dim`` in the order, cut to the shard for role ``row``: only those rows are read.
+
+        ``batch_dim`` has the size of the batch, or is ``None``, and then the order must be one for all samples.
+        """
+        slots = self._slots(role)
+        if slots is None:
+            part = self.length // self.size
+            return values if role == COL else values.narrow(dim, self.rank * part, part)
+        slots = _usable(slots, values)
         if slots.shape[0] == 1:
-            return values.index_select(1, slots[0])
-        rows = values.expand(slots.shape[0], *values.shape[1:])
-        index = slots.view(*slots.shape, *[1] * (values.ndim - 2)).expand(*slots.shape, *values.shape[2:])
-        return rows.gather(1, index)
+            return values.index_select(dim, slots[0])
+        assert batch_dim is not None, "an order per sample wants a batch dim"
+        count = slots.shape[1]
+        if batch_dim == 0 and dim == 1 and values.is_contiguous() and values[0, 0].numel() >= _ROW:
+            rows = values.view(-1, *values.shape[2:])
+            firsts = torch.arange(len(slots), device=slots.device).unsqueeze(1) * values.shape[1]
+            return rows.index_select(0, (slots + firsts).reshape(-1)).view(len(slots), count, *values.shape[2:])
+        ones = [1] * values.ndim
+        ones[batch_dim], ones[dim] = slots.shape
+        index = (slots if batch_dim < dim else slots.t()).to(torch.int64).reshape(ones)
+        shape = list(values.shape)
+        shape[dim] = count
+        return values.gather(dim, index.expand(shape))
 
     def position_rows(self, length: int) -> list[torch.Tensor]:
         """The position ids of the whole sequence in natural order, one ``[seq]`` tensor a distinct sample."""
         if self.positions is None:
             return [torch.arange(length)]
         return list(self.positions)
+
+
+def _usable(index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """An index beside ``values``, of a dtype that index_select takes."""
+    dtype = index.dtype if index.dtype in (torch.int64, torch.int32) else torch.int64
+    return index.to(device=values.device, dtype=dtype)
 
 
 def axis_streams(
@@ -145,34 +165,51 @@ def by_axis(name: str, value: Any, axes: Collection[str]) -> dict[str, Any]:
     Raises:
         FeedError: one value for several axes, or a name that is no axis.
     """
-    known = ", ".join(repr(axis) for axis in sorted(axes)) or "none"
     if value is None:
         return dict.fromkeys(axes)
     if isinstance(value, Mapping):
         unknown = sorted(str(axis) for axis in value if axis not in axes)
         if unknown:
-            raise FeedError(f"{name} names the axes {', '.join(map(repr, unknown))}; the program's are {known}")
+            raise FeedError(f"{name} names the axes {', '.join(map(repr, unknown))}; the program's are {_known(axes)}")
         return {axis: value.get(axis) for axis in axes}
     if len(axes) > 1:
         raise FeedError(
-            f"the program has several sequence axes, {known}: give {name} as a mapping from axis name; an axis that "
-            "it lacks stays as it is"
+            f"the program has several sequence axes, {_known(axes)}: give {name} as a mapping from axis name; an axis "
+            "that it lacks stays as it is"
         )
     return dict.fromkeys(axes, value)
 
 
-def parse_shard(shard: Any) -> tuple[int, int]:
-    """``(rank, size)`` of a pair or a 1-D DeviceMesh.
+def _known(axes: Collection[str]) -> str:
+    return ", ".join(repr(axis) for axis in sorted(axes)) or "none"
+
+
+def parse_shard(shard: Any, mesh_dim: str | None = None) -> tuple[int, int]:
+    """``(rank, size)`` of a pair or a 1-D DeviceMesh, whose dim is called ``mesh_dim`` if both have a name.
 
     Raises:
         FeedError: anything else, or a rank outside the size.
     """
-    pair = mesh_shard(shard)
-    if pair is None:
+    mesh = as_mesh(shard)
+    if mesh is None:
         if not isinstance(shard, tuple) or len(shard) != 2 or not all(isinstance(part, int) for part in shard):
             raise FeedError(f"shard is (rank, size) or a 1-D DeviceMesh, not {shard!r}")
-        pair = shard
-    rank, size = pair
+        rank, size = shard
+    else:
+        names = mesh.mesh_dim_names or ()
+        wanted = mesh_dim or "cp"
+        if mesh.ndim != 1:
+            hint = f"shard=mesh[{wanted!r}]" if wanted in names else "its context-parallel dim alone"
+            raise FeedError(f"shard is a {mesh.ndim}-D DeviceMesh ({', '.join(names) or 'unnamed dims'}); give {hint}")
+        if mesh_dim is not None and names and names != (mesh_dim,):
+            raise FeedError(
+                f"shard is the mesh dim {names[0]!r}, but the program was made for the context-parallel dim "
+                f"{mesh_dim!r}"
+            )
+        place = mesh.get_coordinate()
+        if place is None:
+            raise FeedError(f"shard is the {mesh}, and rank {torch.distributed.get_rank()} is not in the mesh")
+        rank, size = place[0], mesh.size()
     if size < 1 or not 0 <= rank < size:
-        raise FeedError(f"shard {pair}: the rank is outside 0..{size - 1}")
+        raise FeedError(f"shard {(rank, size)}: the rank is outside 0..{size - 1}")
     return rank, size

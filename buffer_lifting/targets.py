@@ -6,11 +6,16 @@ Both kinds execute code: a module is imported, and torch unpickles parts of a ``
 from __future__ import annotations
 
 import importlib
+import logging
+import pkgutil
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+
+_NOT_REGISTERED = re.compile(r"Deserializing ([\w.]+) in pytree is not registered")
 
 
 class TargetError(Exception):
@@ -102,9 +107,44 @@ def _read(path: Path, load: Callable[[Any], Any], expected: str) -> Any:
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}") from error
     try:
-        return load(str(path))
+        return _with_classes(load, str(path))
     except Exception as error:
         raise TargetError(f"{path}: not {expected} ({first_line(error)})") from error
+
+
+def _with_classes(load: Callable[[Any], Any], path: str) -> Any:
+    """What ``load`` makes of a trusted file.
+
+    A program may return objects (Hugging Face's ``ModelOutput``) that torch can only make once the module of their
+    class is imported: it is imported then. torch logs why a file cannot be read, with a traceback, and raises an
+    error without the reason: here the reason is raised, and nothing is printed.
+    """
+    logger, known = logging.getLogger("torch.export"), set[str]()
+    while True:
+        reasons: list[BaseException] = []
+
+        def keep(record: logging.LogRecord, reasons: list[BaseException] = reasons) -> bool:
+            error = record.exc_info[1] if record.exc_info else None
+            reasons += [error] if error is not None else []
+            return error is None
+
+        logger.addFilter(keep)
+        try:
+            return load(path)
+        except Exception as error:
+            reason = reasons[-1] if reasons else error
+            match = _NOT_REGISTERED.search(str(reason))
+            if match is None or match[1] in known:
+                raise reason from error
+            known.add(match[1])
+            try:
+                pkgutil.resolve_name(match[1])
+            except Exception:
+                raise TargetError(
+                    f"it returns a {match[1]}, and {match[1].split('.')[0]} cannot be imported here"
+                ) from error
+        finally:
+            logger.removeFilter(keep)
 
 
 def _call(target: str) -> Any:

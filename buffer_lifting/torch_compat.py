@@ -157,6 +157,14 @@ def fake_mode_of(value: Any) -> Any:
     return value.fake_mode
 
 
+def symbolic_kernels() -> Any:
+    """Lets ops on fakes find the Python kernels that take symbolic sizes, as tracing does. Private: the dispatcher's
+    switch (FakeTensorMode does not turn it on by itself)."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 def returns_alias(node: Node) -> bool:
     """Whether a call returns a view of, or the same tensor as, one of its arguments (the schema's alias marks)."""
     schema = getattr(node.target, "_schema", None)
@@ -313,13 +321,13 @@ def balancer_indices(balancer: Any) -> torch.Tensor | None:
     return cast("torch.Tensor | None", balancer._generate_indices(restore=False))
 
 
-def mesh_shard(value: Any) -> tuple[int, int] | None:
-    """``(rank, size)`` of a 1-D DeviceMesh, ``None`` for anything else."""
+def as_mesh(value: Any) -> Any:
+    """A DeviceMesh, ``None`` for anything else (which does not import torch.distributed)."""
+    if isinstance(value, tuple):
+        return None
     from torch.distributed.device_mesh import DeviceMesh
 
-    if not isinstance(value, DeviceMesh):
-        return None
-    return int(value.get_local_rank()), int(value.size())
+    return value if isinstance(value, DeviceMesh) else None
 
 
 def _replicate() -> type:
@@ -333,6 +341,21 @@ def _replicate() -> type:
 def REPLICATE() -> Any:
     """The chunk spec of a keyword that every microbatch gets whole."""
     return _replicate()()
+
+
+def without_first_step(stage: Any, voted: bool) -> None:
+    """Leaves out what a ``PipelineStage`` that was given its shapes need not do on the first step of its schedule.
+
+    Private: ``_post_metadata_inference_cleanup`` (drops the gradients of an FSDP module, those that earlier steps
+    accumulated included, although there was no dry run whose gradients it would have to drop) and, where earlier
+    stages of the same ranks have ``voted`` that all shapes are given, ``_warmup_forward_vote`` and
+    ``_warmup_backward_result`` (one message each between neighbouring stages). ``PipelineStage`` has no public way
+    to say that nothing is left to infer.
+    """
+    stage._post_metadata_inference_cleanup = lambda: None
+    if voted:
+        stage._warmup_forward_vote = lambda has_backward, received_acc=None: torch.ones(1, dtype=torch.int32)
+        stage._warmup_backward_result = lambda received_result=None: torch.ones(1, dtype=torch.int32)
 
 
 _RENAMED = {

@@ -129,6 +129,7 @@ class Writes(nn.Module):
         mask = torch.zeros(length, length, dtype=torch.int32)
         mask[:, 1:] = 1
         mask[0].fill_(2.0)
+        mask.fill_diagonal_(0.5)
         mask.t().unsqueeze(0).narrow(1, 0, 2).add_(1)
         mask.permute(1, 0).masked_fill_(mask > 2, 0)
         self.cache[:length] = torch.arange(length)[:, None] * 0.5

@@ -44,8 +44,14 @@ def probe(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
 
 
 def failures(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
-    """What each misuse raises on this rank, and after how many seconds. No attempt communicates."""
+    """What each misuse raises on this rank, and after how many seconds.
+
+    No attempt communicates but the last one: a runner that compares the ranks, of which the last has a wrong feed.
+    """
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.pipelining import Schedule1F1B
+
+    import buffer_lifting as bl
 
     mesh = mesh_of(cell.pp, cell.cp)
     only_pp = init_device_mesh("cpu", (4,), mesh_dim_names=("pp",))
@@ -84,7 +90,18 @@ def failures(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
         "step: feed of another length": lambda: step(longer),
         "step: a feed is missing": lambda: step({name: right[name] for name in list(right)[1:]}),
     }
-    return {"raised": {name: _raised(attempt) for name, attempt in attempts.items()}}
+    found = {name: _raised(attempt) for name, attempt in attempts.items()}
+    runner = bl.StepRunner(
+        staged,
+        Schedule1F1B,
+        "cpu",
+        n_microbatches=MICROBATCHES,
+        loss_fn=cross_entropy_sum,
+        mesh=mesh,
+        compare_ranks=True,
+    )
+    feed = longer if rank == cell.cp - 1 else right
+    return {"raised": found, "runner": _raised(lambda: runner.step(target=target, **own, **feed))}
 
 
 def one_wrong_feed(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class Sends:
         """Counts inside the block; every way of sending ends in the process group's ``send``."""
         from torch.distributed import ProcessGroup
 
-        original = ProcessGroup.send
+        original = ProcessGroup.__dict__["send"]  # as a method: the class attribute, put back, would be none
 
         def send(group: Any, tensors: list[Tensor], *args: Any, **kwargs: Any) -> Any:
             self.posted += [tensor.numel() * tensor.element_size() for tensor in tensors]

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 from zoo.catalog import PATTERNS, Expected, cells, entries, expected
-from zoo.running import LIMIT, Cell, Pool, Record, differences, run_cell
+from zoo.running import LIMIT, Cell, Pool, Record, differences, run_cell, wrong_tags
 
 ROOT = Path(__file__).parent.parent
 #: At least so many architectures of real libraries, and so many models for each pattern class.
@@ -51,7 +51,9 @@ def test_a_table_line_says_reads_or_a_refusal() -> None:
     for cell, line in expected().items():
         assert bool(line.reads) != bool(line.refusal), f"{cell} says neither or both"
         assert all(code[:3] == "BL0" and count > 0 for code, count in line.reads.items()), cell
-        assert all(code[:3] in ("BL1", "BL2") for code in line.refusal.split(",") if code), cell
+        codes = {line.refusal, *line.consequences} - {""}
+        assert all(len(code) == 5 and code[:3] in ("BL1", "BL2") for code in codes), cell
+        assert line.refusal not in line.consequences, cell
 
 
 def test_there_are_enough_real_architectures() -> None:
@@ -60,6 +62,7 @@ def test_there_are_enough_real_architectures() -> None:
 
 
 def test_every_pattern_class_occurs_in_enough_models() -> None:
+    """The tags are compared with what occurs in the programs by ``test_tags`` and ``test_all_tags``."""
     found = Counter(pattern for entry in entries().values() for pattern in set(entry.patterns))
     few = {pattern: found[pattern] for pattern in PATTERNS if found[pattern] < MODELS_PER_PATTERN}
     assert not few
@@ -88,11 +91,13 @@ def test_a_record_that_departs_from_the_table_is_noticed(wrong: Record) -> None:
 
 def test_only_the_permitted_refusal_is_accepted() -> None:
     refused = Record("a", "b", "static", refusals={"BL201": 1, "BL105": 2}, findings=("BL105 x", "BL201 y"))
-    assert differences(refused, Expected({}, "BL201,BL105")) == []
-    assert differences(refused, Expected({}, "BL201"))
-    assert differences(refused, Expected({}, "BL202,BL201,BL105"))
+    table = Expected({}, "BL201", frozenset({"BL105"}))
+    assert differences(refused, table) == []
+    assert differences(refused, Expected({}, "BL201")), "a code that is not written as following from the refusal"
+    assert differences(refused, Expected({}, "BL202", frozenset({"BL201", "BL105"}))), "another finding decides"
+    assert differences(refused, Expected({}, "BL201", frozenset({"BL105", "BL202"}))), "a consequence is gone"
     assert differences(GOOD, Expected({}, "BL201"))
-    assert differences(replace(refused, error="ValueError: no"), Expected({}, "BL201,BL105"))
+    assert differences(replace(refused, error="ValueError: no"), table)
 
 
 def test_what_breaks_is_recorded_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +118,26 @@ def test_a_cell_that_takes_too_long_is_a_failure() -> None:
         assert differences(pool[QUICK[0]], expected()[QUICK[0]]) == ["it fails: it took more than 0 seconds"]
 
 
+def test_a_wrong_tag_is_noticed() -> None:
+    entry = replace(next(iter(entries().values())), patterns=("slice", "hop"))
+    records = [replace(GOOD, patterns=("slice",)), replace(GOOD, patterns=("hop", "slice"))]
+    assert wrong_tags(entry, records) == []
+    assert wrong_tags(entry, records[:1]) == ["hop does not occur in any export"]
+    assert wrong_tags(replace(entry, patterns=("slice",)), records) == ["hop occurs and is no tag"]
+
+
 # The cells ----------------------------------------------------------------------------------------------
 
 
 def _judge(record: Record, cell: Cell) -> None:
     found = differences(record, expected().get(cell))
     assert not found, "\n".join([*found, *record.findings, record.error]).strip()
+
+
+def _judge_tags(name: str, records: Pool) -> None:
+    """An entry's tags are what its exports have: no class more and none less."""
+    entry = entries()[name]
+    assert wrong_tags(entry, [records[cell] for cell in CELLS if cell[0] == name]) == []
 
 
 @pytest.mark.timeout(2 * LIMIT + 60)
@@ -132,6 +151,19 @@ def test_quick(cell: Cell, records: Pool) -> None:
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
 def test_cell(cell: Cell, records: Pool) -> None:
     _judge(records[cell], cell)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", [name for name, entry in entries().items() if entry.quick])
+def test_tags(name: str, records: Pool) -> None:
+    _judge_tags(name, records)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", list(entries()))
+def test_all_tags(name: str, records: Pool) -> None:
+    _judge_tags(name, records)
 
 
 @pytest.mark.slow

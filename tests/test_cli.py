@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -180,6 +181,22 @@ def test_lift_refuses_unless_told_otherwise(tmp_path: Path, capsys: pytest.Captu
     assert path.exists()
 
 
+def test_split_shows_what_is_refused_like_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scan", "cli_targets:mixing"]) == 1
+    expected = capsys.readouterr().out
+    assert main(["split", "cli_targets:mixing", "-o", str(tmp_path / "stages"), "--num-stages", "2"]) == 1
+    assert capsys.readouterr().out == expected
+
+
+def test_reads_of_tables_of_layers_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scan", "gpt.pt2"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "attn.bias" in line and ": BL" in line]
+    assert "buffer 'transformer.h.*.attn.bias'" in line and line.endswith("[x2 layers: transformer.h.*.attn]")
+    assert main(["check", "gpt.pt2"]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "attn.bias" in line and ": BL" in line]
+    assert "buffer 'transformer.h.*.attn.bias'" in line and line.endswith("[x2 layers: transformer.h.*.attn]")
+
+
 def test_split_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["-o", str(tmp_path / "stages")]
     assert main(["split", "gpt.pt2", *out, "--split-points", "no.such.module"]) == 1
@@ -231,6 +248,30 @@ def test_bad_targets(target: str, message: str, capsys: pytest.CaptureFixture[st
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
     assert "Traceback" not in captured.err
+
+
+def test_a_program_of_hugging_face_loads_in_a_fresh_process() -> None:
+    """torch can load it only once the class of its outputs is imported."""
+    done = python("-m", "buffer_lifting", "scan", "llama.pt2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "lifted_model_rotary_emb_inv_freq" in done.stdout
+
+
+def test_outputs_of_a_class_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def load(path: str) -> None:
+        try:
+            raise NotImplementedError("Deserializing no_such_package.outputs.Output in pytree is not registered.")
+        except NotImplementedError:
+            logging.getLogger("torch.export").warning("Ran into the following error", exc_info=True)
+        raise RuntimeError("check the warnings above")
+
+    monkeypatch.setattr("torch.export.load", load)
+    assert main(["scan", "gpt.pt2"]) == 2
+    captured = capfd.readouterr()
+    assert len(captured.err.splitlines()) == 1 and "check the warnings above" not in captured.err
+    assert "it returns a no_such_package.outputs.Output, and no_such_package cannot be imported here" in captured.err
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +326,7 @@ def test_axes() -> None:
 # starting
 
 
-@pytest.mark.parametrize("command", ["", "scan", "lift", "split", "verify", "demo"])
+@pytest.mark.parametrize("command", ["", "scan", "lift", "split", "verify", "report", "demo"])
 def test_help_does_not_import_torch(command: str) -> None:
     code = (
         "import sys; from buffer_lifting.cli import main; "
@@ -296,6 +337,11 @@ def test_help_does_not_import_torch(command: str) -> None:
     assert "exit codes: 0 clean, 1 findings, 2 could not check" in done.stdout
     if command not in ("", "demo"):
         assert "use only files you trust" in done.stdout
+
+
+def test_version() -> None:
+    done = python("-m", "buffer_lifting", "--version")
+    assert (done.returncode, done.stdout) == (0, f"buffer-lifting {bl.__version__}\n")
 
 
 def test_as_a_module() -> None:

@@ -17,9 +17,12 @@ from cp_probes import PERTURBED, moved, probe_inputs
 from cp_worker import ORDERS, WORLD, Cell, cp_program, order_of, slots_of, unlifted_feed
 from parity_models import BATCH, DOCUMENTS, PROBED, SEQ, WINDOW, build
 from pipeline_worker import run_cells
+from zoo import export_case
 
+import buffer_lifting as bl
 from buffer_lifting.oracles.lockstep import run_ranks
 from buffer_lifting.oracles.running import runnable
+from buffer_lifting.stage_inputs import check_inputs_of
 
 #: Seconds for the processes of one test.
 BUDGET = 200.0
@@ -159,6 +162,41 @@ def test_misuse_is_an_error_at_once_on_every_rank(attempt: str, on_gloo: dict[Ce
         for word in words:
             assert word.format(rank=rank) in raised["message"], raised
         assert raised["seconds"] < 10
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(BUDGET + 60)
+def test_a_runner_that_compares_ranks_refuses_the_step_on_all(on_gloo: dict[Cell, Any]) -> None:
+    """One rank has a wrong feed. The others, whose pipeline it is not in, wait for its keys: they are told."""
+    for rank, record in enumerate(ranks_of(FAILURES, on_gloo)):
+        raised = record["runner"]
+        assert raised["type"] == "FeedError", raised
+        assert ("'lifted_freqs_cis'" if rank == WORLD - 1 else "another rank refused") in raised["message"], raised
+        assert raised["seconds"] < 10
+
+
+def test_a_stage_refuses_inputs_that_disagree() -> None:
+    """Before it computes: missing inputs, and sizes of inputs or activations that do not fit each other."""
+    _, program = export_case("llama_pr1797")
+    staged = bl.partition(bl.context_parallel(bl.lift(program), size=1), num_stages=2)
+    first, second = staged.stages
+    for stage in (first, second, second):
+        check_inputs_of(staged.lifted, stage)
+    assert len(second.module._forward_pre_hooks) == 1
+    tokens = torch.arange(22).view(2, 11)
+    feed, longer, more = staged.feed(2, 11), staged.feed(2, 12), staged.feed(3, 11)
+    hidden = first.module(tokens, **feed)
+    assert torch.equal(second.module(hidden, **feed), staged(tokens, **feed))
+    with pytest.raises(bl.FeedError, match=r"stage 0 is not given 'lifted_freqs_cis'"):
+        first.module(tokens)
+    with pytest.raises(bl.FeedError, match=r"'lifted_\w+' \(2, 12.*but 'tokens' \(2, 11\) has 11.*axis 'seq'"):
+        first.module(tokens, **longer)
+    with pytest.raises(bl.FeedError, match=r"'lifted_\w+' \(3, 11.*disagree about the batch"):
+        first.module(tokens, **more)
+    with pytest.raises(bl.FeedError, match=r"stage 1 gets '\w+' \(2, 11, 32\).*makes it \(2, 12, 32\)"):
+        second.module(hidden, **longer)
+    with pytest.raises(bl.FeedError, match=r"stage 1 gets '\w+' \(2, 11, 32\).*makes it \(3, 11, 32\)"):
+        second.module(hidden, **more)
 
 
 @pytest.mark.multiprocess

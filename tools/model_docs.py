@@ -62,9 +62,9 @@ def render(records: Mapping[Cell, Record]) -> str:
         rows = [row for entry in shown if entry.library == library for row in rows_of(entry, records)]
         parts.append("\n".join([f"## {_versioned(library)}", "", HEAD, *rows]))
     classes = ["## Pattern classes", "", "| class | what it is | models |", "|---|---|---|"]
-    for pattern, meaning in PATTERNS.items():
-        names = [entry.name for entry in shown if pattern in entry.patterns]
-        classes.append(f"| {pattern} | {meaning} | {len(names)}: {', '.join(names)} |")
+    for name, pattern in PATTERNS.items():
+        names = [entry.name for entry in shown if name in entry.patterns]
+        classes.append(f"| {name} | {pattern.meaning} | {len(names)}: {', '.join(names)} |")
     return "\n\n".join(part.strip("\n") for part in [*parts, "\n".join(classes)]) + "\n"
 
 
@@ -115,6 +115,7 @@ def _columns(record: Record) -> tuple[str, ...]:
     notes = [f"**{_cell(line)}**" for line in record.findings]
     notes += [f"{_cell(reason)}: {count}" for reason, count in record.handled.items()]
     notes += [f"the control of {name} moves nothing" for name in record.silent]
+    notes += ["frozen for the export: flex_attention on CPU has no backward"] if record.frozen else []
     reads = _joined(f"{KINDS.get(code, code)} {count}" for code, count in record.reads.items())
     if record.refusals:
         return "", "", "refused", "; ".join(notes)

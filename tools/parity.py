@@ -3,7 +3,7 @@
     python tools/parity.py              # a covering set of cells: each pair of model, order, mesh, schedule and dtype
     python tools/parity.py --all        # all of them
     python tools/parity.py --readme     # and the tables in README.md
-    python tools/parity.py --check      # fails if README.md has other rows, columns or bounds than a run gives (with --all if it has)
+    python tools/parity.py --check      # fails if README.md has other rows, columns or bounds than a run gives
 
 Exit codes: 0 every cell gave what it has to, 1 some cell did not (or, with ``--check``, README.md is out of date).
 """

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, as_it_is, pointwise, rule
-from buffer_lifting.graph.sizes import Size
+from buffer_lifting.axis_rules.core import (
+    Alignment,
+    AxisResult,
+    OpView,
+    align,
+    as_it_is,
+    by_keys,
+    pointwise,
+    rule,
+    where_it_varies,
+)
 from buffer_lifting.labels import (
     BATCH,
     COL,
@@ -41,6 +50,10 @@ def _matmul(view: OpView) -> AxisResult:
     left_shape, right_shape, shape = view.shape(left_path), view.shape(right_path), view.shape("out")
     if left_shape is None or right_shape is None or shape is None:
         return AxisResult(None)
+    vector = len(right_shape) == 1 and not view.is_data(right_path) and view.node.base_op == "aten.matmul"
+    rows = view.labels(left_path) if vector else None
+    if rows is not None and len(rows) > 1 and not is_labelled(rows[-1]):
+        return AxisResult((rows[:-1],), {left_path: as_it_is(rows), right_path: Alignment(features(right_shape), None)})
     if len(left_shape) < 2 or len(right_shape) < 2:
         return AxisResult(None, mixing="a matrix-vector product whose axes are not known")
     left, right = view.labels(left_path), view.labels(right_path)
@@ -260,6 +273,9 @@ def _attention(view: OpView) -> AxisResult:
     if mask is not None:
         scores = (*query[:-1], with_role(key[-2], COL))
         operands["attn_mask"] = align(scores, mask)
+        own = view.labels("attn_mask") if view.is_data("attn_mask") else None
+        if own is not None and by_keys(where_it_varies(view, "attn_mask", own), scores):
+            operands["attn_mask"] = Alignment(own, operands["attn_mask"].batch_from_right)
     if any(f.axis == BATCH for dim in (query[-2], key[-2]) for f in dim):
         return AxisResult((out,), operands, "attention along the batch")
     if not has_seq(query[-2]) or not has_seq(key[-2]):
@@ -278,138 +294,3 @@ def _view_as_complex(view: OpView) -> AxisResult:
 def _view_as_real(view: OpView) -> AxisResult:
     labels = view.labels("self")
     return AxisResult(None if labels is None else ((*labels, feature(2)),))
-
-
-@rule("topk", "sort", "argsort", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff")
-def _along_dim(view: OpView) -> AxisResult:
-    labels = view.labels("self")
-    if labels is None:
-        return AxisResult(None)
-    dim = view.dim("dim", len(labels), -1)
-    if is_labelled(labels[dim]):
-        return AxisResult(None, mixing=f"{view.node.base_op} runs along the sequence or batch")
-    outs = tuple((*labels[:dim], feature(s[dim]), *labels[dim + 1 :]) for s in view.shapes_out())
-    return AxisResult(outs)
-
-
-@rule(
-    "roll",
-    "flip",
-    "gather",
-    "index_select",
-    "index",
-    "index_put",
-    "scatter",
-    "scatter_add",
-    "constant_pad_nd",
-    "pad",
-)
-def _moves(view: OpView) -> AxisResult:
-    labels, shape = view.labels("self"), view.shape("out")
-    op = view.node.base_op
-    if labels is None and shape is not None and op in ("aten.gather", "aten.index", "aten.index_select"):
-        return _from_table(view, shape)
-    if labels is None or shape is None:
-        return AxisResult(None)
-    if op in ("aten.roll", "aten.flip"):
-        dims = view.node.args.get("dims")
-        over = {d % len(labels) for d in dims if isinstance(d, int)} if isinstance(dims, tuple) else set()
-        if over and not any(is_labelled(labels[d]) for d in over):
-            return AxisResult((labels,))
-    if op in ("aten.constant_pad_nd", "aten.pad"):
-        # by the widths, not by the sizes: (1, -1) shifts a dim and keeps its size
-        widths = view.node.args.get("pad")
-        widths = widths if isinstance(widths, tuple) else ()
-        changed = {len(labels) - 1 - i // 2 for i, width in enumerate(widths) if width != 0}
-        if widths and not any(is_labelled(labels[d]) for d in changed):
-            return AxisResult((tuple(feature(shape[d]) if d in changed else x for d, x in enumerate(labels)),))
-    if op == "aten.index":
-        return _index(view, labels, shape)
-    if op in ("aten.gather", "aten.index_select"):
-        dim = view.dim("dim", len(labels))
-        if not is_labelled(labels[dim]):
-            picked = _picked(view, "index", dim if op == "aten.gather" else 0, labels)
-            out = (*labels[:dim], picked, *labels[dim + 1 :])
-            if op == "aten.index_select":
-                return AxisResult((out,), {"index": Alignment((picked,), None)})
-            return AxisResult((out,), {"index": align(out, view.shape("index") or ())})
-    return AxisResult(None, mixing=f"{op} may move elements along the sequence")
-
-
-def _from_table(view: OpView, shape: tuple[Size, ...]) -> AxisResult:
-    """Rows of a table without data or user contents, picked by an index with labels."""
-    if view.is_lost("self"):
-        return AxisResult(None)
-    if view.node.base_op == "aten.gather":
-        index = view.labels("index")
-        if index is None:
-            return AxisResult(None)
-        table = Alignment(features(view.shape("self") or ()), None)
-        return AxisResult((index,), {"index": as_it_is(index), "self": table})
-    arg = view.node.args.get("indices")
-    paths = [f"indices.{d}" for d, item in enumerate(arg) if item is not None] if isinstance(arg, tuple) else ["index"]
-    dim = view.dim("dim", len(view.shape("self") or ())) if paths == ["index"] else int(paths[0].partition(".")[2])
-    index = view.labels(paths[0]) if len(paths) == 1 else None
-    if index is None:
-        return AxisResult(None)
-    rest = shape[dim + len(index) :]
-    out = (*features(shape[:dim]), *index, *features(rest))
-    table = Alignment(features(view.shape("self") or ()), None)
-    return AxisResult((out,), {paths[0]: as_it_is(index), "self": table})
-
-
-@rule("repeat_interleave")
-def _repeat_interleave(view: OpView) -> AxisResult:
-    labels, shape = view.labels("self"), view.shape("out")
-    dim = view.node.args.get("dim")
-    if labels is None or shape is None:
-        return AxisResult(None)
-    if not isinstance(dim, int) or is_labelled(labels[dim % len(labels)]):
-        return AxisResult(None, mixing="the sequence is repeated")
-    dim %= len(labels)
-    return AxisResult(((*labels[:dim], feature(shape[dim]), *labels[dim + 1 :]),))
-
-
-def _picked(view: OpView, path: str, dim: int, labels: Labels) -> DimLabel:
-    """The label of a dim that an index picks from features: ``scores.gather(-1, i - j)`` makes it the keys."""
-    shape, own = view.shape(path) or (), view.labels(path) or view.positional(path)
-    label = own[dim] if own else ()
-    if not has_seq(label):
-        return feature(shape[dim])
-    taken = {(f.axis, f.role) for other in labels for f in other if f.is_seq}
-    for role in (ROW, COL):
-        if not any((f.axis, role) in taken for f in label):
-            return with_role(label, role)
-    return feature(shape[dim])
-
-
-def _index(view: OpView, labels: Labels, shape: tuple[Size, ...]) -> AxisResult:
-    """Features picked by one index: ``qkv[:, :, :, [-2]]``."""
-    indices = view.node.args.get("indices")
-    given = (
-        [(d, f"indices.{d}") for d, arg in enumerate(indices) if arg is not None] if isinstance(indices, tuple) else []
-    )
-    if len(given) != 1 or is_labelled(labels[given[0][0]]):
-        return AxisResult(None, mixing="aten.index may move elements along the sequence")
-    dim, path = given[0]
-    own = view.shape(path) or ()
-    meta = view.record.nodes[dict(view.node.named_refs())[path]].tensor
-    if meta is None or meta.dtype == "bool":
-        return AxisResult(None, mixing="aten.index by a mask may move elements along the sequence")
-    rest = (*labels[:dim], *labels[dim + 1 :])
-    picked = tuple(_picked(view, path, d, rest) for d in range(len(own)))
-    if len({(f.axis, f.role) for d in picked for f in d if f.is_seq}) != sum(has_seq(d) for d in picked):
-        return AxisResult(None, mixing="aten.index may move elements along the sequence")
-    out = (*labels[:dim], *picked, *labels[dim + 1 :])
-    return AxisResult((out,), {path: Alignment(picked, None)})
-
-
-@rule("glu")
-def _glu(view: OpView) -> AxisResult:
-    labels, shape = view.labels("self"), view.shape("out")
-    if labels is None or shape is None:
-        return AxisResult(None)
-    dim = view.dim("dim", len(labels), -1)
-    if is_labelled(labels[dim]):
-        return AxisResult(None, mixing="the sequence is split")
-    return AxisResult(((*labels[:dim], feature(shape[dim]), *labels[dim + 1 :]),))

@@ -57,12 +57,16 @@ class OpView:
         record: GraphRecord,
         node: Node,
         known: dict[str, tuple[Labels, ...] | None],
-        positional: Callable[[str], Labels | None] = lambda name: None,
+        positional: Callable[..., Labels | None] = lambda name, of_users=False: None,
         lengths: Mapping[str, Size] | None = None,
         data: Callable[[str], bool] = lambda name: True,
+        varies: Callable[[str], tuple[bool, ...]] | None = None,
     ) -> None:
-        """``positional``: the labels of a value without user contents, as far as its sizes tell."""
-        self._data = data
+        """``positional``: the labels of a value without user contents, as far as its sizes tell.
+
+        ``varies``: for each dim of a value whether two elements along it can differ (default: they can).
+        """
+        self._data, self._varies = data, varies
         self.record, self.node, self.known, self._positional = record, node, known, positional
         self._lengths = lengths or {}
 
@@ -74,6 +78,11 @@ class OpView:
         """The labels of an operand without user contents, by its sizes; ``None`` for anything else."""
         name = dict(self.node.named_refs()).get(path)
         return self._positional(name) if name and self.known.get(name) is None else None
+
+    def by_sizes(self, path: str) -> Labels | None:
+        """The same, of a value of user contents as well: what it is made of has to bear it out."""
+        name = dict(self.node.named_refs()).get(path)
+        return self._positional(name, True) if name and not self._data(name) else None
 
     def shape(self, path: str) -> tuple[Size, ...] | None:
         """The shape of a tensor operand (or of ``"out"``, the first output)."""
@@ -102,6 +111,12 @@ class OpView:
         name = dict(self.node.named_refs()).get(path)
         return name is not None and self._data(name)
 
+    def varies(self, path: str) -> tuple[bool, ...]:
+        """For each dim of a tensor operand, whether two elements along it can differ."""
+        if self._varies is None:
+            return tuple(size != 1 for size in self.shape(path) or ())
+        return self._varies(dict(self.node.named_refs())[path])
+
     def is_lost(self, path: str) -> bool:
         """Whether an operand is data whose labels an earlier op has lost."""
         name = dict(self.node.named_refs()).get(path)
@@ -122,7 +137,7 @@ class OpView:
         return pairs
 
 
-Rule = Callable[[OpView], AxisResult]
+Rule = Callable[[OpView], AxisResult | None]
 _RULES: dict[str, Rule] = {}
 
 
@@ -171,7 +186,7 @@ def pointwise(view: OpView) -> AxisResult:
     refs = dict(view.node.named_refs())
     tensors = [(path, own) for path, own in view.tensors() if refs[path] in contents]  # type_as takes only a dtype
     paths = [path for path, _ in tensors if view.is_data(path)] or [path for path, _ in tensors]
-    known = [labels for path in paths if (labels := view.labels(path)) is not None]
+    known, bent = _spread_data(view, paths)
     if not known and any(view.is_lost(path) for path in paths):
         return AxisResult(None)  # reported where the labels were lost
     known = _read_by_keys(view, known)
@@ -188,7 +203,69 @@ def pointwise(view: OpView) -> AxisResult:
         return AxisResult((swapped,) * len(view.shapes_out()), operands, TRANSPOSED, True)
     out = _born(view, out)
     operands = {path: align(out, s) for path, s in tensors}
-    return AxisResult((out,) * len(view.shapes_out()), operands)
+    for path in bent:
+        operands[path] = Alignment(view.labels(path) or (), operands[path].batch_from_right)
+    mixing = OF_KEYS if any(bent.values()) else ""
+    return AxisResult((out,) * len(view.shapes_out()), operands, mixing, bool(mixing))
+
+
+def _spread_data(view: OpView, paths: list[str]) -> tuple[list[Labels], dict[str, bool]]:
+    """The labels of the operands that count, and the data operands among them whose own labels differ from these.
+
+    Data that is the same all along a dim (a norm expanded to the scores, ``[B, H, 1, S]`` expanded to
+    ``[B, H, S, S]``) broadcasts there. For each such operand: whether it is read by the keys (:func:`by_keys`).
+    """
+    squares = [own for path, _ in view.tensors() if _is_square(own := view.labels(path) or view.by_sizes(path))]
+    known: list[Labels] = []
+    bent: dict[str, bool] = {}
+    for path in paths:
+        labels = view.labels(path)
+        if labels is None:
+            continue
+        if view.is_data(path):
+            plain = where_it_varies(view, path, labels)
+            square = next((own for own in squares if own and by_keys(plain, own)), None)
+            if square is not None or plain != labels:
+                bent[path] = square is not None
+            labels = plain
+            if square is not None:
+                labels = by_keys(plain, square) or plain
+                known.append(tuple(dim if has_seq(dim) else () for dim in square))
+        known.append(labels)
+    return known, bent
+
+
+def where_it_varies(view: OpView, path: str, labels: Labels) -> Labels:
+    """Data labels without dims along which all elements are equal: features, and one of two dims of one role."""
+    flags = view.varies(path)
+    if len(flags) != len(labels):
+        return labels
+    twice = [dim for dim in labels if has_seq(dim) and labels.count(dim) > 1]
+    equal = [not flag and (not is_labelled(dim) or dim in twice) for flag, dim in zip(flags, labels, strict=True)]
+    return tuple(() if same else dim for same, dim in zip(equal, labels, strict=True))
+
+
+def _is_square(labels: Labels | None) -> bool:
+    """Whether a value has queries and keys."""
+    return labels is not None and {f.role for dim in labels for f in dim if f.is_seq} == {ROW, COL}
+
+
+def by_keys(labels: Labels, scores: Labels) -> Labels | None:
+    """Labels of data ``[B, H, 1, S]`` where it meets scores ``[B, H, S, S]``: it runs along their keys.
+
+    ``None`` unless its only sequence dim stands where the scores have the keys of the same sequence, and it has
+    nothing (size 1, or no dim) where they have the queries.
+    """
+    seq = [d for d, dim in enumerate(labels) if has_seq(dim)]
+    if len(seq) != 1:
+        return None
+    keys = seq[0] - len(labels)
+    if -keys > len(scores) or with_role(labels[keys], COL) != scores[keys] or labels[keys] == scores[keys]:
+        return None
+    queries = next((d - len(scores) for d, dim in enumerate(scores) if dim == labels[keys]), None)
+    if queries is None or (-queries <= len(labels) and labels[queries]):
+        return None
+    return (*labels[: seq[0]], scores[keys], *labels[seq[0] + 1 :])
 
 
 def _born(view: OpView, out: Labels) -> Labels:
@@ -207,6 +284,10 @@ def _born(view: OpView, out: Labels) -> Labels:
 
 #: A handled mixing that holds while every rank has all queries: it is refused where the sequence is sharded.
 TRANSPOSED = "attention: scores of keys with queries, transposed"
+
+
+#: A handled mixing: data of each key, where it meets scores. Where the sequence is sharded, keys have to bring it.
+OF_KEYS = "attention: data of the keys meets the scores"
 
 
 def _read_by_keys(view: OpView, known: list[Labels]) -> list[Labels]:

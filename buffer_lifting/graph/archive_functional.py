@@ -57,6 +57,14 @@ def _writes(node: Node) -> bool:
     return node.kind is NodeKind.OP and write_of(node.op) is not None and node.base_op not in _LEFT_ALONE
 
 
+def _form(node: Node) -> str | None:
+    """The op that returns what a write leaves; of the diagonal of one matrix, ``masked_fill``. Empty: no such op."""
+    if node.op != "aten.fill_diagonal_.default":
+        return write_of(node.op)
+    matrix = node.tensor is not None and len(node.tensor.shape) == 2
+    return "masked_fill.Scalar" if matrix and not node.args.get("wrap") else ""
+
+
 @dataclass
 class _Storage:
     """One storage: the node that made it, and its latest value."""
@@ -120,7 +128,7 @@ class _Functionalizer:
                 self.source[name] = first
                 if _writes(node):
                     written.setdefault(known.base, []).append(order[name])
-                    if not write_of(node.op) or not self._invertible(first):
+                    if not _form(node) or not self._invertible(first):
                         known.frozen = True
                 continue
             self.storage[name] = _Storage(name, name)
@@ -215,7 +223,7 @@ class _Functionalizer:
 
     def _write(self, node: Node) -> None:
         node = self.nodes[node.name]
-        known, form = self.storage[node.name], write_of(node.op)
+        known, form = self.storage[node.name], _form(node)
         if known.frozen or not form:
             return
         count = len(self.nodes)
@@ -261,6 +269,12 @@ class _Functionalizer:
             if all(isinstance(size, int) for size in before.shape):
                 return self._call("expand.default", (Ref(made), tuple(int(str(s)) for s in before.shape)), before, node)
             return self._call("expand_as.default", (Ref(made), first), before, node)
+        if node.base_op == "aten.fill_diagonal_":
+            where = TensorMeta(before.shape, "bool")
+            ones = self._call("ones_like.default", (first, Opaque("torch.bool")), where, node)
+            upper = self._call("triu.default", (Ref(ones),), where, node)
+            diagonal = self._call("tril.default", (Ref(upper),), where, node)
+            return self._call(form, (first, Ref(diagonal), node.args["fill_value"]), node.meta, node)
         arguments = operands if form != "zeros_like.default" else operands[:1]
         made = self._call(form, tuple(arguments), node.meta, node)
         others = [self.nodes[name].tensor for name in dict.fromkeys(node.refs()) if name != first.name]

@@ -1,14 +1,16 @@
-"""The commands ``rule`` and ``check``: their arguments, and what they print where."""
+"""The commands ``rule``, ``check`` and ``report``: their arguments, and what they print where."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.inspection.baseline import Enabled, Known, apply_baseline, read_baseline, updated, write_baseline
@@ -23,7 +25,12 @@ from buffer_lifting.inspection.sarif_format import render_sarif
 from buffer_lifting.inspection.text import render_text
 from buffer_lifting.program import Axes
 
+if TYPE_CHECKING:
+    from buffer_lifting.inspection.html_report.build import Cut
+    from buffer_lifting.inspection.html_report.views import ProgramView
+
 ParseAxes = Callable[[list[str] | None], Axes | None]
+Observe = Callable[[str, Any], None]
 CHECK_HELP = """\
 A TARGET is a .pt2 file, a directory that `buffer-lifting split` wrote, a glob of these, or package.module:callable,
 whose callable returns an ExportedProgram, a LiftedProgram or a StagedProgram.
@@ -34,6 +41,15 @@ setup.cfg, up to the repository's root; the command line wins. A line of `suppre
 
 exit codes: 0 clean, 1 findings, 2 a target could not be checked (also when others were fine). Findings are on
 stdout, everything else on stderr.
+"""
+REPORT_HELP = """\
+A TARGET is what `check` takes, or a file that `buffer-lifting lift` wrote. Settings and suppressions are those of
+`check`. The page needs no network and no other file.
+
+A .pt2 file is read without running anything from it, but for its stages (--num-stages, --split-points) torch loads
+it, which can run code from the file, as loading a .lifted file can: use only files you trust.
+
+exit codes: 0 clean, 1 findings, 2 could not check. The page is written in every case, if it can be.
 """
 
 
@@ -46,28 +62,94 @@ def _rule(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    name = args.format or settings.config.format or "text"
+    views: list[ProgramView] = []
+    result = _checked(args, settings, _observer(views, settings.axes) if name == "html" else None)
+    statistics = settings.config.statistics if args.statistics is None else args.statistics
+    text = _render(name, result, Places(settings.root), statistics, views)
+    if text:
+        print(text)
+    return _finished(args, settings, result)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from buffer_lifting.inspection.html_report.build import Cut
+    from buffer_lifting.inspection.html_report.page import render_html
+
+    path = Path(args.output)
+    if path.suffix not in (".html", ".htm"):
+        raise CheckError(f"-o {args.output}: the name has to end in .html")
+    settings = _settings(args)
+    cut = None
+    if args.num_stages or args.split_points:
+        points = split(args.split_points) if args.split_points else None
+        cut = Cut(args.num_stages, tuple(points) if points else None)
+    views: list[ProgramView] = []
+    result = _checked(args, settings, _observer(views, settings.axes, cut), trusted=True)
+    path.write_text(render_html(result, Places(settings.root), views) + "\n", encoding="ascii")
+    _log(f"wrote {path}")
+    return _finished(args, settings, result)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The command line over the configuration."""
+
+    root: Path
+    config: Config
+    select: tuple[str, ...]
+    ignore: tuple[str, ...]
+    axes: Axes | None
+
+
+def _settings(args: argparse.Namespace) -> _Settings:
     here = Path.cwd()
     root = repository_root(here)
     config = find_config(here, root)
     select = config.select if args.select is None else _codes(args.select, "--select")
     ignore = config.ignore if args.ignore is None else _codes(args.ignore, "--ignore")
     axes = args.parse_axes(list(config.axes) if args.axes is None else args.axes)
+    return _Settings(root, config, select, ignore, axes)
+
+
+def _checked(
+    args: argparse.Namespace, settings: _Settings, observe: Observe | None, trusted: bool = False
+) -> CheckResult:
+    """Checks the targets, with the baseline; failures and warnings go to stderr."""
+    config, select, ignore = settings.config, settings.select, settings.ignore
     baseline = _baseline(args, config)
     known = read_baseline(baseline) if baseline and (baseline.exists() or not args.update_baseline) else {}
-    result = run(args.targets, axes, select, ignore, config, args.debug)
+    result = run(args.targets, settings.axes, select, ignore, config, args.debug, observe, trusted)
     if baseline is not None:
-        result = _with_baseline(result, baseline, known, root, partial(is_enabled, select=select, ignore=ignore), args)
+        enabled = partial(is_enabled, select=select, ignore=ignore)
+        result = _with_baseline(result, baseline, known, settings.root, enabled, args)
     for failure in result.failures:
         _log(f"error: {failure.code} {failure.message}")
     for warning in result.warnings:
         _log(f"warning: {warning}")
-    statistics = config.statistics if args.statistics is None else args.statistics
-    text = _render(args.format or config.format or "text", result, Places(root), statistics)
-    if text:
-        print(text)
+    return result
+
+
+def _finished(args: argparse.Namespace, settings: _Settings, result: CheckResult) -> int:
+    """The last line, and the exit code."""
     _log(_summary(result))
-    exit_zero = config.exit_zero if args.exit_zero is None else args.exit_zero
+    exit_zero = settings.config.exit_zero if args.exit_zero is None else args.exit_zero
     return 0 if exit_zero and result.exit_code == FINDINGS else result.exit_code
+
+
+def _observer(views: list[ProgramView], axes: Axes | None, cut: Cut | None = None) -> Observe:
+    """Adds the view of every target that could be read; what is missing of one is a warning."""
+    from buffer_lifting.inspection.html_report.build import view_of
+
+    def observe(target: str, subject: Any) -> None:
+        with redirect_stdout(sys.stderr):
+            view = view_of(target, subject, axes, cut)
+        views.append(view)
+        if view.problem or view.unsplit:
+            _log(f"warning: {target}: {view.problem or view.unsplit}")
+
+    return observe
 
 
 def _baseline(args: argparse.Namespace, config: Config) -> Path | None:
@@ -91,10 +173,14 @@ def _with_baseline(
     return apply_baseline(result, known, root, enabled)
 
 
-def _render(name: str, result: CheckResult, places: Places, statistics: bool) -> str:
+def _render(name: str, result: CheckResult, places: Places, statistics: bool, views: Sequence[ProgramView] = ()) -> str:
     """The findings in a format; the statistics that a format has no room for go to stderr."""
     if name == "text":
         return render_text(result, places, statistics)
+    if name == "html":
+        from buffer_lifting.inspection.html_report.page import render_html
+
+        return render_html(result, places, views)
     if statistics and name != "json":
         for code, count in result.statistics.items():
             _log(f"{count} {code} {RULES[code].message}")
@@ -108,8 +194,13 @@ def run(
     ignore: tuple[str, ...],
     config: Config,
     debug: bool = False,
+    observe: Observe | None = None,
+    trusted: bool = False,
 ) -> CheckResult:
-    """Checks all targets. One that cannot be checked is a failure, and the others are checked still."""
+    """Checks all targets. One that cannot be checked is a failure, and the others are checked still.
+
+    ``observe`` is given each target that could be read, and what it holds; ``trusted`` as in ``check_target``.
+    """
     from buffer_lifting.inspection.targets import check_target, expand
     from buffer_lifting.targets import TargetError, first_line
 
@@ -119,7 +210,7 @@ def run(
     used: set[Exemption] = set()
     for target in targets:
         try:
-            found = check_target(target, axes)
+            found = check_target(target, axes, observe and partial(observe, target), trusted)
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -171,10 +262,23 @@ def _log(text: str) -> None:
     print(f"buffer-lifting: {printable(text)}", file=sys.stderr, flush=True)
 
 
+def _add_choice(sub: argparse.ArgumentParser) -> None:
+    """The arguments that say which findings count."""
+    codes: dict[str, Any] = {"action": "append", "metavar": "CODES"}
+    sub.add_argument("--select", **codes, help="only the codes that begin so, as in BL0,BL101 (repeatable)")
+    sub.add_argument("--ignore", **codes, help="not the codes that begin so; the longer prefix wins (repeatable)")
+    sub.add_argument("--baseline", metavar="FILE", help="findings that are known: they do not count, new ones do")
+    sub.add_argument("--exit-zero", action=argparse.BooleanOptionalAction, help="exit with 0 on findings")
+
+
 def add_commands(
-    commands: Any, common: argparse.ArgumentParser, axes: argparse.ArgumentParser, parse_axes: ParseAxes
+    commands: Any,
+    common: argparse.ArgumentParser,
+    axes: argparse.ArgumentParser,
+    parse_axes: ParseAxes,
+    positive: Callable[[str], int],
 ) -> None:
-    """Adds ``check`` and ``rule`` to the subparsers."""
+    """Adds ``check``, ``report`` and ``rule`` to the subparsers."""
     sub = commands.add_parser(
         "check",
         help="check programs in CI: findings by rule codes",
@@ -184,16 +288,27 @@ def add_commands(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("targets", nargs="+", metavar="TARGET", help="what to check; see below")
-    codes: dict[str, Any] = {"action": "append", "metavar": "CODES"}
-    sub.add_argument("--select", **codes, help="only the codes that begin so, as in BL0,BL101 (repeatable)")
-    sub.add_argument("--ignore", **codes, help="not the codes that begin so; the longer prefix wins (repeatable)")
-    sub.add_argument("--baseline", metavar="FILE", help="findings that are known: they do not count, new ones do")
+    _add_choice(sub)
     sub.add_argument("--update-baseline", action="store_true", help="write the findings to the baseline")
-    sub.add_argument("--format", choices=FORMATS, help="default: text; docs/CHECK.md describes json")
-    switch: Any = argparse.BooleanOptionalAction
-    sub.add_argument("--exit-zero", action=switch, help="exit with 0 on findings")
-    sub.add_argument("--statistics", action=switch, help="count the findings of each code")
+    sub.add_argument("--format", choices=FORMATS, help="default: text; docs/CHECK.md describes json and html")
+    sub.add_argument("--statistics", action=argparse.BooleanOptionalAction, help="count the findings of each code")
     sub.set_defaults(run=_check, parse_axes=parse_axes)
+
+    sub = commands.add_parser(
+        "report",
+        help="write a page to open in a browser: findings, graph, stages",
+        description="Check programs and write one self-contained HTML page: findings, reads as pictures, stages.",
+        epilog=REPORT_HELP,
+        parents=[common, axes],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("targets", nargs="+", metavar="TARGET", help="what to show; see below")
+    sub.add_argument("-o", "--output", metavar="REPORT.html", required=True, help="the file to write")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--num-stages", type=positive, metavar="N", help="show the program split into N stages")
+    how.add_argument("--split-points", metavar="A,B", help="or split before these modules")
+    _add_choice(sub)
+    sub.set_defaults(run=_report, parse_axes=parse_axes, update_baseline=False)
 
     sub = commands.add_parser(
         "rule",

@@ -12,7 +12,7 @@ from buffer_lifting.inspection.results import Suppression
 from buffer_lifting.inspection.rules import check_prefixes
 
 SECTION = "buffer_lifting"
-FORMATS = ("text", "json", "github", "sarif")
+FORMATS = ("text", "json", "github", "sarif", "html")
 _BOOLEANS = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 
 

@@ -64,7 +64,7 @@ class Diagnostic:
     @property
     def fingerprint(self) -> str:
         """The key as 32 hexadecimal digits."""
-        return hashlib.sha256("\0".join(map(str, self.key)).encode()).hexdigest()[:32]
+        return hashlib.sha256("\0".join(map(str, self.key)).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def diagnostic(
@@ -111,8 +111,13 @@ def check_record(record: GraphRecord, axes: Axes | None = None) -> tuple[Diagnos
     """
     from buffer_lifting.scanner import scan_record
 
+    return check_scan(record, scan_record(record, axes).report)
+
+
+def check_scan(record: GraphRecord, report: ScanReport) -> tuple[Diagnostic, ...]:
+    """The findings of a record that has been scanned."""
     classes = {node.name: node.modules[-1][1] for node in record.nodes.values() if node.modules}
-    return numbered(report_diagnostics(scan_record(record, axes).report, classes))
+    return numbered(report_diagnostics(report, classes))
 
 
 def report_diagnostics(report: ScanReport, classes: dict[str, str]) -> list[Diagnostic]:
@@ -175,15 +180,24 @@ def _rescanned(lifted: LiftedProgram) -> tuple[Diagnostic, ...]:
     return check_record(build_record(lifted.program, graph), lifted_axes(lifted))
 
 
-def _of_read(read: PositionRead, classes: dict[str, str]) -> Diagnostic:
+def read_message(read: PositionRead) -> tuple[str, str]:
+    """What a finding says of a read, and a way out."""
     template = _READ_AS.get(read.source_kind, f"{read.source_kind} {{!r}}")
     what = template.format(read.source)
     if read.refusal:
-        message, hint = f"cannot lift {what}: {read.refusal}", read.hint
-    elif read.code == "BL004":
-        message, hint = f"{what} goes by the order of the slots", read.hint
-    else:
-        message, hint = f"{what} is read by position and is not lifted", read.hint or "buffer_lifting.lift handles it"
+        return f"cannot lift {what}: {read.refusal}", read.hint
+    if read.code == "BL004":
+        return f"{what} goes by the order of the slots", read.hint
+    return f"{what} is read by position and is not lifted", read.hint or "buffer_lifting.lift handles it"
+
+
+def mixing_message(mix: SequenceMixing) -> str:
+    """What a finding says of an op that mixes the sequence."""
+    return f"{mix.op} mixes the sequence ({mix.reason})"
+
+
+def _of_read(read: PositionRead, classes: dict[str, str]) -> Diagnostic:
+    message, hint = read_message(read)
     module = read.modules[0] if read.modules else ""
     return diagnostic(
         read.code, message, hint, read.location, module, classes.get(read.node, ""), read.source, read.node, read.op
@@ -192,7 +206,7 @@ def _of_read(read: PositionRead, classes: dict[str, str]) -> Diagnostic:
 
 def _of_mixing(mix: SequenceMixing, classes: dict[str, str]) -> Diagnostic:
     module = mix.modules[0] if mix.modules else ""
-    message = f"{mix.op} mixes the sequence ({mix.reason})"
+    message = mixing_message(mix)
     return diagnostic(
         mix.code, message, mix.hint, mix.location, module, classes.get(mix.node, ""), "", mix.node, mix.op
     )

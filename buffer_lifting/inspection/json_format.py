@@ -13,7 +13,12 @@ VERSION = 1
 
 def render_json(result: CheckResult, places: Places) -> str:
     """The whole result, suppressed findings included."""
-    document = {
+    return json.dumps(document(result, places), indent=2)
+
+
+def document(result: CheckResult, places: Places) -> dict[str, Any]:
+    """The same as plain data."""
+    return {
         "version": VERSION,
         "clean": result.exit_code == 0,
         "targets": list(result.targets),
@@ -24,7 +29,6 @@ def render_json(result: CheckResult, places: Places) -> str:
         "warnings": list(result.warnings),
         "statistics": result.statistics,
     }
-    return json.dumps(document, indent=2)
 
 
 def _finding(item: Reported, places: Places) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class PlainStage:
 
 def shape_of_lifted(lifted: LiftedProgram) -> list[Diagnostic]:
     """BL301, BL302 and BL304 of a lifted program."""
-    nodes = _plain_graph(lifted.program.graph.nodes)
+    nodes = plain_graph(lifted.program.graph.nodes)
     return [
         *_broadcasts(nodes, lifted.inputs, lifted.report, _batch_size(lifted, nodes), ""),
         *lengths(lifted.axes),
@@ -63,7 +63,7 @@ def shape_of_lifted(lifted: LiftedProgram) -> list[Diagnostic]:
 def shape_of_staged(staged: StagedProgram) -> list[Diagnostic]:
     """BL301 to BL304 of a partition: of the lifted program, of each stage, and of each boundary."""
     stages = [
-        PlainStage(stage.index, stage.activations, stage.outputs, _plain_graph(stage.module.graph.nodes))
+        PlainStage(stage.index, stage.activations, stage.outputs, plain_graph(stage.module.graph.nodes))
         for stage in staged.stages
     ]
     return [*shape_of_lifted(staged.lifted), *shape_of_stages(stages, staged.lifted.inputs, staged.lifted.report)]
@@ -164,7 +164,7 @@ def _boundaries(stages: Sequence[PlainStage], lifted: set[str]) -> list[Diagnost
                     place = places[node.name]
                     user[node.name] = received[place] if place < len(received) else True
             elif node.op == "call_function":
-                user[node.name] = _from_user(node, user)
+                user[node.name] = from_user(node, user)
                 if node.target.split(".")[1:2] and node.target.split(".")[1].endswith("_"):
                     _write(node, user, nodes)
             elif node.op == "output":
@@ -184,7 +184,8 @@ def _boundaries(stages: Sequence[PlainStage], lifted: set[str]) -> list[Diagnost
     return found
 
 
-def _from_user(node: PlainNode, user: dict[str, bool]) -> bool:
+def from_user(node: PlainNode, user: dict[str, bool]) -> bool:
+    """Whether user contents enter a call, by what is known of its operands; sizes are none."""
     base = node.target.rsplit(".", 1)[0]
     if base in _SIZES or base in FILLS:
         return False
@@ -226,7 +227,7 @@ def _refs(value: Any) -> list[str]:
     return []
 
 
-def _plain_graph(nodes: Any) -> tuple[PlainNode, ...]:
+def plain_graph(nodes: Any) -> tuple[PlainNode, ...]:
     """The nodes of an ``fx.Graph``."""
     plain = []
     for node in nodes:

@@ -61,6 +61,11 @@ class Places:
         column, width = _mark(text, found)
         return Place(path, where.line, inside, text, column, width)
 
+    def at(self, where: Location) -> Place:
+        """A location as a place, the whole line marked."""
+        path, inside, text = self._line(where)
+        return Place(path, where.line, inside, text, 0, len(text))
+
     def _line(self, where: Location) -> tuple[str, bool, str]:
         key = (where.file, where.line, where.code)
         if key not in self._known:

@@ -269,6 +269,16 @@ _ALL = (
         "y = F.silu(x @ gate) * (x @ up)",
     ),
     Rule(
+        "BL203",
+        "not-on-several-ranks",
+        "error",
+        "an op is right on one context-parallel rank and not on several",
+        "Attention dropout, flex_attention, or scores that need the queries of all ranks: `context_parallel` with a\n"
+        "size above 1 raises it, and size 1 takes the program.",
+        "y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True)",
+        "y = F.scaled_dot_product_attention(q, k, v, is_causal=True)",
+    ),
+    Rule(
         "BL301",
         "no-batch-broadcast",
         "error",

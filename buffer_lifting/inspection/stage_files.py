@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from buffer_lifting.errors import ArchiveError
 from buffer_lifting.graph.archive_schema import (
     MAX_JSON,
     SchemaError,
     as_bool,
+    as_count,
     as_dict,
     as_int,
     as_list,
@@ -22,10 +25,51 @@ from buffer_lifting.graph.record import Location
 from buffer_lifting.inspection.diagnostics import Diagnostic, numbered, report_diagnostics
 from buffer_lifting.inspection.lifted_checks import PlainNode, PlainStage, lengths, shape_of_stages
 from buffer_lifting.inspection.rules import RULES
-from buffer_lifting.program import AxesInfo, Finding, LiftedInput, PositionRead, ScanReport, SequenceMixing
+from buffer_lifting.program import (
+    AxesInfo,
+    Finding,
+    Form,
+    InputAxes,
+    LiftedInput,
+    PositionRead,
+    ScanReport,
+    SequenceMixing,
+    Stream,
+)
 
 MANIFEST, FEED, FORMAT, VERSION = "manifest.json", "feed.json", "buffer_lifting.staged", 1
 MAX_STAGES = 10_000
+_STREAMS: tuple[str, ...] = get_args(Stream)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedStage:
+    """A stage of a directory.
+
+    Attributes:
+        plain: its graph.
+        kwargs: the inputs that it reads by keyword.
+        sends: bytes that it sends forward per microbatch.
+        parameters: FQNs; ``elements`` are those of all of them together.
+    """
+
+    plain: PlainStage
+    kwargs: tuple[str, ...]
+    sends: int
+    parameters: tuple[str, ...]
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedStages:
+    """A saved partition: what its lift reported and added, its axes and its stages."""
+
+    report: ScanReport
+    inputs: tuple[LiftedInput, ...]
+    axes: AxesInfo
+    follows_slots: bool
+    stages: tuple[SavedStage, ...]
+    tied: dict[str, tuple[int, ...]]
 
 
 def is_stage_directory(path: Path) -> bool:
@@ -39,8 +83,17 @@ def check_stages(directory: Path) -> tuple[Diagnostic, ...]:
     Raises:
         ArchiveError: not a saved partition, a damaged one, or one of another version.
     """
+    return saved_findings(read_stages(directory))
+
+
+def read_stages(directory: Path) -> SavedStages:
+    """A saved partition. Nothing but JSON is read.
+
+    Raises:
+        ArchiveError: not a saved partition, a damaged one, or one of another version.
+    """
     try:
-        return _check(directory)
+        return _read_all(directory)
     except (SchemaError, ArchiveError) as error:
         raise ArchiveError(f"{directory}: {' '.join(str(error).split())}") from None
     except (MemoryError, RecursionError):
@@ -49,7 +102,14 @@ def check_stages(directory: Path) -> tuple[Diagnostic, ...]:
         raise ArchiveError(f"{directory}: cannot be read: {error.strerror}") from None
 
 
-def _check(directory: Path) -> tuple[Diagnostic, ...]:
+def saved_findings(saved: SavedStages) -> tuple[Diagnostic, ...]:
+    """The findings of a saved partition."""
+    left = _left(saved.report, saved.follows_slots)
+    shape = shape_of_stages([stage.plain for stage in saved.stages], saved.inputs, saved.report)
+    return numbered([*report_diagnostics(left, {}), *lengths(saved.axes), *shape])
+
+
+def _read_all(directory: Path) -> SavedStages:
     manifest = as_dict(load_json(_bytes(directory / MANIFEST)), MANIFEST)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise ArchiveError(f"{MANIFEST} is not of a saved partition, version {VERSION}")
@@ -61,11 +121,14 @@ def _check(directory: Path) -> tuple[Diagnostic, ...]:
     report = _report(as_dict(field(feed, "report", FEED), "report"))
     axes = as_dict(field(feed, "axes", FEED), "axes")
     inputs = [_input(as_dict(item, "an input")) for item in as_list(field(feed, "inputs", FEED), "inputs")]
-    left = _left(report, feed.get("cp_size") is not None)
     stages = [
         _stage(index, as_dict(_json(directory, f"stage_{index}.json", checksums), "a stage")) for index in range(count)
     ]
-    return numbered([*report_diagnostics(left, {}), *lengths(_axes(axes)), *shape_of_stages(stages, inputs, report)])
+    tied = {
+        fqn: tuple(as_int(index, "a stage") for index in as_list(indices, "tied"))
+        for fqn, indices in as_dict(field(manifest, "tied", MANIFEST), "tied").items()
+    }
+    return SavedStages(report, tuple(inputs), _axes(axes), feed.get("cp_size") is not None, tuple(stages), tied)
 
 
 def _left(report: ScanReport, follows_slots: bool) -> ScanReport:
@@ -96,8 +159,24 @@ def _report(value: dict[str, Any]) -> ScanReport:
     return ScanReport(
         tuple(_read(as_dict(item, "a read")) for item in as_list(field(value, "reads", "report"), "reads")),
         tuple(_mixing(as_dict(item, "an op")) for item in as_list(field(value, "mixing", "report"), "mixing")),
-        (),
+        tuple(_axes_of(as_dict(item, "an input")) for item in as_list(field(value, "inputs", "report"), "inputs")),
         tuple(_finding(as_dict(item, "a finding")) for item in as_list(field(value, "findings", "report"), "findings")),
+    )
+
+
+def _axes_of(value: dict[str, Any]) -> InputAxes:
+    batch = field(value, "batch_dim", "an input")
+    dims = []
+    for item in as_list(field(value, "seq_dims", "an input"), "seq_dims"):
+        parts = as_list(item, "a sequence dim")
+        if len(parts) != 3:
+            raise SchemaError("a sequence dim is a dim, an axis and a role")
+        dims.append((as_int(parts[0], "a dim"), as_text(parts[1], "an axis"), as_text(parts[2], "a role")))
+    return InputAxes(
+        _text(value, "name"),
+        None if batch is None else as_int(batch, "batch_dim"),
+        tuple(dims),
+        as_int(field(value, "rank", "an input"), "rank"),
     )
 
 
@@ -165,18 +244,25 @@ def _location(value: dict[str, Any]) -> Location | None:
 
 
 def _input(value: dict[str, Any]) -> LiftedInput:
-    batched = as_bool(field(value, "batched", "an input"), "batched")
+    form, stream = _one_of(value, "form", ("values", "positions")), _one_of(value, "stream", _STREAMS)
     return LiftedInput(
         _text(value, "name"),
-        "values",
-        "positions",
-        "row",
+        cast(Form, form),
+        cast(Stream, stream),
+        _text(value, "role"),
         _text(value, "source"),
-        "",
-        (),
+        _text(value, "dtype"),
+        tuple(as_count(size, "a size") for size in as_list(field(value, "row_shape", "an input"), "row_shape")),
         _text(value, "axis"),
-        batched,
+        as_bool(field(value, "batched", "an input"), "batched"),
     )
+
+
+def _one_of(value: dict[str, Any], key: str, known: tuple[str, ...]) -> str:
+    text = _text(value, key)
+    if text not in known:
+        raise SchemaError(f"{key} is none of {', '.join(known)}")
+    return text
 
 
 def _axes(value: dict[str, Any]) -> AxesInfo:
@@ -189,11 +275,11 @@ def _axes(value: dict[str, Any]) -> AxesInfo:
     )
 
 
-def _stage(index: int, value: dict[str, Any]) -> PlainStage:
-    names = [
+def _stage(index: int, value: dict[str, Any]) -> SavedStage:
+    activations, kwargs, outputs, parameters = (
         tuple(as_text(item, "a name") for item in as_list(field(value, key, "a stage"), key))
-        for key in ("activations", "outputs")
-    ]
+        for key in ("activations", "kwargs", "outputs", "parameters")
+    )
     nodes: list[PlainNode] = []
     known: set[str] = set()
     for item in as_list(field(value, "graph", "a stage"), "graph"):
@@ -208,4 +294,17 @@ def _stage(index: int, value: dict[str, Any]) -> PlainStage:
                 raise SchemaError(f"stage {index}: a node reads one that is not there")
         known.add(node.name)
         nodes.append(node)
-    return PlainStage(index, names[0], names[1], tuple(nodes))
+    plain = PlainStage(index, activations, outputs, tuple(nodes))
+    sends = as_count(field(value, "boundary_bytes", "a stage"), "boundary_bytes")
+    return SavedStage(plain, kwargs, sends, parameters, _elements(value))
+
+
+def _elements(value: dict[str, Any]) -> int:
+    """Elements of a stage's parameters; one that has two names counts once."""
+    total = 0
+    for item in as_list(field(value, "state", "a stage"), "state"):
+        entry = as_dict(item, "a tensor")
+        if entry.get("kind") == "parameter" and "same" not in entry:
+            sizes = as_list(field(entry, "shape", "a tensor"), "shape")
+            total += prod(as_count(size, "a size") for size in sizes)
+    return total

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
+from buffer_lifting.inspection.diagnostics import Diagnostic
 from buffer_lifting.inspection.places import Place, Places, printable
 from buffer_lifting.inspection.results import CheckResult, Reported
 from buffer_lifting.inspection.rules import RULES
+from buffer_lifting.layers import common, pattern, spread
 
 
 @dataclass
@@ -17,7 +18,7 @@ class _Group:
     first: Reported
     place: Place | None
     modules: list[str] = field(default_factory=list)
-    count: int = 0
+    items: list[Diagnostic] = field(default_factory=list)
 
 
 def render_text(result: CheckResult, places: Places, statistics: bool = False) -> str:
@@ -25,9 +26,10 @@ def render_text(result: CheckResult, places: Places, statistics: bool = False) -
     groups: dict[object, _Group] = {}
     for item in result.findings:
         found, place = item.diagnostic, places.of(item.diagnostic)
-        key = (item.target, place and (place.path, place.line), found.code, found.message, found.hint)
+        message = pattern(found.message, found.source)
+        key = (item.target, place and (place.path, place.line), found.code, message, found.hint)
         group = groups.setdefault(key, _Group(item, place))
-        group.count += 1
+        group.items.append(found)
         if found.module not in group.modules:
             group.modules.append(found.module)
     lines: list[str] = []
@@ -43,7 +45,8 @@ def render_text(result: CheckResult, places: Places, statistics: bool = False) -
 def _lines(group: _Group) -> list[str]:
     found, place = group.first.diagnostic, group.place
     where = f"{place.path}:{place.line}" if place else group.first.target
-    lines = [printable(f"{where}: {found.code} {found.message}{_spread(group)}")]
+    message = common([item.message for item in group.items], [item.source for item in group.items])
+    lines = [printable(f"{where}: {found.code} {message}{_spread(group)}")]
     if place is not None and place.source:
         lines.append(f"    {printable(place.source)}")
         if place.source.isprintable() and place.source.isascii():
@@ -66,7 +69,5 @@ def _graph_place(group: _Group) -> str:
 
 def _spread(group: _Group) -> str:
     if len(group.modules) > 1:
-        patterns = {re.sub(r"(?<![^.])\d+(?![^.])", "*", module) for module in group.modules}
-        kind = f"layers: {patterns.pop()}" if len(patterns) == 1 else "modules"
-        return f"  [x{len(group.modules)} {kind}]"
-    return f"  [x{group.count}]" if group.count > 1 else ""
+        return f"  [x{len(group.modules)} {spread(group.modules)}]"
+    return f"  [x{len(group.items)}]" if len(group.items) > 1 else ""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from buffer_lifting.gathering import operand_of
 from buffer_lifting.graph.record import Node, Ref
-from buffer_lifting.labels import DimLabel, Labels, is_labelled
+from buffer_lifting.graph.sizes import product
+from buffer_lifting.labels import BATCH, DimLabel, Factor, Labels, is_labelled
 from buffer_lifting.local_rules.core import local_rule, spread, unchanged, widened
 from buffer_lifting.plan import Call, Context, Reapply, Refuse, Value
 
@@ -122,11 +123,17 @@ def _pad(planner: Planner, node: Node, labels: Labels, context: Context) -> Valu
 
 @local_rule("repeat_interleave")
 def _repeat_interleave(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """Copies of each element along features; copies for the samples of the batch are the lane."""
     source, shape = operand_of(planner, node)
     times, dim = node.args.get("repeats"), node.args.get("dim")
-    if not isinstance(times, int) or not isinstance(dim, int) or is_labelled(labels[dim % len(shape)]):
-        raise Refuse("a value repeated along the sequence", node.name)
+    if not isinstance(dim, int):
+        raise Refuse("a value repeated over all its dims", node.name)
     dim %= len(shape)
+    *features, last = labels[dim] or (Factor("", "", 1),)
+    if last.axis == BATCH and product([f.size for f in features]) == shape[dim]:
+        return planner.rebuild(source.name, (*labels[:dim], tuple(features), *labels[dim + 1 :]), context)
+    if not isinstance(times, int) or is_labelled(labels[dim]):
+        raise Refuse("a value repeated along the sequence", node.name)
     value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim + 1 :]), context, picked=dim)
     call = Call("aten.repeat_interleave.self_int", (value.plan, times, dim + value.lane), node.name)
     return unchanged(node, value) or Value(call, value.lane, len(labels))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import operand_of
 from buffer_lifting.graph.record import Node, Ref, TensorMeta
 from buffer_lifting.graph.sizes import Size
@@ -171,9 +172,13 @@ def _scalar_tensor(planner: Planner, node: Node, labels: Labels, context: Contex
     return Value(Reapply(node.name, (("s", planner.scalar(number.name)),)), False, 0)
 
 
-@local_rule("max", "min", "amax", "amin", "any", "all", "sum")
+@local_rule("max", "min", "amax", "amin", "any", "all", "sum", "mean")
 def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    """A reduction over a sequence axis is taken over the keys, which are the whole sequence on every rank."""
+    """A reduction over a sequence axis is taken over the keys, which are the whole sequence on every rank.
+
+    A floating sum or mean over positions is computed in natural order. Over user inputs it is computed in the order
+    of the tokens, up to rounding, if it cannot be computed outside.
+    """
     if node.op in ("aten.max.other", "aten.min.other"):
         return _pointwise(planner, node, labels, context)
     source, shape = operand_of(planner, node)
@@ -187,7 +192,12 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
     keep = bool(node.args.get("keepdim"))
     if chosen and not any(planner.axis_of(shape[dim]) for dim in over):
         return over_features(planner, node, labels, context)
-    if not exact:
+    if not exact and Dep.USER not in planner.deps[node.name] and not has_batch_or_seq(labels):
+        for axis in {planner.axis_of(shape[dim]) for dim in over} - {None}:
+            keys = Factor(str(axis), COL, planner.inputs.lengths[str(axis)])
+            planner.iota(keys, Context("slots", "positions"))  # its length is read, also where the plan is known
+        return Value(planner.at_full_length(node.name), False, len(labels))
+    if not exact and (node.args.get("dtype") is not None or not context.rounded):
         raise Refuse(f"{node.op} is not known to be local along the sequence", node.name)
     own: list[DimLabel] = []
     rest = list(labels)
@@ -203,12 +213,14 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
     if not value.lane:
         raise Refuse("a reduction of a value that does not follow the sequence", node.name)
     op = {"aten.max": "aten.amax", "aten.min": "aten.amin"}.get(node.base_op, node.base_op)
-    overload = {"aten.amax": "default", "aten.amin": "default", "aten.sum": "dim_IntList"}.get(op, "dims")
+    overload = {"aten.amax": "default", "aten.amin": "default", "aten.sum": "dim_IntList", "aten.mean": "dim"}.get(
+        op, "dims"
+    )
     over_lane = tuple(d + 1 for d in over)
     return Value(Call(f"{op}.{overload}", (value.plan, over_lane, keep), node.name), True, len(labels))
 
 
-@local_rule("mean", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "argmax", "argmin")
+@local_rule("prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "argmax", "argmin")
 def over_features(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """A reduction over dims that are no sequence; dims are counted from the right, so a lane changes nothing."""
     source, shape = operand_of(planner, node)

@@ -202,7 +202,8 @@ def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
         if node.base_op != "aten.slice" or not all(
             node.args.get(key) is None or isinstance(node.args.get(key), int) for key in ("start", "end")
         ):
-            raise Refuse("a slice with computed bounds", node.name)
+            hint = "slice by sizes (tensor.shape) rather than .item(), or export with static shapes"
+            raise Refuse("a slice with computed bounds", node.name, hint=hint)
         value = planner.rebuild(source.name, labels, context, picked=dim)
         bounds = tuple(node.args.get(key) for key in ("start", "end", "step"))
         return unchanged(node, value) or Value(

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.examples import named_inputs
-from buffer_lifting.feed import FeedGraph, above
+from buffer_lifting.feed_graph import FeedGraph, above
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.grouped import grouped_product
 from buffer_lifting.passes.normalize import Normalized, normalize

@@ -21,7 +21,7 @@ from buffer_lifting.passes.shard_attention import ShardAttention, ShardState
 from buffer_lifting.program import Axes, FeedOutput, LiftedInput
 from buffer_lifting.scanner import scan_record
 
-STRATEGIES = ("auto", "allgather")
+STRATEGIES = ("auto", "allgather", "alltoall")
 
 
 def user_axes(lifted: LiftedProgram) -> Axes:
@@ -57,7 +57,10 @@ def context_parallel(
             rebuilt from the lifted slots, and the program is order-equivariant. With a larger size every rank has
             ``S / size`` tokens of each sequence, and keys and values are gathered from all ranks.
         mesh_dim: name of the DeviceMesh dim that the group comes from.
-        strategy: ``"allgather"`` (keys and values are gathered; any mask), or ``"auto"``, which is that.
+        strategy: ``"allgather"``: keys and values are gathered; any attention and any mask. ``"alltoall"``: heads
+            are exchanged for rows at each ``scaled_dot_product_attention`` (DeepSpeed-Ulysses), which sends less
+            where there are more ranks than query heads a key head has; any mask; the heads of queries and of keys
+            have to divide by ``size``. ``"auto"`` is ``"allgather"``.
 
     Raises:
         LiftingError: a size that is no positive integer; an unknown strategy; a program that was transformed
@@ -80,7 +83,7 @@ def context_parallel(
     state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs, lifted_axes(lifted))
     modified = FollowSlots()(state).modified
     if size > 1:
-        _shard(lifted, normalized.graph, state.added, size, mesh_dim)
+        _shard(lifted, normalized.graph, state.added, size, mesh_dim, strategy)
     outputs = (*lifted.feed_program.outputs, *state.added)
     feed = replace(lifted.feed_program, outputs=outputs)
     names = tuple(output.input.name for output in state.added)
@@ -96,11 +99,13 @@ def context_parallel(
     return LiftedProgram(program, tuple(o.input for o in outputs), lifted.report, feed, cp_size=size, mesh_dim=mesh_dim)
 
 
-def _shard(lifted: LiftedProgram, graph: Graph, added: tuple[FeedOutput, ...], size: int, mesh_dim: str) -> None:
+def _shard(
+    lifted: LiftedProgram, graph: Graph, added: tuple[FeedOutput, ...], size: int, mesh_dim: str, strategy: str
+) -> None:
     """Gathers the keys of a graph in which every mask follows the slots."""
     record = build_record(lifted.program, graph)
     plan = scan_record(record, lifted_axes(lifted, tuple(output.input for output in added)))
-    ShardAttention()(ShardState(graph, record, plan, plan_keys(record, plan, size), size, mesh_dim))
+    ShardAttention()(ShardState(graph, record, plan, plan_keys(record, plan, size, strategy), size, mesh_dim))
 
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from buffer_lifting.errors import UnsupportedReadError
-from buffer_lifting.torch_compat import fake_mode_of, replacements
+from buffer_lifting.torch_compat import fake_mode_of, replacements, symbolic_kernels
 
 
 class Fakes:
@@ -36,7 +36,7 @@ class Fakes:
                 return values[0][0].shape[values[0][1]]
             if target is torch.ops.aten.polar.default:  # its fake compares sizes, and fixes them
                 target = torch.ops.aten.complex.default
-            with fake_mode_of(fakes[0] if fakes else self._any_fake), torch.no_grad():
+            with fake_mode_of(fakes[0] if fakes else self._any_fake), torch.no_grad(), symbolic_kernels():
                 result = target(*values[0], **values[1])
             if symbols and replacements(symbols[0]) != before:
                 raise UnsupportedReadError(
@@ -44,6 +44,17 @@ class Fakes:
                 )
             self._known[key] = (result, values)
         return self._known[key][0]
+
+
+def same_layout(one: Any, other: Any) -> bool:
+    """Whether two fake tensors have the same dtype, sizes and strides."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.dtype != other.dtype:
+        return False
+    return _sizes(one.shape) == _sizes(other.shape) and _sizes(one.stride()) == _sizes(other.stride())
+
+
+def _sizes(values: Any) -> tuple[str, ...]:
+    return tuple(str(value) for value in values)
 
 
 def operands(args: Any, kwargs: Any) -> list[Node]:

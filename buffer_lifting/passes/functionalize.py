@@ -143,7 +143,7 @@ class _Functionalizer:
                 self.source[node] = first
                 if _writes(node):
                     written.setdefault(known.base, []).append(order[node])
-                    if functional_form(node.target) is None or not self._invertible(first):
+                    if _form(node) is None or not self._invertible(first):
                         known.frozen = True
                 continue
             self.storage[node] = _Storage(node, node)
@@ -223,7 +223,7 @@ class _Functionalizer:
 
     def _write(self, node: Node) -> None:
         known = self.storage[node]
-        target = functional_form(node.target)
+        target = _form(node)
         if known.frozen or target is None:
             return
         view = self.source[node]  # the operand written to, in the words of the original graph
@@ -268,12 +268,21 @@ class _Functionalizer:
             if all(isinstance(size, int) for size in before.shape):
                 return self._call(aten.expand.default, (made, list(before.shape)), node, before)
             return self._call(aten.expand_as.default, (made, operand), node, before)
+        if node.target is aten.fill_diagonal_.default:
+            fill = schema_args(node)["fill_value"]
+            return self._call(target, (operand, self._diagonal(node, operand), fill), node, after)
         made = self._call(target, node.args, node, after, dict(node.kwargs))
         others = [n.meta.get("val") for n in node.all_input_nodes if n is not operand]
         wider = [v for v in others if isinstance(v, torch.Tensor) and v.dtype != before.dtype and v.ndim]
         if wider and target not in (aten.index_put.default, aten.masked_fill.Tensor) and before.dtype != torch.bool:
             made = self._call(aten.to.dtype, (made, before.dtype), node, after)
         return made
+
+    def _diagonal(self, node: Node, operand: Node) -> Node:
+        """Where a matrix has its diagonal: bool, of its shape."""
+        where = _cast(operand.meta["val"], torch.bool)
+        ones = self._call(aten.ones_like.default, (operand,), node, where, {"dtype": torch.bool})
+        return self._call(aten.tril.default, (self._call(aten.triu.default, (ones,), node, where),), node, where)
 
     def _call(self, target: Any, args: Any, like: Node, value: Any, kwargs: dict[str, Any] | None = None) -> Node:
         made = self.graph.call_function(target, tuple(args), kwargs or {})
@@ -350,6 +359,14 @@ def _first(node: Node) -> Node | None:
     """The operand that a view looks at, or that a write writes to."""
     first = node.args[0] if node.args else None
     return first if isinstance(first, Node) and isinstance(first.meta.get("val"), torch.Tensor) else None
+
+
+def _form(node: Node) -> Any:
+    """The op that returns what a write leaves; of the diagonal of one matrix, ``masked_fill``. ``None``: no such op."""
+    if node.target is not aten.fill_diagonal_.default:
+        return functional_form(node.target)
+    wraps = schema_args(node).get("wrap", False)
+    return aten.masked_fill.Scalar if node.meta["val"].ndim == 2 and not wraps else None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

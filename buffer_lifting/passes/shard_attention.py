@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch.fx import Graph, Node
 from buffer_lifting.errors import UnsupportedReadError
 from buffer_lifting.graph.record import GraphRecord, TensorMeta
 from buffer_lifting.graph.sizes import Size, add, multiply, product, rename
-from buffer_lifting.keys import Gather, KeyPlan
+from buffer_lifting.keys import CODE, Gather, KeyPlan
 from buffer_lifting.labels import BATCH, COL, KEYS, ROW, DimLabel, Factor, Labels, has_seq
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
-from buffer_lifting.passes.collectives import gather_dim
-from buffer_lifting.passes.fakes import Fakes
+from buffer_lifting.passes.collectives import Emit, gather_dim
+from buffer_lifting.passes.exchange_heads import HeadExchange
+from buffer_lifting.passes.fakes import Fakes, same_layout
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import InputAxes
 from buffer_lifting.torch_compat import fake_mode_of, replace_operands, schema_args, size_of
@@ -77,6 +79,7 @@ class _Sharding:
         self.labels = state.keys.labels
         self.nodes = {node.name: node for node in state.graph.nodes}
         self.fakes = Fakes(state.graph)
+        self.exchange = HeadExchange(state.size, state.mesh_dim)
         self.changed: set[Node] = set()
         self.canonical: dict[str, Size] = {}
         placeholders = [node for node in state.graph.nodes if node.op == "placeholder"]
@@ -96,7 +99,10 @@ class _Sharding:
         for gather in self.state.keys.gathers:
             gathers[gather.value] = [*gathers.get(gather.value, []), gather]
         for node in list(self.graph.nodes):
-            if node.op == "call_function":
+            if node.name in self.state.keys.exchanges:
+                self._fix_operands(node)
+                self._exchange_heads(node)
+            elif node.op == "call_function":
                 self._visit(node)
             for gather in gathers.get(node.name, []):
                 self._gather(node, gather.dim, set(gather.below), gather.readers)
@@ -212,7 +218,7 @@ class _Sharding:
         if known:
             self._fix_sizes(node, known[0])
             self._fix_operands(node)
-        if any(operand in self.changed for operand in node.all_input_nodes):
+        if node in self.changed or any(operand in self.changed for operand in node.all_input_nodes):
             self._refake(node)
         if known:
             self._check(node, known)
@@ -225,6 +231,9 @@ class _Sharding:
         except Exception as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise _problem(node, f"it does not run on a shard: {text}") from error
+        if same_layout(value, node.meta.get("val")):
+            self.changed.discard(node)  # attention's result is as it was: nothing below it changes
+            return
         node.meta["val"] = value
         self.changed.add(node)
 
@@ -242,8 +251,6 @@ class _Sharding:
             node.args, node.kwargs = replace_operands(node, {path: sizes})
         elif base == "aten.slice":
             self._fix_slice(node, labels)
-        if node in self.changed:
-            self._refake(node)
 
     def _fix_slice(self, node: Node, labels: Labels) -> None:
         """``scores[..., :S]``: the end is what is left of the columns."""
@@ -280,8 +287,6 @@ class _Sharding:
                 operand = self._stretch(operand, dim, label, node)
                 node.args, node.kwargs = replace_operands(node, {path: operand})
                 self.changed.add(node)
-        if node in self.changed:
-            self._refake(node)
 
     def _stretch(self, operand: Node, dim: int, label: DimLabel, reader: Node) -> Node:
         """One element of a value that is the same along ``dim``, expanded to the size that its reader wants."""
@@ -301,6 +306,17 @@ class _Sharding:
 
     def _gather(self, node: Node, dim: int, below: set[str], readers: tuple[tuple[str, str], ...]) -> None:
         """All ranks' rows of a value, for its readers or for the views between it and them."""
+        whole = gather_dim(self._behind(node), node, dim, self.state.size, self.state.mesh_dim)
+        self.changed.add(whole)
+        if below:
+            node.replace_all_uses_with(whole, lambda user: user.name in below)
+            return
+        for reader, path in readers:
+            user = self.nodes[reader]
+            user.args, user.kwargs = replace_operands(user, {path: whole})
+
+    def _behind(self, node: Node) -> Emit:
+        """Inserts nodes behind ``node``, one behind the other."""
         after = node
 
         def emit(target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -312,14 +328,16 @@ class _Sharding:
             after = new
             return new
 
-        whole = gather_dim(emit, node, dim, self.state.size, self.state.mesh_dim)
-        self.changed.add(whole)
-        if below:
-            node.replace_all_uses_with(whole, lambda user: user.name in below)
-            return
-        for reader, path in readers:
-            user = self.nodes[reader]
-            user.args, user.kwargs = replace_operands(user, {path: whole})
+        return emit
+
+    def _exchange_heads(self, node: Node) -> None:
+        """Puts attention on all rows of some heads in the place of ``node``."""
+        mask = schema_args(node)["attn_mask"]
+        behind_mask = self._behind(mask) if isinstance(mask, Node) else self._behind(node)
+        result = self.exchange.attention(partial(self._insert, node), behind_mask, node)
+        node.replace_all_uses_with(result)
+        self.changed.add(result)
+        self.graph.erase_node(node)
 
     def _check(self, node: Node, known: tuple[Labels, ...]) -> None:
         """Every dim of a value has the size that its labels say."""
@@ -358,6 +376,6 @@ def _problem(node: Node, why: str) -> UnsupportedReadError:
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     where = f" [{lines[-1]}]" if lines else ""
     return UnsupportedReadError(
-        f"BL203 node {node.name!r} ({node.target}): under context parallelism {why}{where} -> please report "
+        f"{CODE} node {node.name!r} ({node.target}): under context parallelism {why}{where} -> please report "
         "this model; context_parallel(lifted, size=1) runs it on one rank"
     )

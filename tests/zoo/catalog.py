@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from .patterns import PATTERNS
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Shape = Literal["dynamic", "static"]
 MODULES = (
@@ -27,6 +29,8 @@ MODULES = (
     "transformers_pairs",
     "torch_libraries",
     "x_transformers_models",
+    "transformers_more",
+    "transformers_flex",
     "handwritten",
 )
 BATCH, SEQ = 3, 11
@@ -44,6 +48,7 @@ class Export:
     dims: Mapping[str, Mapping[int, Any]] | None = None  # dynamic dims by input; default: AUTO for dims 0 and 1
     axes: Mapping[str, Mapping[int, str]] | None = None  # what ``lift`` is told
     train: bool = True
+    frozen: bool = False  # export without gradients (flex_attention on CPU); they are asked for again afterwards
 
 
 @dataclass(frozen=True)
@@ -57,38 +62,6 @@ class Entry:
     patterns: tuple[str, ...]  # the pattern classes that occur, names of PATTERNS
     split_points: tuple[str, ...] = ()  # FQN that starts stage 2; () for num_stages=2
     quick: bool = False  # its exports are in the quick subset
-
-
-#: The pattern classes of position reads; each occurs in at least three entries.
-PATTERNS = {
-    "slice": "rows of a buffer or constant read by slice or narrow",
-    "index": "rows of a buffer read by index, index_select, gather or embedding",
-    "full": "a table read at full length, with no op left",
-    "computed": "a table computed in the graph: arange x inv_freq",
-    "learned": "a learned table (parameter) read by position",
-    "relative": "relative bias or relative embedding by distance of row and column",
-    "alibi": "ALiBi",
-    "cumsum_ones": "positions from a cumsum of ones",
-    "cumsum_data": "positions from a cumsum over user data (hoisted)",
-    "length": "a scalar made from the sequence length, or a scale made from positions",
-    "position_ids_buffer": "an integer buffer of position ids",
-    "user_positions": "positions passed by the user",
-    "hop": "a chain inside a wrap_* higher-order op",
-    "mask_causal": "a causal mask computed in the graph",
-    "mask_window": "a sliding-window or chunked mask",
-    "mask_documents": "packed-document detection from position ids",
-    "mask_padding": "a padding mask of the user, read by keys",
-    "mask_table": "rows and columns of a mask buffer",
-    "is_causal": "sdpa(is_causal=True)",
-    "written": "a table or mask written in place",
-    "layout": "sequence-first, [B*H, 1, S] or flat [T] layout",
-    "equal_buffers": "aliased FQNs, or buffers of equal content in every layer",
-    "labels": "the label shift in front of a loss in the graph",
-    "routing": "mixture-of-experts routing over flattened tokens",
-    "two_axes": "two sequence axes (encoder-decoder)",
-    "distractor": "sequence-sized values that are not positions",
-    "mixing": "an op that mixes the sequence: a finding",
-}
 
 
 @lru_cache(maxsize=1)
@@ -124,9 +97,14 @@ def export_cell(
         torch.manual_seed(seed)
         module = entry.build(**export.options)
         module.train(export.train)
+        if export.frozen:
+            module.requires_grad_(False)
         args, kwargs = export.inputs(batch, seq or export.seq, torch.Generator().manual_seed(seed))
         dims = dynamic_dims(module, export, args, kwargs) if shape == "dynamic" else None
-        return torch.export.export(module, args, kwargs, dynamic_shapes=dims, strict=False)
+        program = torch.export.export(module, args, kwargs, dynamic_shapes=dims, strict=False)
+        for parameter in program.parameters() if export.frozen else ():
+            parameter.requires_grad_(True)
+        return program
 
 
 def dynamic_dims(module: nn.Module, export: Export, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -145,14 +123,23 @@ def dynamic_dims(module: nn.Module, export: Export, args: tuple[Any, ...], kwarg
 
 @dataclass(frozen=True)
 class Expected:
-    """What an export must give: reads by code, or the code of the refusal that is permitted."""
+    """What an export must give: reads by code, or the one refusal that is permitted.
+
+    ``refusal`` is the code of the finding that decides: what the model does that cannot be lifted. ``consequences`` are
+    the codes of what only follows from it (where the labels are lost, everything further down is unknown); they are
+    written down for each export, and exactly these must occur.
+    """
 
     reads: Mapping[str, int]
     refusal: str = ""
+    consequences: frozenset[str] = frozenset()
 
 
 def expected() -> dict[tuple[str, str, str], Expected]:
-    """The table: ``entry export shape  CODE=count ...`` or ``entry export shape  refused CODE  # why``."""
+    """The table, from ``expected_*.txt``.
+
+    A line is ``entry export shape  CODE=count ...`` or ``entry export shape  refused CODE [then CODE ...]  # why``.
+    """
     table: dict[tuple[str, str, str], Expected] = {}
     for path in sorted(Path(__file__).parent.glob("expected*.txt")):
         for line in path.read_text().splitlines():
@@ -161,9 +148,15 @@ def expected() -> dict[tuple[str, str, str], Expected]:
                 continue
             name, export, shape, *rest = words
             shapes = ("dynamic", "static") if shape == "both" else (shape,)
-            refusal = rest[1] if rest and rest[0] == "refused" else ""
-            reads = {} if refusal else {code: int(n) for code, _, n in (word.partition("=") for word in rest)}
             for one in shapes:
                 assert (name, export, one) not in table, f"{path.name}: {name} {export} {one} stands twice"
-                table[name, export, one] = Expected(reads, refusal)
+                table[name, export, one] = _outcome(rest)
     return table
+
+
+def _outcome(words: list[str]) -> Expected:
+    if words[:1] != ["refused"]:
+        return Expected({code: int(count) for code, _, count in (word.partition("=") for word in words)})
+    code, *more = words[1:]
+    assert not more or (more[0] == "then" and len(more) > 1), f"refused {code} {more[0]}: what comes behind the code?"
+    return Expected({}, code, frozenset(more[1:]))

@@ -23,6 +23,8 @@ from typing import Any
 import buffer_lifting as bl
 
 from .catalog import Entry, Expected, Export, Shape, entries, export_cell, export_of
+from .facts import facts_of
+from .patterns import occurring
 
 Cell = tuple[str, str, Shape]
 CHECKS = ("values", "identity", "equivariance", "composition")
@@ -45,6 +47,8 @@ class Record:
         inputs: number of lifted inputs by form.
         checks: the oracles that passed.
         gradients: number of parameters whose gradients were compared.
+        patterns: the pattern classes that occur (:mod:`patterns`), whatever the entry says.
+        frozen: whether the model was frozen for the export.
         silent: lifted inputs whose perturbation moved nothing: the control proves nothing for them.
         seconds: CPU seconds of all of it.
         error: what went wrong in its first line, the traceback behind it; ``""`` when nothing did.
@@ -60,6 +64,8 @@ class Record:
     inputs: dict[str, int] = field(default_factory=dict)
     checks: tuple[str, ...] = ()
     gradients: int = 0
+    patterns: tuple[str, ...] = ()
+    frozen: bool = False
     silent: tuple[str, ...] = ()
     seconds: float = 0.0
     error: str = ""
@@ -82,6 +88,7 @@ def _run(record: Record, entry: Entry, export: Export, shape: Shape) -> None:
     program = export_cell(entry, export, shape)
     axes: Any = export.axes
     report = bl.scan(program, axes=axes)
+    record.patterns, record.frozen = occurring(facts_of(program, axes)), export.frozen
     record.reads = _counts(read.code for read in report.reads if not read.refusal)
     record.handled = _counts(mix.reason for mix in report.mixing if mix.handled)
     if report.refused:
@@ -122,18 +129,19 @@ def _counts(names: Iterable[str]) -> dict[str, int]:
 def differences(record: Record, expected: Expected | None) -> list[str]:
     """How a record departs from the table; empty when it agrees.
 
-    A refusal may name several codes, ``BL201,BL105``: the first has to be there, and nothing else may be.
+    A refused export has the code of the finding that decides, and exactly the written codes that follow from it.
     """
     if expected is None:
         return ["it does not stand in the table"]
     if record.error:
         return [f"it fails: {record.error.splitlines()[0]}"]
     if expected.refusal:
-        permitted = expected.refusal.split(",")
-        if permitted[0] not in record.refusals:
-            return [f"expected a refusal with {permitted[0]}, got {record.refusals or 'none'}"]
-        more = sorted(set(record.refusals) - set(permitted))
-        return [f"refused with {', '.join(more)} too: {_first(record, more)}"] if more else []
+        if expected.refusal not in record.refusals:
+            return [f"expected a refusal with {expected.refusal}, got {record.refusals or 'none'}"]
+        wanted = {expected.refusal} | expected.consequences
+        more, missing = sorted(set(record.refusals) - wanted), sorted(wanted - set(record.refusals))
+        found = [f"refused with {', '.join(more)} too: {_first(record, more)}"] if more else []
+        return found + ([f"{', '.join(missing)} does not follow"] if missing else [])
     found = []
     if record.refusals:
         found.append(f"refused: {record.refusals}: {record.findings[0]}")
@@ -146,6 +154,13 @@ def differences(record: Record, expected: Expected | None) -> list[str]:
         if not record.gradients:
             found.append("no gradient was compared")
     return found
+
+
+def wrong_tags(entry: Entry, records: Iterable[Record]) -> list[str]:
+    """How the tags of an entry depart from the classes that occur in its exports; empty when they agree."""
+    occur = {pattern for record in records for pattern in record.patterns}
+    extra, missing = sorted(set(entry.patterns) - occur), sorted(occur - set(entry.patterns))
+    return [f"{tag} does not occur in any export" for tag in extra] + [f"{tag} occurs and is no tag" for tag in missing]
 
 
 def _first(record: Record, codes: list[str]) -> str:

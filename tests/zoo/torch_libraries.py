@@ -113,12 +113,16 @@ _TORCHTUNE = (
     _tune(
         "gemma2",
         (Export("eager", ids), _TUNE_POSITIONS_DYNAMIC),
-        ("slice", "mask_causal", "mask_window", "equal_buffers"),
+        ("slice", "mask_causal", "mask_window", "equal_buffers", "index", "user_positions"),
         head_dim=HEAD_DIM,
         sliding_window_size=WINDOW,
     ),
     _tune("mistral", (_SDPA_STATIC,), ("slice", "is_causal", "equal_buffers")),
-    _tune("phi3", (_SDPA_DYNAMIC, _TUNE_POSITIONS_STATIC), ("slice", "index", "is_causal", "equal_buffers")),
+    _tune(
+        "phi3",
+        (_SDPA_DYNAMIC, _TUNE_POSITIONS_STATIC),
+        ("slice", "index", "is_causal", "equal_buffers", "user_positions"),
+    ),
     _tune("qwen2", (_SDPA_DYNAMIC,), ("slice", "is_causal", "equal_buffers")),
     Entry("tune_t5_encoder", "torchtune", _torchtune_t5, (_FULL,), ("full", "relative"), ("layers.1",)),
 )
@@ -225,7 +229,7 @@ _LITGPT = (
             Export("full", ids, shapes=("dynamic",), seq=TABLE),
             Export("cache", _cache_positions, {"cache": True}, ("static",)),
         ),
-        ("slice", "is_causal"),
+        ("slice", "is_causal", "index", "user_positions", "mixing"),
         quick=True,
     ),
     _lit("llama3", (_SDPA,), ("slice", "is_causal"), rope_adjustments=_LLAMA3_ROPE, **_LLAMA),
@@ -238,7 +242,7 @@ _LITGPT = (
     _lit("gemma3", (_SDPA_DYNAMIC,), ("slice", "is_causal"), **_GEMMA3),
     _lit("phi2", (_SDPA_DYNAMIC,), ("slice", "is_causal"), **_PHI2),
     _lit("falcon", (_SDPA_STATIC,), ("slice", "is_causal"), **_FALCON),
-    _lit("mixtral", (_SDPA,), ("slice", "is_causal", "routing"), **_MIXTRAL),
+    _lit("mixtral", (_SDPA,), ("slice", "is_causal", "routing", "distractor"), **_MIXTRAL),
     _lit("mla", (_SDPA_DYNAMIC,), ("slice", "is_causal"), **_MLA),
 )
 
@@ -262,10 +266,19 @@ _EVAL_STATIC = Export("sdpa", ids, shapes=("static",), train=False)
 _TRAIN = Export("train", ids, shapes=("dynamic",))
 
 _TORCHTITAN = (
-    _titan("llama3", (_SDPA, _TITAN_POSITIONS), ("slice", "index", "user_positions", "is_causal"), quick=True),
-    _titan("qwen3", (_SDPA_STATIC,), ("slice", "index", "user_positions", "is_causal")),
-    _titan("qwen3_moe", (_EVAL,), ("slice", "is_causal", "routing")),
-    _titan("deepseek_v3", (_EVAL_STATIC, _TRAIN), ("slice", "is_causal", "routing")),
+    _titan(
+        "llama3",
+        (_SDPA, _TITAN_POSITIONS),
+        ("slice", "index", "user_positions", "is_causal", "equal_buffers"),
+        quick=True,
+    ),
+    _titan("qwen3", (_SDPA_STATIC,), ("slice", "is_causal", "equal_buffers")),
+    _titan("qwen3_moe", (_EVAL,), ("slice", "is_causal", "routing", "equal_buffers", "distractor")),
+    _titan(
+        "deepseek_v3",
+        (_EVAL_STATIC, _TRAIN),
+        ("slice", "is_causal", "routing", "equal_buffers", "distractor", "mixing"),
+    ),
 )
 
 

@@ -228,7 +228,11 @@ _ROTARY = (
 
 _TABLES = (
     _entry(
-        "gpt2", "GPT2LMHeadModel", "GPT2Config", f"{ALL} full", "learned mask_causal mask_documents mask_padding labels"
+        "gpt2",
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        f"{ALL} full",
+        "learned mask_causal mask_documents user_positions mask_padding labels",
     ),
     lm("gpt_bigcode", "GPTBigCode", "sdpa eager positions", "learned mask_causal mask_documents user_positions"),
     lm(
@@ -251,7 +255,7 @@ _TABLES = (
         "gpt_neo",
         "GPTNeo",
         "eager positions mask full",
-        "learned mask_table slice full equal_buffers mask_causal mask_window user_positions mask_padding",
+        "learned mask_table slice full mask_causal mask_documents user_positions mask_padding",
         quick=True,
         attention="eager",
         num_layers=2,
@@ -272,7 +276,7 @@ _TABLES = (
         "xglm",
         "XGLM",
         "eager positions mask full",
-        "index mask_causal user_positions mask_padding layout",
+        "index hop mask_causal user_positions mask_padding layout",
         attention="eager",
         attention_heads=4,
         num_layers=2,
@@ -318,7 +322,7 @@ _ALIBI = (
         "mpt",
         "Mpt",
         "eager mask labels full",
-        "alibi slice mask_causal mask_padding labels length",
+        "alibi offset mask_causal mask_padding labels",
         attention="eager",
         d_model=32,
         n_heads=4,

@@ -33,7 +33,7 @@ _LATENT: dict[str, Any] = {
 _ROUTED = f"{ROPE} routing distractor"
 
 _MOE = (
-    lm("mixtral", "Mixtral", "sdpa batched labels aux", f"{_ROUTED} labels mixing", num_local_experts=4),
+    lm("mixtral", "Mixtral", "sdpa batched labels aux", f"{_ROUTED} labels length mixing", num_local_experts=4),
     lm("olmoe", "Olmoe", f"{ALL} batched", f"{_ROUTED} user_positions mask_padding labels", num_experts=4, **_TOP2),
     lm(
         "qwen2_moe",
@@ -50,7 +50,7 @@ _MOE = (
         "gpt_oss",
         "GptOss",
         "eager positions mask labels batched",
-        f"{_ROUTED} mask_window user_positions mask_padding labels",
+        "computed hop mask_causal routing distractor mask_window user_positions mask_padding labels",
         attention="eager",
         num_local_experts=4,
         sliding_window=4,
@@ -61,7 +61,7 @@ _MOE = (
         "llama4",
         "Llama4",
         ALL,
-        f"{_ROUTED} mask_window length user_positions mask_padding labels",
+        f"{ROPE} distractor mask_window scale cumsum_data user_positions mask_padding labels",
         config="Llama4TextConfig",
         quick=True,
         num_local_experts=4,
@@ -94,12 +94,12 @@ _RECURRENT = (
         n_groups=1,
         chunk_size=4,
     ),
-    lm("rwkv", "Rwkv", "eager", "mixing", attention="eager", attention_hidden_size=32, context_length=53),
+    lm("rwkv", "Rwkv", "eager", "distractor mixing", attention="eager", attention_hidden_size=32, context_length=53),
     lm(
         "recurrent_gemma",
         "RecurrentGemma",
         "sdpa",
-        "mixing",
+        f"{ROPE} mask_window distractor mixing",
         lru_width=32,
         attention_window_size=4,
         block_types=["recurrent", "attention"],
@@ -109,7 +109,7 @@ _RECURRENT = (
         "minimax",
         "MiniMax",
         "sdpa",
-        "mixing",
+        f"{ROPE} routing mixing",
         num_local_experts=4,
         block_size=4,
         layer_types=["linear_attention", "full_attention"],

@@ -67,7 +67,7 @@ def _vit(attention: str = "sdpa") -> nn.Module:
 # Entries ------------------------------------------------------------------------------------------------
 
 
-def _pair_exports(attention: str = "sdpa", shapes: Any = ("dynamic", "static")) -> Export:
+def pair_exports(attention: str = "sdpa", shapes: Any = ("dynamic", "static")) -> Export:
     return Export(attention, _pairs, {"attention": attention}, shapes, axes=ENC_DEC_AXES)
 
 
@@ -83,7 +83,7 @@ _T5_SIZES: dict[str, Any] = {
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 16,
 }
-_BART_SIZES: dict[str, Any] = {
+BART_SIZES: dict[str, Any] = {
     "d_model": DIM,
     "encoder_layers": LAYERS,
     "decoder_layers": LAYERS,
@@ -105,12 +105,12 @@ _ENCODER_DECODERS = (
         "t5",
         "T5",
         (
-            _pair_exports(),
-            _pair_exports("eager", ("dynamic",)),
+            pair_exports(),
+            pair_exports("eager", ("dynamic",)),
             Export("mask", _pairs_mask, shapes=("dynamic",), axes=_MASK_AXES),
             Export("labels", _pairs_labels, shapes=("dynamic",), axes=_LABEL_AXES),
         ),
-        ("relative", "two_axes", "mask_causal", "mask_padding", "labels", "written"),
+        ("relative", "two_axes", "mask_causal", "mask_padding", "labels", "written", "distractor"),
         "decoder.block.0",
         model="T5ForConditionalGeneration",
         **_T5_SIZES,
@@ -118,8 +118,8 @@ _ENCODER_DECODERS = (
     encoder(
         "umt5",
         "UMT5",
-        (_pair_exports(shapes=("dynamic",)),),
-        ("relative", "two_axes", "mask_causal", "written"),
+        (pair_exports(shapes=("dynamic",)),),
+        ("relative", "two_axes", "mask_causal", "written", "distractor"),
         "decoder.block.0",
         model="UMT5ForConditionalGeneration",
         **_T5_SIZES,
@@ -128,22 +128,22 @@ _ENCODER_DECODERS = (
         "bart",
         "Bart",
         (
-            _pair_exports(),
+            pair_exports(),
             Export("mask", _pairs_mask, shapes=("dynamic",), axes=_MASK_AXES),
         ),
-        ("learned", "two_axes", "mask_causal", "mask_padding"),
+        ("learned", "two_axes", "mask_causal", "mask_padding", "distractor"),
         "model.decoder.layers.0",
         model="BartForConditionalGeneration",
-        **_BART_SIZES,
+        **BART_SIZES,
     ),
     encoder(
         "marian",
         "Marian",
-        (_pair_exports(shapes=("static",)),),
-        ("learned", "two_axes", "mask_causal"),
+        (pair_exports(shapes=("static",)),),
+        ("learned", "two_axes", "mask_causal", "hop", "distractor"),
         "model.decoder.layers.0",
         model="MarianMTModel",
-        **_BART_SIZES,
+        **BART_SIZES,
     ),
 )
 
@@ -152,7 +152,7 @@ _TOWERS = (
         "t5_encoder",
         "T5",
         (SDPA, EAGER_DYNAMIC, Export("mask", named_mask, shapes=("dynamic",))),
-        ("relative", "mask_padding", "written"),
+        ("relative", "mask_padding", "written", "distractor"),
         "encoder.block.1",
         quick=True,
         model="T5EncoderModel",
@@ -188,7 +188,7 @@ _TOWERS = (
         "whisper_decoder",
         "Whisper",
         (SDPA,),
-        ("learned", "index", "mask_causal", "mask_documents"),
+        ("learned", "mask_causal", "mask_documents"),
         "model.decoder.layers.1",
         model="WhisperForCausalLM",
         max_position_embeddings=None,
@@ -196,10 +196,10 @@ _TOWERS = (
         max_source_positions=TABLE,
         num_mel_bins=8,
         begin_suppress_tokens=[],
-        **{k: v for k, v in _BART_SIZES.items() if k != "decoder_start_token_id"},
+        **{k: v for k, v in BART_SIZES.items() if k != "decoder_start_token_id"},
         decoder_start_token_id=1,
     ),
-    Entry("hf_vit", LIBRARY, _vit, (Export("sdpa", _pixels, shapes=("dynamic",)),), ("mixing",)),
+    Entry("hf_vit", LIBRARY, _vit, (Export("sdpa", _pixels, shapes=("dynamic",)),), ()),
 )
 
 ENTRIES = (*_ENCODER_DECODERS, *_TOWERS)

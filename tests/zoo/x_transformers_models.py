@@ -93,7 +93,7 @@ _DECODERS = (
         "rotary",
         "Decoder",
         (_EAGER, _FLASH_DYNAMIC, _POSITIONS_DYNAMIC, _FULL_STATIC),
-        ("computed", "hop", "mask_causal", "is_causal", "user_positions"),
+        ("computed", "hop", "mask_causal", "is_causal", "user_positions", "offset", "hop_consumer"),
         quick=True,
         options={"rotary_pos_emb": True},
     ),
@@ -101,7 +101,7 @@ _DECODERS = (
         "rotary_xpos",
         "Decoder",
         (_EAGER_STATIC, _FLASH_DYNAMIC),
-        ("computed", "hop", "length", "mask_causal"),
+        ("computed", "hop", "mask_causal", "offset", "scale", "hop_consumer", "length", "is_causal"),
         options={"rotary_xpos": True},
     ),
     _entry(
@@ -111,7 +111,7 @@ _DECODERS = (
         ("learned", "mask_causal"),
         absolute=True,
     ),
-    _entry("sinusoidal", "Decoder", (_FLASH_DYNAMIC,), ("computed", "mask_causal"), sinusoidal=True),
+    _entry("sinusoidal", "Decoder", (_FLASH_DYNAMIC,), ("computed", "is_causal"), sinusoidal=True),
     _entry(
         "alibi",
         "Decoder",
@@ -121,7 +121,7 @@ _DECODERS = (
             _POSITIONS_DYNAMIC,
             Export("warm", ids, {"warm": True}, ("dynamic",)),
         ),
-        ("alibi", "mask_causal", "mask_table"),
+        ("alibi", "mask_causal", "mask_table", "offset", "slice", "user_positions"),
         quick=True,
         options={"alibi_pos_bias": True},
     ),
@@ -129,7 +129,7 @@ _DECODERS = (
         "t5_bias",
         "Decoder",
         (_EAGER,),
-        ("relative", "mask_causal", "written"),
+        ("relative", "mask_causal"),
         options={"rel_pos_bias": True},
     ),
     _entry(
@@ -139,7 +139,7 @@ _DECODERS = (
         ("relative", "mask_causal", "written"),
         options={"dynamic_pos_bias": True},
     ),
-    _entry("no_position", "Decoder", (_EAGER_STATIC,), ("mask_causal", "is_causal")),
+    _entry("no_position", "Decoder", (_EAGER_STATIC,), ("mask_causal",)),
 )
 
 _ENCODERS = (
@@ -147,12 +147,12 @@ _ENCODERS = (
         "encoder_rotary",
         "Encoder",
         (_EAGER_DYNAMIC, Export("mask", _mask, shapes=("dynamic",))),
-        ("computed", "hop", "mask_padding"),
+        ("computed", "hop", "mask_padding", "offset", "hop_consumer"),
         options={"rotary_pos_emb": True},
     ),
     _entry("encoder_absolute", "Encoder", (_EAGER_DYNAMIC,), ("learned",), absolute=True),
-    _entry("encoder_alibi", "Encoder", (_FLASH_DYNAMIC,), ("alibi",), options={"alibi_pos_bias": True}),
-    _entry("encoder_t5_bias", "Encoder", (_EAGER_STATIC,), ("relative", "written"), options={"rel_pos_bias": True}),
+    _entry("encoder_alibi", "Encoder", (_FLASH_DYNAMIC,), ("alibi", "offset"), options={"alibi_pos_bias": True}),
+    _entry("encoder_t5_bias", "Encoder", (_EAGER_STATIC,), ("relative",), options={"rel_pos_bias": True}),
 )
 
 
@@ -240,18 +240,28 @@ _ROTARY = (
     _rotary(
         "lang",
         (_COLD, _WARM, Export("full", ids, {"warm": True}, ("static",), seq=TABLE)),
-        ("slice", "hop", "written", "is_causal"),
+        ("slice", "hop", "written", "is_causal", "offset", "computed", "hop_consumer", "equal_buffers"),
         quick=True,
     ),
     _rotary(
         "xpos",
         (_COLD_DYNAMIC, Export("warm", ids, {"warm": True}, ("dynamic",))),
-        ("slice", "length", "hop", "written", "is_causal"),
+        ("slice", "hop", "written", "is_causal", "offset", "computed", "hop_consumer", "scale", "equal_buffers"),
         use_xpos=True,
     ),
-    _rotary("uncached", (_COLD_DYNAMIC,), ("computed", "learned", "hop", "is_causal"), cache_if_possible=False),
-    _rotary("learned", (_COLD_DYNAMIC,), ("computed", "learned", "hop", "is_causal"), learned_freq=True),
-    _rotary("seq_first", (Export("warm", ids, {"warm": True}, ("dynamic",)),), ("slice", "hop"), seq_first=True),
+    _rotary(
+        "uncached",
+        (_COLD_DYNAMIC,),
+        ("computed", "hop", "is_causal", "offset", "hop_consumer"),
+        cache_if_possible=False,
+    ),
+    _rotary("learned", (_COLD_DYNAMIC,), ("computed", "hop", "is_causal", "offset", "hop_consumer"), learned_freq=True),
+    _rotary(
+        "seq_first",
+        (Export("warm", ids, {"warm": True}, ("dynamic",)),),
+        ("slice", "hop", "hop_consumer", "is_causal", "equal_buffers"),
+        seq_first=True,
+    ),
 )
 
 ENTRIES = (*_DECODERS, *_ENCODERS, *_ROTARY)

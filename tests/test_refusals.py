@@ -1,0 +1,317 @@
+"""Patterns that were refused although they can be lifted, each beside the near miss that has to stay refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+import buffer_lifting as bl
+
+VOCAB, WIDTH, HEADS, BATCH, LENGTH = 17, 8, 2, 3, 11
+Body = Callable[..., Tensor]
+
+
+class Net(nn.Module):
+    """An embedding, a position table, one projection to heads, and a head around the pattern under test."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.pe, self.h = nn.Embedding(VOCAB, WIDTH), nn.Embedding(64, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.qkv, self.key = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, HEADS)
+        self.conv, self.wide = nn.Conv1d(WIDTH, WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.body = body
+
+    def forward(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
+        """The body's; ``given`` is its second input."""
+        return self.body(self, ids) if given is None else self.body(self, ids, given)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Tokens and positions."""
+        return self.e(ids) + self.pe(torch.arange(ids.shape[1]))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values ``[batch, heads, seq, features]``."""
+        return tuple(self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4))
+
+    def done(self, y: Tensor) -> Tensor:
+        """Logits of attention's output."""
+        return self.h(y.transpose(1, 2).flatten(2))
+
+
+def causal(length: int) -> Tensor:
+    """True where a key is not behind its query."""
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def program(body: Body, dynamic: bool, *given: Tensor, shape: tuple[int, int] = (BATCH, LENGTH)) -> ExportedProgram:
+    """The exported net; dynamic means ``Dim.AUTO`` on every dim of every input."""
+    ids = torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+    args = (ids, *given)
+    shapes = tuple({d: Dim.AUTO for d in range(a.ndim)} for a in args)
+    return export(Net(body), args, dynamic_shapes=shapes if dynamic else None)
+
+
+def lift_and_verify(ep: ExportedProgram, **options: Any) -> bl.LiftedProgram:
+    """Lifted, and every oracle passed on what the context-parallel pass makes of it."""
+    lifted = bl.lift(ep, **options)
+    assert bl.verify(ep, bl.context_parallel(lifted, size=1)).passed
+    return lifted
+
+
+def key_gate(net: Net, ids: Tensor) -> Tensor:
+    """Scores get a bias that the key's own data decides, expanded to the queries (Doge's dynamic mask)."""
+    x = net.embed(ids)
+    q, k, v = net.heads(x)
+    gate = net.key(x).transpose(1, 2)[:, :, None].expand(-1, -1, x.shape[1], -1)
+    return net.done(F.scaled_dot_product_attention(q, k, v, attn_mask=gate.masked_fill(~causal(x.shape[1]), -1e9)))
+
+
+def key_bias(net: Net, ids: Tensor) -> Tensor:
+    """The same, broadcast, in attention that is written out."""
+    x = net.embed(ids)
+    q, k, v = net.heads(x)
+    scores = q @ k.mT + net.key(x).transpose(1, 2)[:, :, None]
+    return net.done(scores.masked_fill(~causal(x.shape[1]), -1e9).softmax(-1) @ v)
+
+
+def key_mask(net: Net, ids: Tensor) -> Tensor:
+    """The same, as the mask itself."""
+    x = net.embed(ids)
+    return net.done(F.scaled_dot_product_attention(*net.heads(x), attn_mask=net.key(x).transpose(1, 2)[:, :, None]))
+
+
+def normalized_scores(net: Net, ids: Tensor) -> Tensor:
+    """A norm over the keys is expanded to them: data that is uniform along a dim."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done(F.normalize((q @ k.mT).masked_fill(~causal(ids.shape[1]), 0.0), dim=-1) @ v)
+
+
+def pointwise_conv(net: Net, ids: Tensor) -> Tensor:
+    """A convolution of kernel 1 is a projection of each token (SqueezeBERT)."""
+    return net.h(net.conv(net.embed(ids).mT).mT)
+
+
+def talking_heads(net: Net, ids: Tensor) -> Tensor:
+    """Scores of all heads are projected by a kernel of one element."""
+    q, k, v = net.heads(net.embed(ids))
+    scores = F.conv2d(q @ k.mT, torch.ones(HEADS, HEADS, 1, 1)).masked_fill(~causal(ids.shape[1]), -1e9)
+    return net.done(scores.softmax(-1) @ v)
+
+
+def matrix_and_vector(net: Net, ids: Tensor) -> Tensor:
+    """A gate for each token: its features by a parameter of one dim."""
+    x = net.embed(ids)
+    return net.h(x * (x @ net.key.weight[0])[..., None])
+
+
+def diagonal(net: Net, ids: Tensor) -> Tensor:
+    """A mask whose diagonal is filled in place."""
+    mask = torch.where(causal(ids.shape[1]), 0.0, -1e9)
+    mask.fill_diagonal_(1.5)
+    return net.done(F.scaled_dot_product_attention(*net.heads(net.embed(ids)), attn_mask=mask))
+
+
+def sum_of_positions(net: Net, ids: Tensor) -> Tensor:
+    """A floating sum over positions, a number made of the length."""
+    return net.h(net.embed(ids) / torch.arange(1, ids.shape[1] + 1).float().sum())
+
+
+def folded(net: Net, ids: Tensor, bias: Tensor) -> Tensor:
+    """Attention over ``[batch * heads, seq, seq]`` with a bias in that layout."""
+    x = net.embed(ids)
+    q, k, v = (part.flatten(0, 1) for part in net.heads(x))
+    scores = torch.baddbmm(bias, q, k.mT) + torch.where(causal(x.shape[1]), 0.0, -1e9)
+    return net.done((scores.softmax(-1) @ v).unflatten(0, (x.shape[0], HEADS)))
+
+
+def slopes(length: int) -> Tensor:
+    """ALiBi ``[heads, seq, seq]``."""
+    return (torch.tensor([0.5, 0.25])[:, None, None] * torch.arange(length).float()).expand(HEADS, length, length)
+
+
+def alibi_repeated(net: Net, ids: Tensor) -> Tensor:
+    """ALiBi copied for each sample by repeat."""
+    return folded(net, ids, slopes(ids.shape[1]).repeat(ids.shape[0], 1, 1))
+
+
+def alibi_interleaved(net: Net, ids: Tensor) -> Tensor:
+    """ALiBi copied for each sample by repeat_interleave."""
+    return folded(net, ids, slopes(ids.shape[1])[None].repeat_interleave(ids.shape[0], 0).flatten(0, 1))
+
+
+def alibi_interleaved_heads(net: Net, ids: Tensor) -> Tensor:
+    """Each head's copies side by side, then put in order."""
+    batch = ids.shape[0]
+    bias = slopes(ids.shape[1]).repeat_interleave(batch, 0).unflatten(0, (HEADS, batch))
+    return folded(net, ids, bias.transpose(0, 1).flatten(0, 1))
+
+
+LIFTED = [
+    key_gate,
+    key_bias,
+    key_mask,
+    normalized_scores,
+    pointwise_conv,
+    talking_heads,
+    matrix_and_vector,
+    diagonal,
+    sum_of_positions,
+    alibi_repeated,
+    alibi_interleaved,
+    alibi_interleaved_heads,
+]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("body", LIFTED, ids=lambda body: body.__name__)
+def test_lifts(body: Body, dynamic: bool) -> None:
+    """What is liftable is lifted, by all oracles."""
+    lift_and_verify(program(body, dynamic))
+
+
+def mask(dtype: torch.dtype) -> Tensor:
+    """A padding mask."""
+    return (torch.arange(LENGTH)[None] < torch.tensor([[LENGTH], [LENGTH - 2], [LENGTH - 4]])).to(dtype)
+
+
+OF_USERS: dict[str, tuple[Body, Tensor]] = {
+    "share": (lambda n, i, m: n.h(n.embed(i) * (m / m.sum(1, keepdim=True))[..., None]), mask(torch.float32)),
+    "per_sample": (lambda n, i, m: n.h(n.embed(i) / m.sum(1)[:, None, None]), mask(torch.float32)),
+    "per_sample_mean": (lambda n, i, m: n.h(n.embed(i) * m.mean(-1)[:, None, None]), torch.rand(BATCH, LENGTH) + 1),
+    "count": (lambda n, i, m: n.h(n.embed(i) / m.sum(1).sqrt()[:, None, None]), mask(torch.bool)),
+    "mean_token_loss": (
+        lambda n, i, y: F.cross_entropy(n.h(n.embed(i)).mT, y, reduction="sum") / (y != -100).sum(),
+        torch.randint(0, VOCAB, (BATCH, LENGTH)),
+    ),
+    "rows_of_positions": (  # [3, batch, seq] with batch 3: its first dim is no batch
+        lambda n, i, p: n.h(n.e(i) + n.pe(p[0]) + 2 * n.pe(p[1]) + 3 * n.pe(p[2])),
+        torch.arange(LENGTH).expand(3, BATCH, LENGTH).contiguous(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_USERS)
+def test_numbers_of_user_inputs(name: str) -> None:
+    """Sums over what the user gives, for each sample or for all, under ``Dim.AUTO`` on every dim."""
+    body, given = OF_USERS[name]
+    lift_and_verify(program(body, True, given))
+
+
+def test_exact_where_it_can_be() -> None:
+    """A floating sum is computed outside, in natural order, where its result follows the sequence."""
+    body, given = OF_USERS["share"]
+    assert [item.stream for item in bl.lift(program(body, True, given)).inputs] == ["positions", "inputs"]
+
+
+def rows_that_differ(net: Net, ids: Tensor) -> Tensor:
+    """As many features as tokens, and a mask of that size: rows of the data are features, not queries."""
+    x = net.embed(ids)
+    return net.h(x.mT.masked_fill(~causal(ids.shape[1]), 0.0).mT)
+
+
+def test_rows_that_differ_are_no_queries() -> None:
+    """Where sizes are equal, a mask's rows that meet features stay features: one axis is read, not two."""
+    ep = program(rows_that_differ, False, shape=(BATCH, WIDTH))
+    lifted = lift_and_verify(ep)
+    assert [read.seq_dims for read in lifted.report.reads] == [((0, "seq", "row"),), ((1, "seq", "row"),)]
+
+
+def bias_of_rows(net: Net, ids: Tensor) -> Tensor:
+    """Data of two tokens at a time without keys: an outer product of the sequence with itself."""
+    one = net.key(net.embed(ids))[..., 0]
+    return net.h(net.embed(ids) * (one[:, :, None] + one[:, None, :]).amax(-1, keepdim=True))
+
+
+def wide_conv(net: Net, ids: Tensor) -> Tensor:
+    """A convolution of kernel 3 looks at neighbours."""
+    return net.h(net.wide(net.embed(ids).mT).mT)
+
+
+def strided_conv(net: Net, ids: Tensor) -> Tensor:
+    """Kernel 1, but every other token."""
+    return net.h(F.conv1d(net.embed(ids).mT, net.conv.weight, stride=2).mT)
+
+
+def conv_over_tokens(net: Net, ids: Tensor) -> Tensor:
+    """Tokens as channels."""
+    return net.h(F.conv1d(net.embed(ids), torch.ones(ids.shape[1], ids.shape[1], 1)))
+
+
+def local_scores(net: Net, ids: Tensor) -> Tensor:
+    """Scores that a kernel of three keys smooths."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done(F.conv2d(q @ k.mT, torch.ones(HEADS, HEADS, 1, 3), padding=(0, 1)).softmax(-1) @ v)
+
+
+def vector_of_tokens(net: Net, ids: Tensor) -> Tensor:
+    """Tokens summed by a table of positions."""
+    return net.h(net.embed(ids) + (net.embed(ids).mT @ net.pe.weight[: ids.shape[1], 0])[:, None])
+
+
+def diagonals(net: Net, ids: Tensor) -> Tensor:
+    """A diagonal that runs on below a tall matrix."""
+    mask = torch.zeros(3 * ids.shape[1], ids.shape[1])
+    mask.fill_diagonal_(-1e9, wrap=True)
+    return net.done(F.scaled_dot_product_attention(*net.heads(net.embed(ids)), attn_mask=mask[: ids.shape[1]]))
+
+
+def product_of_positions(net: Net, ids: Tensor) -> Tensor:
+    """No sum: what a product over the ids of the user gives is not recomputed."""
+    return net.h(net.embed(ids) * ids.float().var(1)[:, None, None])
+
+
+def alibi_of_other_heads(net: Net, ids: Tensor) -> Tensor:
+    """Copies side by side, read as if heads came last: sample and head are exchanged."""
+    return folded(net, ids, slopes(ids.shape[1]).repeat_interleave(ids.shape[0], 0))
+
+
+def heads_first(net: Net, ids: Tensor) -> Tensor:
+    """The batch behind the heads: no place for the lane of a mask."""
+    x = net.embed(ids)
+    q, k, v = (part.transpose(0, 1).flatten(0, 1) for part in net.heads(x))
+    scores = q @ k.mT + torch.where(causal(x.shape[1]), 0.0, -1e9)
+    return net.done((scores.softmax(-1) @ v).unflatten(0, (HEADS, x.shape[0])).transpose(0, 1))
+
+
+NEAR_MISSES: list[tuple[Body, bool, str]] = [
+    (bias_of_rows, True, "elements at different sequence positions meet"),
+    (bias_of_rows, False, "elements at different sequence positions meet"),
+    (wide_conv, True, "conv1d"),
+    (wide_conv, False, "conv1d"),
+    (strided_conv, False, "conv1d"),
+    (conv_over_tokens, False, "a learned projection runs along the sequence"),
+    (local_scores, True, "conv2d"),
+    (local_scores, False, "conv2d"),
+    (vector_of_tokens, True, "BL201"),
+    (vector_of_tokens, False, "BL201"),
+    (diagonals, False, "BL102"),
+    (product_of_positions, True, "mixes the sequence"),
+    (alibi_of_other_heads, True, "BL105"),
+    (alibi_of_other_heads, False, "BL105"),
+    (heads_first, True, "the batch is folded behind another dim"),
+    (heads_first, False, "the batch is folded behind another dim"),
+]
+
+
+@pytest.mark.parametrize(("body", "dynamic", "why"), NEAR_MISSES, ids=lambda item: getattr(item, "__name__", None))
+def test_near_misses_stay_refused(body: Body, dynamic: bool, why: str) -> None:
+    """Refused with a reason, the source line and a hint."""
+    with pytest.raises(bl.LiftingError, match=why) as caught:
+        bl.lift(program(body, dynamic))
+    assert "test_refusals.py" in str(caught.value) and "->" in str(caught.value)
+
+
+def test_a_square_example_asks_for_axes_and_the_hint_works() -> None:
+    """Two symbols of one size in the example: labels that only a reshape reads have symbols of their own."""
+    body = lambda n, i, y: F.cross_entropy(n.h(n.embed(i)).flatten(0, 1), y.flatten())  # noqa: E731
+    ep = program(body, True, torch.randint(0, VOCAB, (7, 7)), shape=(7, 7))
+    with pytest.raises(bl.AxesError, match="both the batch size and the sequence length"):
+        bl.lift(ep)
+    lift_and_verify(ep, axes={"given": {0: "batch", 1: "seq"}})
