@@ -7,6 +7,7 @@ size of this shard (role ``row``) or of all shards (role ``col``).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -164,6 +165,8 @@ class LiftPlan:
     trace: Trace = field(default_factory=lambda: Trace())
     #: How the operands of each op on data line up with it, by path.
     alignments: dict[str, dict[str, Alignment]] = field(default_factory=dict)
+    #: For each dim of a value without user contents, by its name: whether its elements can differ along it.
+    varies: Callable[[str], Sequence[bool]] = field(default=lambda name: ())
     lengths: dict[str, Size] = field(default_factory=dict)  # of each sequence axis
 
 

@@ -164,7 +164,7 @@ class Planner(Contents):
                 raise Refuse(f"{node.op} has several results", name)
             return Value(Existing(name), False, 0)
         if Dep.DATA in dep:
-            raise Refuse("it is computed from differentiable data", name, "BL106", "positions must not depend on data")
+            raise Refuse("it is computed from differentiable data", name, "BL108", "positions must not depend on data")
         follows = any(has_seq(dim) for dim in labels)
         if not dep & (Dep.USER | Dep.LENGTH) and not follows and not any(has_batch(dim) for dim in labels):
             return Value(Existing(name), False, len(labels))

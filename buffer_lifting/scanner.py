@@ -146,6 +146,7 @@ class _Scan:
             self.flex,
             trace=self.planner.trace,
             alignments=self.alignments,
+            varies=self.planner.variation.of,
             lengths=self.inputs.lengths,
         )
 

@@ -220,13 +220,12 @@ _ALL = (
     ),
     Rule(
         "BL106",
-        "no-positions",
+        "no-sequence-axis",
         "error",
-        "no input has a sequence axis, or positions are computed from differentiable data",
-        "Nothing says which token stands where: give the axes of the inputs by axes=, and do not let positions\n"
-        "depend on activations.",
-        "def forward(self, x):\n    return self.table[self.pointer(x).argmax(-1)]",
-        "def forward(self, x, positions):\n    return x + self.table[positions]",
+        "no input has a sequence axis",
+        "Nothing says which token stands where: give the axes of the inputs by axes=.",
+        "report = bl.scan(export(model, (features,)))  # [batch, 64, 512]: which dim runs over the tokens?",
+        'report = bl.scan(export(model, (features,)), axes={"x": {0: "batch", 1: "seq"}})',
     ),
     Rule(
         "BL107",
@@ -237,6 +236,16 @@ _ALL = (
         "model behind the embedding, whose input is [batch, seq, features].",
         "def forward(self, image):\n    return self.encoder(self.patches(image).flatten(2).transpose(1, 2))",
         "def forward(self, patches):\n    return self.encoder(patches)",
+    ),
+    Rule(
+        "BL108",
+        "positions-from-data",
+        "error",
+        "positions are computed from differentiable data",
+        "An index that depends on activations cannot be fed: give positions as an input, or compute them from user\n"
+        "inputs alone.",
+        "def forward(self, x):\n    return self.table[self.pointer(x).argmax(-1)]",
+        "def forward(self, x, positions):\n    return x + self.table[positions]",
     ),
     Rule(
         "BL200",

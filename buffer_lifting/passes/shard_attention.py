@@ -284,14 +284,15 @@ class _Sharding:
                 size = self._actual(value.shape[dim])
                 if not has_seq(label) or size in (1, self._expected(label)):
                     continue
-                operand = self._stretch(operand, dim, label, node)
+                operand = self._stretch(operand, name, dim, label, node)
                 node.args, node.kwargs = replace_operands(node, {path: operand})
                 self.changed.add(node)
 
-    def _stretch(self, operand: Node, dim: int, label: DimLabel, reader: Node) -> Node:
+    def _stretch(self, operand: Node, name: str, dim: int, label: DimLabel, reader: Node) -> Node:
         """One element of a value that is the same along ``dim``, expanded to the size that its reader wants."""
-        if any(read.node == reader.name and read.refusal for read in self.state.plan.report.reads):
-            raise _problem(reader, f"it reads {operand.name!r} by position, which was not lifted")
+        varies = self.state.plan.varies(name)
+        if len(varies) <= dim or varies[dim]:
+            raise _problem(reader, f"it reads {name!r} by position, which was not lifted for the keys of all ranks")
         size = self._emit_size(label, reader)
         one = self._insert(reader, torch.ops.aten.slice.Tensor, operand, dim, 0, 1)
         sizes = [size if d == dim else -1 for d in range(len(operand.meta["val"].shape))]
