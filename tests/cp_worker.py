@@ -73,7 +73,8 @@ class Cell:
 
     Attributes:
         model: name in ``parity_models.MODELS``; ``schedule``: class in ``torch.distributed.pipelining``.
-        pp, cp: the mesh; ``order``: one of ``ORDERS``; ``dtype``: one of ``DTYPES``.
+        pp, cp: the mesh; ``order``: one of ``ORDERS``; ``dtype``: one of ``DTYPES``; ``strategy``: of
+            ``context_parallel``.
     """
 
     model: str
@@ -82,12 +83,14 @@ class Cell:
     cp: int = 2
     order: str = "head-tail"
     dtype: str = "float32"
+    strategy: str = "auto"
 
     @property
     def name(self) -> str:
         """Names the test, and the files of results."""
         schedule = self.schedule.removeprefix("Schedule").replace(" ", "_")
-        return f"{self.model}-{schedule}-{self.pp}x{self.cp}-{self.order}-{self.dtype}"
+        name = f"{self.model}-{schedule}-{self.pp}x{self.cp}-{self.order}-{self.dtype}"
+        return name if self.strategy == "auto" else f"{name}-{self.strategy}"
 
     @property
     def num_stages(self) -> int:
@@ -135,20 +138,20 @@ def lifted_program(model: str) -> Any:
 
 
 @cache
-def cp_program(model: str, cp: int) -> Any:
+def cp_program(model: str, cp: int, strategy: str = "auto") -> Any:
     """The same for a number of context-parallel ranks."""
     import buffer_lifting as bl
 
-    return bl.context_parallel(lifted_program(model), size=cp)
+    return bl.context_parallel(lifted_program(model), size=cp, strategy=strategy)
 
 
 @cache
-def staged_program(model: str, cp: int, num_stages: int, dtype: str) -> Any:
+def staged_program(model: str, cp: int, num_stages: int, dtype: str, strategy: str) -> Any:
     """The stages; for float64, with everything that names a float32 dtype widened: graphs, weights and feed."""
     import buffer_lifting as bl
     from buffer_lifting.oracles.running import double_feed, to_double
 
-    staged = bl.partition(cp_program(model, cp), num_stages=num_stages)
+    staged = bl.partition(cp_program(model, cp, strategy), num_stages=num_stages)
     if dtype == "float32":
         return staged
     for stage in staged.stages:
@@ -166,7 +169,7 @@ def staged_program(model: str, cp: int, num_stages: int, dtype: str) -> Any:
 
 def prepare(cell: Cell) -> Any:
     """The stages of a cell, without gradients of earlier cells."""
-    staged = staged_program(cell.model, cell.cp, cell.num_stages, cell.dtype)
+    staged = staged_program(cell.model, cell.cp, cell.num_stages, cell.dtype, cell.strategy)
     if cell.schedule not in OTHERS:
         reference(cell.model, cell.dtype)
         _names(cell.model)

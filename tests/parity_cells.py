@@ -31,6 +31,15 @@ EVERY = (
         for order in ORDERS
     ),
 )
+#: Heads exchanged for rows in place of gathered keys; not in the tables of the README.
+EXCHANGED = (
+    Cell("llama_pr1797", "Schedule1F1B", 1, 4, "random", "float32", "alltoall"),
+    Cell("hf_gpt2", "ScheduleInterleaved1F1B", 1, 4, "per-document", "float32", "alltoall"),
+    Cell("hf_llama", "ScheduleZBVZeroBubble", 2, 2, "head-tail", "float64", "alltoall"),
+    Cell("hf_gemma3", "Schedule1F1B", 2, 2, "random", "float32", "alltoall"),
+    Cell("hf_mixtral", "ScheduleInterleaved1F1B", 2, 2, "contiguous", "float32", "alltoall"),
+    Cell("hf_llama_packed", "Schedule1F1B", 2, 2, "per-document", "float64", "alltoall"),
+)
 
 
 def covering() -> tuple[Cell, ...]:
