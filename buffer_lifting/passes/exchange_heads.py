@@ -72,9 +72,14 @@ class HeadExchange:
         split = emit(aten.unflatten.int, value, _ROWS, [self.size, -1])
         moved = self._exchange(emit, emit(aten.permute.default, split, [2, 0, 1, 3, 4]))
         if rows_first:
-            laid = emit(aten.flatten.using_ints, emit(aten.permute.default, moved, [1, 3, 0, 2, 4]), 2, 3)
+            laid = emit(aten.flatten.using_ints, self._packed(emit, moved, [1, 3, 0, 2, 4]), 2, 3)
             return emit(aten.permute.default, laid, [0, 2, 1, 3])
-        return emit(aten.flatten.using_ints, emit(aten.permute.default, moved, [1, 0, 2, 3, 4]), _HEADS, 2)
+        return emit(aten.flatten.using_ints, self._packed(emit, moved, [1, 0, 2, 3, 4]), _HEADS, 2)
+
+    def _packed(self, emit: Emit, value: Node, dims: list[int]) -> Node:
+        """Permuted and contiguous: with one head a rank, flattening would give a view, which readers cannot view on."""
+        moved = emit(torch.ops.aten.permute.default, value, dims)
+        return emit(torch.ops.aten.clone.default, moved, memory_format=torch.contiguous_format)
 
     def _exchange(self, emit: Emit, value: Node) -> Node:
         """Part ``i`` along dim 0 goes to rank ``i``, whose part for this rank comes in its place."""
