@@ -96,6 +96,15 @@ def test_the_table_says_that_every_cell_with_context_parallelism_is_wrong() -> N
     assert all(len(line) == 4 for line in lines if line)
 
 
+def test_the_readme_has_both_tables_and_no_failure() -> None:
+    """``python tools/parity.py --check`` compares them with a run."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("<!-- parity:begin -->")[2].partition("<!-- parity:end -->")[0]
+    assert all(block.count(f"\n| {model.what} | ") == 2 for model in MODELS.values())
+    assert f"{len(EVERY)} of {len(EVERY)} cells gave what they have to" in block and "FAIL" not in block
+    assert f"| model | {' | '.join(ORDERS)} |" in block
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("cp", [1, 2, 4])
 def test_orders_are_what_their_names_say(order: str, cp: int) -> None:
