@@ -153,6 +153,8 @@ def test_the_judge_tells_wrong_from_right() -> None:
     assert wrong(double, judge(double, _result(1e-6, 0.3, moved, double)))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(BUDGET + 60)
 def test_a_cell_that_fails_is_named_and_the_next_one_runs(tmp_path: Path) -> None:
     """The harness itself: a rank that ends inside a cell takes its peers along, and a new set of ranks goes on."""
     broken, good = Cell("llama_pr1797", "ScheduleNothing"), Cell("llama_pr1797")
