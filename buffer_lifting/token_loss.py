@@ -18,9 +18,13 @@ from buffer_lifting.errors import FeedError
 
 
 def cross_entropy_sum(output: Any, target: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """The cross entropy of logits ``[..., seq, vocabulary]`` with ``target`` ``[..., seq]``, summed over the tokens."""
+    """The cross entropy of logits ``[..., seq, vocabulary]`` with ``target`` ``[..., seq]``, summed over the tokens.
+
+    It is computed in float32 at least.
+    """
     logits = output if isinstance(output, torch.Tensor) else output[0]
-    return F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=ignore_index, reduction="sum")
+    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, target.flatten(), ignore_index=ignore_index, reduction="sum")
 
 
 class TokenLoss:
