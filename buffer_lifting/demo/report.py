@@ -30,7 +30,7 @@ def reads(report: ScanReport, inputs: Iterable[LiftedInput]) -> str:
         places.setdefault((where, read.source), []).append(read)
     lines = []
     for (where, source), found in places.items():
-        lines.append(_cut(f"{where}: {source}, {len(found)} reads"))
+        lines.append(_cut(f"{where}: {source}, {len(found)} read{'s' * (len(found) > 1)}"))
         code = found[0].location.code if found[0].location else ""
         lines += [_cut(f"    {code.strip()}")] if code else []
     lines.append("become inputs, of the rows of a rank or of the keys of all ranks:")
