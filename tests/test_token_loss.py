@@ -72,9 +72,9 @@ def test_the_labels_are_spread_unevenly() -> None:
 
 @pytest.mark.multiprocess
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("case", ["sum", "mean", "empty", "group"])
+@pytest.mark.parametrize("case", ["sum", "mean", "empty", "group", "fsdp"])
 def test_loss_and_gradients_are_those_of_one_process(case: str, ranks: list[dict[str, Any]]) -> None:
-    """With a DeviceMesh ("sum"), a process group ("group"), a loss that is a mean already, a rank without labels."""
+    """With a DeviceMesh, a loss that is a mean already, a rank without labels, a process group, and under FSDP."""
     for result in ranks:
         loss_error, gradient_error = off(result[case], "empty" if case == "empty" else "sum")
         assert loss_error < TOLERANCE
@@ -92,6 +92,16 @@ def test_means_of_the_ranks_averaged_are_another_loss(ranks: list[dict[str, Any]
     loss_error, gradient_error = off(ranks[0]["control"], "sum")
     assert loss_error > 1e-3
     assert gradient_error > 1e-2
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(200)
+def test_fsdp_divides_by_its_ranks_unless_told(ranks: list[dict[str, Any]]) -> None:
+    """The control: FSDP's default is a mean over its ranks, which is wrong by their number."""
+    result = ranks[0]["fsdp that averages"]
+    doubled = {name: None if grad is None else grad * worker.WORLD for name, grad in result["gradients"].items()}
+    assert off(result, "sum")[1] > 0.1
+    assert off({**result, "gradients": doubled}, "sum")[1] < TOLERANCE
 
 
 @pytest.mark.multiprocess

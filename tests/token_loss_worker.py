@@ -25,6 +25,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.uses_all = False  # FSDP wants the same gradients on every rank
         self.embedding = nn.Embedding(VOCAB, 6)
         self.out = nn.Linear(6, VOCAB)
         self.head = nn.Parameter(torch.linspace(-1, 1, VOCAB))
@@ -33,7 +34,9 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, second_half: bool) -> Tensor:
         """Logits ``[batch, seq, VOCAB]``."""
         logits = self.out(self.embedding(tokens).tanh())
-        return logits + self.head if second_half else logits
+        if second_half:
+            return logits + self.head
+        return logits + 0 * self.head if self.uses_all else logits
 
 
 def build() -> Model:
@@ -93,6 +96,28 @@ def train(case: str, rank: int, group: Any) -> dict[str, Any]:
     return {"loss": loss_fn.total(losses), "gradients": {name: p.grad for name, p in model.named_parameters()}}
 
 
+def train_sharded(mesh: Any, factor: float | None) -> dict[str, Any]:
+    """As :func:`train`, under FSDP: its reduction sums the gradients if it is told to divide them by 1."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank = mesh.get_local_rank()
+    model, (tokens, labels) = build(), data("sum")
+    model.unused.requires_grad_(False)
+    model.uses_all = True
+    fully_shard(model, mesh=mesh)
+    if factor is not None:
+        model.set_gradient_divide_factor(factor)
+    tokens, labels = (value.chunk(WORLD, 1)[rank] for value in (tokens, labels))
+    loss_fn = loss_of("sum", mesh)
+    loss_fn.begin(labels)
+    losses = []
+    for x, y in zip(tokens.chunk(MICROBATCHES), labels.chunk(MICROBATCHES), strict=True):
+        losses.append(loss_fn(model(x, rank == 1), y))
+        (losses[-1] / MICROBATCHES).backward()
+    grads = {name: p.grad.full_tensor() if p.grad is not None else None for name, p in model.named_parameters()}
+    return {"loss": loss_fn.total(losses), "gradients": grads}
+
+
 def nothing_counts(group: Any) -> str:
     """The error where no rank has a valid token: on both ranks, with no collective left open."""
     import buffer_lifting as bl
@@ -118,6 +143,8 @@ def main() -> None:
     result: dict[str, Any] = {"group": train("sum", rank, torch.distributed.group.WORLD)}
     for case in ("sum", "mean", "empty", "control"):
         result[case] = train(case, rank, mesh["cp"])
+    result["fsdp"] = train_sharded(mesh["cp"], 1.0)
+    result["fsdp that averages"] = train_sharded(mesh["cp"], None)
     result["nothing"] = nothing_counts(mesh["cp"])
     torch.save(result, directory / f"rank{rank}.pt")
     torch.distributed.barrier()
