@@ -69,6 +69,7 @@ class Gpt(nn.Module):
         self.tokens, self.positions = nn.Embedding(50, 16), nn.Embedding(64, 16)
         self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
         self.head = nn.Linear(16, 50)
+        self.head.weight = self.tokens.weight
 
     def forward(self, idx):
         x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1]))
@@ -114,7 +115,7 @@ def nothing():
 @pytest.mark.multiprocess
 @pytest.mark.timeout(280)
 def test_a_model_of_the_user_s(tmp_path: Path) -> None:
-    """Learned positions, and batches of its own whose labels that count lie unevenly."""
+    """Learned positions, a weight tied across the stages, and batches of its own: labels that count lie unevenly."""
     (tmp_path / "mine.py").write_text(MODEL)
     done = run("--model", "mine:make", "--steps", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -219,9 +219,11 @@ def _row(step: int, order: str, loss: float, model: Any, results: list[dict[str,
     if "control" not in results[-1]:
         return Row(step, order, loss, results[-1]["lifted"]["loss"])
     gradients = {fqn: p.grad for fqn, p in model.named_parameters() if p.grad is not None}
+    first: dict[int, str] = {}  # a tied weight has several names
+    names = {fqn: first.setdefault(id(p), fqn) for fqn, p in model.named_parameters(remove_duplicate=False)}
     errors = {}
     for name in ("lifted", "control"):
-        merged = {fqn: grad for result in results for fqn, grad in result[name]["gradients"].items()}
+        merged = {names.get(fqn, fqn): grad for result in results for fqn, grad in result[name]["gradients"].items()}
         errors[name] = worst_error(gradients, merged)
     control = Measured(*errors["lifted"], results[-1]["control"]["loss"], errors["control"][0])
     return Row(step, order, loss, results[-1]["lifted"]["loss"], control)

@@ -127,6 +127,7 @@ def train(rank: int, directory: Path) -> None:
                 loss_fn.begin(target)
             schedule.step(target=target if last else None, losses=losses if last else None, **kwargs)
             loss_fn.reduce_gradients(stage.submod.parameters())
+            add_up_tied(loaded, stage.submod, mesh["pp"].get_group())
             grads = {fqn: p.grad for fqn, p in stage.submod.named_parameters() if step.measure and p.grad is not None}
             result[name] = {
                 "loss": float(loss_fn.total(losses)) if last else None,
@@ -137,6 +138,16 @@ def train(rank: int, directory: Path) -> None:
             put(result, result_path(directory, number, rank))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def add_up_tied(loaded: Any, module: torch.nn.Module, group: Any) -> None:
+    """Sums the gradients of weights that both stages have a copy of."""
+    for fqn in loaded.tied:
+        names = {fqn, *(name for names in loaded.stage.tied if fqn in names for name in names)}
+        parameter = next(p for name, p in module.named_parameters(remove_duplicate=False) if name in names)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad, group=group)
 
 
 def _wait_for(path: Path, timeout: float) -> Step:
