@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,26 @@ def test_fsdp_divides_by_its_ranks_unless_told(ranks: list[dict[str, Any]]) -> N
 @pytest.mark.timeout(200)
 def test_no_label_at_all_is_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     assert all("all of them are -100" in result["nothing"] for result in ranks)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(280)
+def test_a_loss_in_the_graph() -> None:
+    """transformers' own loss, which shifts its labels, on 2 stages x 2 context-parallel ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "loss_in_graph_worker.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=260,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    gradients = re.findall(r"(\d+) gradients off by (\d\.\d+e[-+]\d+)", done.stdout)
+    losses = re.findall(r"loss off by (\d\.\d+e[-+]\d+)", done.stdout)
+    assert len(gradients) == 4 and len(losses) == 2
+    assert all(int(count) > 5 and float(error) < 1e-5 for count, error in gradients)
+    assert all(float(error) < 1e-6 for error in losses)
 
 
 # one rank
