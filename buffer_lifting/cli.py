@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from buffer_lifting import __version__
+from buffer_lifting.demo.command import add_demo_commands
 from buffer_lifting.inspection.command import add_commands
 from buffer_lifting.inspection.config import CheckError
 from buffer_lifting.inspection.rules import UnknownRuleError
@@ -198,12 +199,6 @@ def _verify(args: argparse.Namespace) -> int:
     return CLEAN if report.passed else FINDINGS
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from buffer_lifting.demo import run
-
-    return run(args.steps, args.layers, args.seed)
-
-
 # Arguments ----------------------------------------------------------------------------------------------
 
 
@@ -257,18 +252,17 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(
-        name: Literal["scan", "lift", "split", "verify", "demo"],
+        name: Literal["scan", "lift", "split", "verify"],
         run: Any,
         text: str,
         parents: list[argparse.ArgumentParser],
         more: str = "",
     ) -> argparse.ArgumentParser:
-        about = "" if name == "demo" else TARGET_HELP + "\n"
         sub: argparse.ArgumentParser = commands.add_parser(
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            epilog=about + more + EXIT_CODES,
+            epilog=TARGET_HELP + "\n" + more + EXIT_CODES,
             parents=parents,
             formatter_class=raw,
         )
@@ -313,10 +307,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_commands(commands, common, axes, parse_axes, _positive)
 
-    demo = command("demo", _demo, "train a small Llama on two processes, and compare with one", [common])
-    demo.add_argument("--steps", type=_positive, default=5, help="default: 5")
-    demo.add_argument("--layers", type=_positive, default=4, help="default: 4")
-    demo.add_argument("--seed", type=int, default=0, help="of weights, text and orders; default: 0")
+    add_demo_commands(commands, common, _positive)
     return parser
 
 

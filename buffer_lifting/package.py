@@ -211,6 +211,11 @@ class LoadedStage:
     tied: Mapping[str, tuple[int, ...]]
     _feeder: StagedProgram  # has the feed program and the names of the inputs, but no stages and no program
 
+    @property
+    def lifted(self) -> LiftedProgram:
+        """The lifted program without its graph: it has its inputs and can feed them."""
+        return self._feeder.lifted
+
     def feed(
         self,
         batch_size: int,

@@ -37,7 +37,7 @@ def load_program(target: str) -> Any:
     if target.endswith(".lifted"):
         raise TargetError(f"{target}: a lifted program; this command takes the program before lifting")
     with redirect_stdout(sys.stderr):  # what a module or a model prints is no finding
-        program = _load_file(Path(target)) if _is_file(target) else _call(target)
+        program = _load_file(Path(target)) if _is_file(target) else call_target(target)
     return _checked(target, program)
 
 
@@ -49,7 +49,7 @@ def load_checkable(target: str) -> Any:
     """
     with redirect_stdout(sys.stderr):
         try:
-            program = _call(target)
+            program = call_target(target)
         except SystemExit as stop:
             raise TargetError(f"{target}: it exits (SystemExit: {stop.code})") from stop
     from buffer_lifting.lifted import LiftedProgram
@@ -147,7 +147,12 @@ def _with_classes(load: Callable[[Any], Any], path: str) -> Any:
             logger.removeFilter(keep)
 
 
-def _call(target: str) -> Any:
+def call_target(target: str) -> Any:
+    """What the callable of ``package.module:callable`` returns.
+
+    Raises:
+        TargetError: it cannot be imported or called.
+    """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise TargetError(f"{target}: a target is a .pt2 file or package.module:callable")

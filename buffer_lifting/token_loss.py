@@ -1,7 +1,8 @@
 """The context-parallel contract of losses and gradients, in one place.
 
 Under context parallelism a rank has a part of the tokens. Its parameter gradients are partial: they are summed over
-the context-parallel ranks (under FSDP the mesh is dp x cp, and its reduction does it). And a loss that ignores tokens
+the context-parallel ranks (under FSDP over a dp x cp mesh, its reduction does it after
+``module.set_gradient_divide_factor(1.0)``: by default it takes the mean). And a loss that ignores tokens
 is the sum over a rank's valid tokens, divided by the valid tokens *of the whole batch*: ranks have different numbers
 of them, so that a mean per rank, averaged over ranks, is another loss.
 """
@@ -18,10 +19,13 @@ from buffer_lifting.errors import FeedError
 
 
 def cross_entropy_sum(output: Any, target: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """The cross entropy of logits ``[..., seq, vocabulary]`` with ``target`` ``[..., seq]``, summed over the tokens."""
+    """The cross entropy of logits ``[..., seq, vocabulary]`` with ``target`` ``[..., seq]``, summed over the tokens.
+
+    It is computed in float32 at least.
+    """
     logits = output if isinstance(output, torch.Tensor) else output[0]
-    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, target.flatten(), ignore_index=ignore_index, reduction="sum")
+    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, target.flatten(), ignore_index=ignore_index, reduction="sum")
 
 
 class TokenLoss:
@@ -31,7 +35,7 @@ class TokenLoss:
 
         loss_fn.begin(target)                      # counts; on the ranks of the last stage
         schedule.step(..., target=target, losses=losses)
-        loss_fn.reduce_gradients(parameters)       # on every rank; not with FSDP over a dp x cp mesh
+        loss_fn.reduce_gradients(parameters)       # on every rank; not under FSDP, which does it itself
         loss = loss_fn.total(losses)               # on the ranks of the last stage
 
     Args:

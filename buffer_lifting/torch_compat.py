@@ -321,6 +321,20 @@ def balancer_indices(balancer: Any) -> torch.Tensor | None:
     return cast("torch.Tensor | None", balancer._generate_indices(restore=False))
 
 
+def head_tail_indices(length: int, ranks: int) -> torch.Tensor:
+    """The order of torch's load balancer of causal attention, ``[1, length]``: every rank gets a chunk of the head
+    and the one that mirrors it from the tail. Private: its load balancers have no public names.
+
+    Raises:
+        ValueError: ``length`` does not divide into two chunks a rank.
+    """
+    from torch.distributed.tensor.experimental._context_parallel._load_balancer import _HeadTailLoadBalancer
+
+    if length % (2 * ranks):
+        raise ValueError(f"a sequence of {length} does not divide into {2 * ranks} chunks")
+    return cast(torch.Tensor, balancer_indices(_HeadTailLoadBalancer(length, ranks, "cpu"))).long()
+
+
 def as_mesh(value: Any) -> Any:
     """A DeviceMesh, ``None`` for anything else (which does not import torch.distributed)."""
     if isinstance(value, tuple):

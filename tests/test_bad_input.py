@@ -330,8 +330,9 @@ def test_bind_tables() -> None:
 def test_context_parallel(static: Any) -> None:
     cp = bl.context_parallel(static)
     refused(bl.LiftingError, ["already", "size 1"], lambda: bl.context_parallel(cp))
-    refused(bl.LiftingError, ["size=2", "size 1 only"], lambda: bl.context_parallel(static, size=2), static.program)
-    refused(bl.LiftingError, ["strategy", "'ring'"], lambda: bl.context_parallel(static, strategy="ring"))
+    sharded = ["static sequence", "'seq'", "export with a dynamic sequence"]
+    refused(bl.UnsupportedReadError, sharded, lambda: bl.context_parallel(static, size=2), static.program)
+    refused(bl.LiftingError, ["strategy", "'rings'"], lambda: bl.context_parallel(static, strategy="rings"))
 
 
 # Stages --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,27 +17,131 @@ import pytest
 import torch
 
 from buffer_lifting import demo
+from buffer_lifting.cli import main
 from buffer_lifting.demo import data
-from buffer_lifting.demo.compare import Row, judge, worst_error
+from buffer_lifting.demo.compare import Measured, Row, judge, worst_error
+from buffer_lifting.demo.losses import read_losses
+from buffer_lifting.demo.model import RANKS, load_subject
+from buffer_lifting.demo.worker import Step, unlifted_feed
 from buffer_lifting.program import VerifyReport
+from buffer_lifting.targets import TargetError
 
 ROOT = Path(__file__).resolve().parents[1]
-GOOD = Row(0, 5.0, 5.0, 5.1, 1e-6, "weight", 0.5)
+GOOD = Row(0, "head-tail", 5.0, 5.0, Measured(1e-6, "weight", 5.1, 0.5))
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The demo's command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "buffer_lifting", "demo", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.timeout(200)
-def test_the_demo_passes() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "buffer_lifting", "demo", "--steps", "2", "--layers", "2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+@pytest.mark.timeout(280)
+def test_the_demo_passes(tmp_path: Path) -> None:
+    losses = tmp_path / "losses.jsonl"
+    done = run("--steps", "12", "--layers", "2", "--losses", str(losses))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "PASS: 2 steps" in done.stdout
+    assert "PASS: 12 steps" in done.stdout
     assert "modeling_llama.py:" in done.stdout
-    assert "x2 layers" in done.stdout
     assert "ok   composition" in done.stdout
     assert "Warning" not in done.stderr
     assert all(line.startswith("[") for line in done.stderr.splitlines()), "progress alone"
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    rows = re.findall(r"^ +(\d+)  (head-tail|per sample) +[0-9.]+", done.stdout, flags=re.M)
+    assert len(rows) == demo.MEASURED, "of many steps, some are measured"
+    assert {order for _, order in rows} == set(data.ORDERS)
+    runs = read_losses(str(losses))
+    assert list(runs) == ["single", "pp_cp"]
+    assert list(runs["single"]) == list(runs["pp_cp"]) == list(range(12))
+    assert main(["compare-losses", f"{losses}:single", f"{losses}:pp_cp"]) == 0
+
+
+MODEL = """\
+import torch
+from torch import nn
+
+
+class Gpt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(50, 16), nn.Embedding(64, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+        self.head = nn.Linear(16, 50)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, idx):
+        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1]))
+        for layer in self.layers:
+            q, k, v = (t.unsqueeze(1) for t in layer(x).chunk(3, -1))
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+        return self.head(x)
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(0, 50, (4, 25), generator=generator)
+    labels = text[:, 1:].clone()
+    labels[step % 4, :17] = -100
+    return {"idx": text[:, :-1].contiguous()}, labels
+
+
+def make():
+    return Gpt(), batch
+
+
+def dropout():
+    return nn.Sequential(nn.Embedding(256, 8), nn.Dropout(0.5), nn.Linear(8, 256))
+
+
+def no_logits():
+    return nn.Embedding(256, 8), lambda step: ({"input": torch.zeros(2, 8, dtype=torch.long)}, torch.zeros(2, 4).long())
+
+
+def odd():
+    return nn.Embedding(256, 8), lambda step: ({"input": torch.zeros(3, 8, dtype=torch.long)}, torch.zeros(3, 8).long())
+
+
+def small_vocabulary():
+    return nn.Embedding(100, 8)
+
+
+def nothing():
+    return 7
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(280)
+def test_a_model_of_the_user_s(tmp_path: Path) -> None:
+    """Learned positions, a weight tied across the stages, and batches of its own: labels that count lie unevenly."""
+    (tmp_path / "mine.py").write_text(MODEL)
+    done = run("--model", "mine:make", "--steps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASS: 2 steps" in done.stdout
+    assert "Gpt reads by position" in done.stdout and "positions.weight, 1 read\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dropout", "something else each time"),
+        ("no_logits", "not logits [2, 4, *]"),
+        ("odd", "an even batch"),
+        ("small_vocabulary", "does not run on batch(0): IndexError"),
+        ("nothing", "returned int; demo takes a torch.nn.Module"),
+    ],
+)
+def test_a_model_that_does_not_suit_is_refused(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unsuited.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "unsuited", raising=False)
+    with pytest.raises(TargetError) as caught:
+        load_subject(f"unsuited:{name}", 0)
+    assert message in str(caught.value)
 
 
 @pytest.mark.multiprocess
@@ -68,31 +173,98 @@ def test_a_sabotaged_lift_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 @pytest.mark.multiprocess
-@pytest.mark.timeout(100)
-def test_a_failing_rank_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    from buffer_lifting.demo.model import build_model
+@pytest.mark.timeout(150)
+def test_a_rank_that_dies_is_reported() -> None:
+    """The error of the rank that failed, not of those that lost it; and no rank is left behind."""
+    from buffer_lifting.demo.model import export_model, llama, make_stages
 
-    class Nothing:
+    subject = llama(2, 0)
+    staged = make_stages(export_model(subject.model, subject.batch(0)[0]))
+
+    class Damaged:
         def save(self, directory: Path) -> None:
-            """Leaves nothing for the ranks."""
+            """One stage's file is cut off."""
+            staged.save(directory)
+            largest = max((f for f in directory.rglob("*") if "1" in f.name), key=lambda f: f.stat().st_size)
+            largest.write_bytes(largest.read_bytes()[:100])
 
     began = time.monotonic()
-    with pytest.raises(demo.DemoError, match=r"rank . failed: .*Error"):
-        demo.train(lambda text: None, build_model(1, 0), Nothing(), 1, 0, 60.0)
-    assert time.monotonic() - began < 50
-    assert "--- rank" in capsys.readouterr().err
+    with pytest.raises(demo.DemoError, match=r"rank [23] failed: .*cut off"):
+        demo.train(lambda text: None, subject, Damaged(), 1, 0, 100.0, 0.1)
+    assert time.monotonic() - began < 100
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(150)
+def test_a_rank_that_is_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from buffer_lifting.demo.model import export_model, llama, make_stages
+    from buffer_lifting.demo.ranks import Ranks
+
+    subject = llama(2, 0)
+    start = Ranks.start
+
+    def start_and_kill(self: Ranks) -> None:
+        start(self)
+        self.processes[2].kill()
+
+    monkeypatch.setattr(Ranks, "start", start_and_kill)
+    with pytest.raises(demo.DemoError, match="rank 2 was stopped by signal 9"):
+        staged = make_stages(export_model(subject.model, subject.batch(0)[0]))
+        demo.train(lambda text: None, subject, staged, 1, 0, 100.0, 0.1)
+
+
+def test_ranks_that_say_nothing_are_stopped(tmp_path: Path) -> None:
+    from buffer_lifting.demo.ranks import Ranks
+
+    with pytest.raises(demo.DemoError, match=r"no result for 1 s \(ranks 0 still run\)"), Ranks(tmp_path, 1.0) as ranks:
+        ranks.processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])]
+        ranks.end = time.monotonic() + 1.0
+        ranks.results(0, [0])
+    assert ranks.processes[0].poll() is not None
+
+
+def test_a_file_of_losses_that_cannot_be_written_is_known_before_training(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        demo.run(steps=1, losses=str(tmp_path / "missing" / "losses.jsonl"))
+
+
+def test_nothing_lifted_means_positions_from_0_on_each_rank() -> None:
+    """The control's feed: rows count from 0 on every rank, and keys do so once for each rank."""
+    import buffer_lifting as bl
+    from buffer_lifting.demo.model import export_model, llama
+
+    subject = llama(1, 0)
+    inputs, labels = subject.batch(0)
+    lifted = bl.context_parallel(bl.lift(export_model(subject.model, inputs)), size=RANKS)
+    order = data.order("per sample", (data.BATCH, data.SEQ), RANKS, 0, 0)
+    step = Step(inputs, labels, order, True)
+    half = data.SEQ // RANKS
+    natural = lifted.feed(data.BATCH, data.SEQ, shard=(0, RANKS))
+    for rank in range(RANKS):
+        feed = unlifted_feed(lifted, step, rank, RANKS)
+        assert set(feed) == set(natural)
+        for item in lifted.inputs:
+            wanted = natural[item.name]
+            wanted = torch.cat([wanted[:, :half]] * RANKS, 1) if item.role == "col" else wanted
+            assert torch.equal(feed[item.name], wanted), item.name
 
 
 def test_the_text_is_real_and_each_step_has_its_own() -> None:
     tokens, labels = data.batch(0, seed=0)
     assert tokens.shape == labels.shape == (data.BATCH, data.SEQ)
-    assert torch.equal(tokens[:, 1:], labels[:, :-1])
+    counted = labels[:, :-1] != data.IGNORED
+    assert torch.equal(tokens[:, 1:][counted], labels[:, :-1][counted])
+    assert bool((tokens[:, 1:][~counted] == ord(" ")).all()) and not bool(counted.all())
     again, other = data.batch(0, seed=0)[0], data.batch(1, seed=0)[0]
     assert torch.equal(tokens, again)
     assert not torch.equal(tokens, other)
-    order = data.order(0, seed=0)
+    shape = (data.BATCH, data.SEQ)
+    order = data.order("per sample", shape, RANKS, 0, seed=0)
     assert torch.equal(order.sort(1).values, torch.arange(data.SEQ).expand(data.BATCH, -1))
     assert not torch.equal(order[0], order[1])
+    assert data.order("head-tail", (2, 8), 2, 0, 0).tolist() == [[0, 1, 6, 7, 2, 3, 4, 5]]
+    halves = [(data.batch(step, 0)[1] != data.IGNORED).chunk(RANKS, 1) for step in range(4)]
+    assert any(int(left.sum()) != int(right.sum()) for left, right in halves), "labels that count lie unevenly"
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,11 +321,13 @@ def test_a_good_run_passes() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (replace(GOOD, pipeline=5.001), "losses differ"),
-        (replace(GOOD, pipeline=math.nan), "losses differ"),
-        (replace(GOOD, error=2e-5), "gradient of weight is off by 2.0e-05"),
-        (replace(GOOD, error=math.nan), "gradient of weight"),
-        (replace(GOOD, control_error=1e-6), "proves nothing"),
+        (replace(GOOD, lifted=5.001), "losses differ"),
+        (replace(GOOD, lifted=math.nan), "losses differ"),
+        (replace(GOOD, measured=Measured(2e-5, "weight", 5.1, 0.5)), "is off by 2.0e-05"),
+        (replace(GOOD, measured=Measured(math.nan, "weight", 5.1, 0.5)), "gradient of weight"),
+        (replace(GOOD, measured=Measured(1e-6, "weight", 5.1, 1e-6)), "proves nothing"),
+        (replace(GOOD, measured=Measured(1e-6, "weight", 5.1, math.nan)), "proves nothing"),
+        (replace(GOOD, measured=None), "no gradient was compared"),
     ],
 )
 def test_a_bad_row_fails(row: Row, message: str) -> None:
@@ -164,3 +338,77 @@ def test_a_bad_row_fails(row: Row, message: str) -> None:
 def test_missing_steps_fail() -> None:
     assert judge([GOOD], 2) == ["1 of 2 steps ran"]
     assert judge([], 1)
+
+
+# the comparison of losses
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+A = ('{"step": 0, "loss": 5.0}', '{"step": 1, "loss": 4.0}')
+
+
+def test_losses_that_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write(tmp_path / "a", *A)
+    b = write(tmp_path / "b", '{"step": 1, "loss": 4.00001, "run": "x"}', "", '{"step": 0, "loss": 5, "run": "x"}')
+    assert main(["compare-losses", a, b]) == 0
+    assert "same    A and x: 2 steps, worst at step 1: 4 and 4.00001, 2.5e-06 apart (rtol 1e-05)" in (
+        capsys.readouterr().out
+    )
+    assert main(["compare-losses", a, b, "--rtol", "1e-6"]) == 1
+    assert capsys.readouterr().out.startswith("differ  A and x: 2 steps, worst at step 1")
+    assert main(["compare-losses", a, a, "--rtol", "0"]) == 0
+
+
+@pytest.mark.parametrize("loss", ["NaN", "Infinity", "4.1"])
+def test_losses_that_differ(loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write(tmp_path / "a", *A), write(tmp_path / "b", A[0], f'{{"step": 1, "loss": {loss}}}')
+    for pair in ([a, b], [b, a], [b, b])[: 3 if loss != "4.1" else 2]:
+        assert main(["compare-losses", *pair]) == 1
+        assert "worst at step 1" in capsys.readouterr().out
+
+
+def test_runs_of_one_name_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = ['{"run": "x", "step": 0, "loss": 1.0}', '{"run": "y", "step": 0, "loss": 2.0}']
+    a, b = write(tmp_path / "a", *runs), write(tmp_path / "b", *reversed(runs))
+    assert main(["compare-losses", a, b]) == 0
+    assert capsys.readouterr().out.count("same") == 2
+    assert main(["compare-losses", f"{a}:x", f"{a}:y"]) == 1
+    assert "x and y" in capsys.readouterr().out
+    assert main(["compare-losses", a, f"{b}:x"]) == 2
+    assert "name one, as in FILE:RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ((), "no losses"),
+        (("not json",), "b:1: not a line like"),
+        (("[1]",), "b:1: not a line like"),
+        (('{"step": 0}',), "b:1: not a line like"),
+        (('{"step": "0", "loss": 1.0}',), "b:1: step is an integer"),
+        (('{"step": 0, "loss": true}',), "b:1: step is an integer"),
+        ((*A, A[0]), "b:3: step 0 of run '' comes twice"),
+        ((A[0],), "step 1 is only in A"),
+        ((*A, '{"step": 2, "loss": 1.0}'), "step 2 is only in B"),
+    ],
+)
+def test_files_that_cannot_be_compared(
+    lines: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare-losses", write(tmp_path / "a", *A), write(tmp_path / "b", *lines)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+
+
+def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write(tmp_path / "a", *A)
+    assert main(["compare-losses", a, str(tmp_path / "b")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert main(["compare-losses", a, f"{a}:x"]) == 2
+    assert "no run 'x'" in capsys.readouterr().err
+    assert main(["compare-losses", a, a, "--rtol", "nan"]) == 2
+    assert main(["compare-losses", a, a, "--rtol", "-1"]) == 2

@@ -1,33 +1,37 @@
-"""``buffer-lifting demo``: trains a small Llama under a pipeline on two processes, and compares with one.
+"""``buffer-lifting demo``: trains an unedited model on a mesh of 2 pipeline stages x 2 context-parallel ranks, and
+compares with one process.
 
-Each sample's tokens are given in a random order of its own, and the lifted inputs follow that order. The
-single process sees the text as it is written. If every position value has been found and lifted, losses and
-gradients are the same; a control, fed as if the order were natural, shows that they are not without.
+The tokens of a step are laid out by torch's head-tail load balancer, or in a random order of its own for every sample,
+and the lifted inputs follow. The single process sees the text as it is written. If every position value has been found
+and lifted, losses and gradients are the same; a control, in which each rank reads positions as the unlifted model does,
+shows that they are not without.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from buffer_lifting.demo.ranks import DemoError, Ranks
+
+if TYPE_CHECKING:
+    from buffer_lifting.demo.compare import Row
+    from buffer_lifting.demo.model import Subject
 
 CLEAN, FINDINGS, COULD_NOT_CHECK = 0, 1, 2
-#: Seconds for the two processes together.
+#: Seconds without a result after which the processes count as stuck.
 TIMEOUT = 120.0
-HEADER = """\
-step  loss, one process  loss, pipeline  gradient error  |  not fed the order: loss  gradient error"""
-
-
-class DemoError(Exception):
-    """The pipeline did not run to its end."""
+#: How many steps compare gradients and run the control, if there are many.
+MEASURED = 10
 
 
 class _Clock:
@@ -40,15 +44,37 @@ class _Clock:
         print(f"[{time.monotonic() - self.start:5.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-def run(steps: int = 5, layers: int = 4, seed: int = 0, timeout: float = TIMEOUT) -> int:
-    """Runs the demo and returns the exit code: 0 pass, 1 fail, 2 could not run."""
+def run(
+    steps: int = 4,
+    layers: int = 4,
+    seed: int = 0,
+    timeout: float = TIMEOUT,
+    target: str | None = None,
+    losses: str | None = None,
+    learning_rate: float | None = None,
+) -> int:
+    """Runs the demo and returns the exit code: 0 pass, 1 fail, 2 could not run.
+
+    Args:
+        steps: of training.
+        layers: of the demo's own model.
+        seed: of weights, text and orders.
+        timeout: seconds without a result after which the processes are stopped.
+        target: ``package.module:callable`` of another model: see :func:`buffer_lifting.demo.model.load_subject`.
+        losses: the file to write all losses to: see :mod:`buffer_lifting.demo.losses`.
+        learning_rate: of SGD; default: :data:`buffer_lifting.demo.model.LEARNING_RATE`.
+    """
     say = _Clock()
-    say("importing torch and transformers")
+    say("importing torch" if target else "importing torch and transformers")
     from buffer_lifting.demo.data import NoText
+    from buffer_lifting.demo.model import llama, load_subject
 
     try:
+        if losses is not None:
+            Path(losses).write_text("")  # a file that cannot be written is better known now
         with quiet():
-            return _run(say, steps, layers, seed, timeout)
+            subject = load_subject(target, seed) if target else llama(layers, seed)
+            return _run(say, subject, steps, seed, timeout, losses, learning_rate)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "transformers":
             raise
@@ -73,171 +99,131 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _run(say: _Clock, steps: int, layers: int, seed: int, timeout: float) -> int:
+def _run(
+    say: _Clock,
+    subject: Subject,
+    steps: int,
+    seed: int,
+    timeout: float,
+    losses: str | None,
+    learning_rate: float | None,
+) -> int:
     import buffer_lifting as bl
-    from buffer_lifting.demo import data
+    from buffer_lifting.demo import report
     from buffer_lifting.demo.compare import judge
-    from buffer_lifting.demo.model import build_model, export_model, make_stages
-    from buffer_lifting.render import render_scan
+    from buffer_lifting.demo.losses import write_losses
+    from buffer_lifting.demo.model import LEARNING_RATE, export_model, make_stages
 
-    tokens, _ = data.batch(0, seed)
-    model = build_model(layers, seed)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    say(f"exporting LlamaForCausalLM: {layers} layers, {count:,} parameters, dynamic batch and sequence")
-    program = export_model(model, tokens)
-    say("lifting it, and splitting it into 2 stages")
+    inputs, labels = subject.batch(0)
+    count = sum(parameter.numel() for parameter in subject.model.parameters())
+    say(f"exporting {subject.name}: {count:,} parameters, dynamic batch and sequence")
+    program = export_model(subject.model, inputs)
+    say("lifting it, for 2 context-parallel ranks and in 2 stages")
     staged = make_stages(program)
-    _title("What the program reads by position")
-    print(render_scan(bl.scan(program), staged.lifted.inputs, "LlamaForCausalLM"), flush=True)
-    _title("The stages")
-    print(staged.summary(), flush=True)
+    print(report.title(f"What {subject.name} reads by position"))
+    print(report.reads(staged.lifted.report, staged.lifted.inputs))
+    print(report.title("The stages"))
+    print(report.stages(staged), flush=True)
     say("verifying the stages against the program")
-    _title("Verification")
+    print(report.title("Verification"), flush=True)
     try:
-        print(bl.verify(program, staged, seed=seed), flush=True)
+        for line in str(bl.verify(program, staged, seed=seed)).splitlines():
+            print(textwrap.fill(line, report.WIDTH, subsequent_indent=" " * 5), flush=True)
     except bl.VerificationError as error:
         print(f"{error}\nFAIL: verification", flush=True)
         return FINDINGS
-    _title(f"Training on {len(data.text()):,} bytes of the standard library's source")
-    size = f"{data.MICROBATCHES} microbatches of {data.BATCH // data.MICROBATCHES} x {data.SEQ} tokens"
-    print(f"Schedule1F1B on 2 processes, {size}, each sample in a random")
-    print("order of its own; beside it transformers' model on one process, in the order of the text.")
-    print('"Not fed the order": the same shuffled tokens, but lifted inputs for the natural order.\n')
-    rows = train(say, model, staged, steps, seed, timeout)
+    print(report.title(f"Training: {steps} steps of {labels.shape[0]} x {labels.shape[1]} tokens"))
+    print("Schedule1F1B on 4 processes, 2 stages x 2 halves of every sequence; beside it\nthe model on one process.")
+    print('"Not lifted": each rank reads positions as the model does, from 0.\n', flush=True)
+    rows = train(say, subject, staged, steps, seed, timeout, learning_rate or LEARNING_RATE)
+    if losses is not None:
+        write_losses(Path(losses), rows)
+        say(f"wrote {losses}: buffer-lifting compare-losses {losses}:single {losses}:pp_cp")
     wrong = judge(rows, steps)
-    print()
-    for line in wrong:
-        print(f"  {line}")
+    print("\n" + "\n".join(f"  {line}" for line in wrong) if wrong else "")
     if wrong:
         print("FAIL")
         return FINDINGS
-    worst = max(row.error for row in rows)
-    control = min(row.control_error for row in rows)
-    print(f"PASS: {steps} steps; gradient errors up to {worst:.1e}, and from {control:.1e} on without the feed")
-    print("  gradient error: the worst parameter's max|difference| / max(max|g|, 1e-4 * largest gradient)")
+    measured = [row.measured for row in rows if row.measured]
+    apart = max(abs(row.single - row.lifted) / abs(row.single) for row in rows)
+    print(f"PASS: {steps} steps; losses agree to {apart:.1e}; gradients are off by at most")
+    print(
+        f"  {max(m.error for m in measured):.1e} lifted, and by {min(m.control_error for m in measured):.1e} or more "
+        "if nothing is lifted"
+    )
+    print("  (of the worst parameter: max|difference| / max(max|g|, 1e-4 x largest g))")
     return CLEAN
 
 
-def _title(text: str) -> None:
-    print(f"\n{text}\n{'-' * len(text)}", flush=True)
-
-
-def train(say: Callable[[str], None], model: Any, staged: Any, steps: int, seed: int, timeout: float) -> list[Any]:
-    """Trains the model here and the stages in two processes, and prints a row a step.
+def train(
+    say: Callable[[str], None],
+    subject: Subject,
+    staged: Any,
+    steps: int,
+    seed: int,
+    timeout: float,
+    learning_rate: float,
+) -> list[Row]:
+    """Trains the model here and the stages in four processes, and prints a row a measured step.
 
     Raises:
-        DemoError: a process failed, or took too long; both are stopped then.
+        DemoError: a process failed, or got stuck; all are stopped then.
     """
     import torch
 
-    from buffer_lifting.demo import data
-    from buffer_lifting.demo.model import LEARNING_RATE, loss_fn
-    from buffer_lifting.demo.worker import Job
+    from buffer_lifting.demo import data, report
+    from buffer_lifting.demo.model import RANKS, STAGES, mean_loss
+    from buffer_lifting.demo.worker import Job, Step, put, step_path
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="buffer_lifting-") as name, _Ranks(Path(name), timeout) as ranks:
-        say("saving the stages, and starting 2 processes, each of which loads its own")
-        staged.save(Path(name) / "stages")
-        Job(steps, seed, timeout).write(Path(name))
+    measured = set(torch.linspace(0, steps - 1, min(steps, MEASURED)).round().int().tolist())
+    optimizer = torch.optim.SGD(subject.model.parameters(), lr=learning_rate)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="buffer_lifting-") as name, Ranks(Path(name), timeout) as ranks:
+        directory = Path(name)
+        say("saving the stages, and starting 4 processes, each of which loads its own")
+        staged.save(directory / "stages")
+        Job(steps, learning_rate, timeout).write(directory)
+
+        def give(step: int) -> None:
+            inputs, labels = subject.batch(step)
+            shape = (int(labels.shape[0]), int(labels.shape[1]))
+            order = data.order(data.ORDERS[step % 2], shape, RANKS, step, seed)
+            put(vars(Step(inputs, labels, order, step in measured)), step_path(directory, step))
+
+        give(0)
         ranks.start()
         for step in range(steps):
-            tokens, labels = data.batch(step, seed)
+            if step + 1 < steps:
+                give(step + 1)
+            inputs, labels = subject.batch(step)
             optimizer.zero_grad()
-            loss = loss_fn(model(input_ids=tokens).logits, labels)
+            loss = mean_loss(subject.model(**inputs), labels)
             loss.backward()
-            gradients = {fqn: p.grad for fqn, p in model.named_parameters() if p.grad is not None}
-            rows.append(_row(step, loss.item(), gradients, ranks.results(step)))
+            wanted = [stage * RANKS for stage in range(STAGES)]
+            results = ranks.results(step, wanted if step in measured else wanted[-1:])
+            rows.append(_row(step, data.ORDERS[step % 2], loss.item(), subject.model, results))
             if step == 0:
-                print(HEADER)
-            row = rows[-1]
-            print(
-                f"{step:4d}  {row.single:17.6f}  {row.pipeline:14.6f}  {row.error:14.1e}  |  "
-                f"{row.control:23.6f}  {row.control_error:14.1e}",
-                flush=True,
-            )
+                say("training")
+                print(report.HEADER)
+            if step in measured:
+                print(report.row(rows[-1]), flush=True)
             optimizer.step()
+            step_path(directory, step).unlink()
         ranks.join()
     return rows
 
 
-def _row(step: int, loss: float, gradients: dict[str, Any], results: list[dict[str, Any]]) -> Any:
-    from buffer_lifting.demo.compare import Row, worst_error
+def _row(step: int, order: str, loss: float, model: Any, results: list[dict[str, Any]]) -> Row:
+    from buffer_lifting.demo.compare import Measured, Row, worst_error
 
-    losses, errors = {}, {}
-    for name in ("pipeline", "control"):
-        parts = [result[name] for result in results]
-        losses[name] = next(float(part["loss"]) for part in parts if part["loss"] is not None)
-        merged = {fqn: grad for part in parts for fqn, grad in part["gradients"].items()}
+    if "control" not in results[-1]:
+        return Row(step, order, loss, results[-1]["lifted"]["loss"])
+    gradients = {fqn: p.grad for fqn, p in model.named_parameters() if p.grad is not None}
+    first: dict[int, str] = {}  # a tied weight has several names
+    names = {fqn: first.setdefault(id(p), fqn) for fqn, p in model.named_parameters(remove_duplicate=False)}
+    errors = {}
+    for name in ("lifted", "control"):
+        merged = {names.get(fqn, fqn): grad for result in results for fqn, grad in result[name]["gradients"].items()}
         errors[name] = worst_error(gradients, merged)
-    error, parameter = errors["pipeline"]
-    return Row(step, loss, losses["pipeline"], losses["control"], error, parameter, errors["control"][0])
-
-
-class _Ranks:
-    """The two processes; leaving the context stops those that still run."""
-
-    def __init__(self, directory: Path, timeout: float) -> None:
-        self.directory, self.timeout = directory, timeout
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.end = 0.0
-
-    def __enter__(self) -> _Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def start(self) -> None:
-        from buffer_lifting.demo.worker import WORLD
-
-        root = str(Path(__file__).resolve().parents[2])
-        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": paths,
-            "PYTHONWARNINGS": "ignore",
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
-        self.end = time.monotonic() + self.timeout
-        for rank in range(WORLD):
-            command = [sys.executable, "-m", "buffer_lifting.demo.worker", str(rank), str(self.directory)]
-            with self._log(rank).open("wb") as log:
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-
-    def results(self, step: int) -> list[dict[str, Any]]:
-        """Both ranks' results of a step, as soon as they are there."""
-        import torch
-
-        from buffer_lifting.demo.worker import result_path
-
-        paths = [result_path(self.directory, step, rank) for rank in range(len(self.processes))]
-        while not all(path.exists() for path in paths):
-            self._check()
-            time.sleep(0.02)
-        return [torch.load(path, weights_only=True) for path in paths]
-
-    def join(self) -> None:
-        """Waits for both to end well."""
-        while any(process.poll() is None for process in self.processes):
-            self._check()
-            time.sleep(0.02)
-        self._check()
-
-    def _check(self) -> None:
-        failed = [rank for rank, process in enumerate(self.processes) if process.poll()]
-        if failed:
-            time.sleep(0.5)  # the other one may be about to say more
-            logs = {rank: self._log(rank).read_text(errors="replace").strip() for rank in failed}
-            for rank, log in logs.items():
-                print(f"--- rank {rank}\n{log}", file=sys.stderr)
-            raise DemoError(f"rank {failed[0]} failed: {(logs[failed[0]].splitlines() or ['no message'])[-1]}")
-        if time.monotonic() > self.end:
-            raise DemoError(f"the processes took more than {self.timeout:.0f} s")
-
-    def _log(self, rank: int) -> Path:
-        return self.directory / f"rank{rank}.log"
+    control = Measured(*errors["lifted"], results[-1]["control"]["loss"], errors["control"][0])
+    return Row(step, order, loss, results[-1]["lifted"]["loss"], control)

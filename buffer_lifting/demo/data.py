@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 VOCAB = 256
-MICROBATCHES = 4
 BATCH = 8
 SEQ = 64
+#: The label of a token that does not count.
+IGNORED = -100
+ORDERS = ("head-tail", "per sample")
 #: Modules that every CPython has, in no special order.
 MODULES = (
     "argparse",
@@ -46,17 +48,31 @@ def text() -> Tensor:
 
 
 def batch(step: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``(tokens, labels)`` of a step, ``[BATCH, SEQ]``: each label is the byte behind its token."""
+    """``(tokens, labels)`` of a step, ``[BATCH, SEQ]``: each label is the byte behind its token.
+
+    Spaces, and so all indentation, are not to be learned: the number of labels that count differs from sample to
+    sample, and between the parts of a sequence.
+    """
     source = text()
     starts = torch.randint(0, len(source) - SEQ, (BATCH,), generator=_generator(step, seed, 1))
     windows = torch.stack([source[start : start + SEQ + 1] for start in starts.tolist()])
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    return tokens, labels.masked_fill(labels == ord(" "), IGNORED)
 
 
-def order(step: int, seed: int) -> Tensor:
-    """A permutation of the sequence for each sample, ``[BATCH, SEQ]``: slot -> place in the text."""
+def order(name: str, shape: tuple[int, int], ranks: int, step: int, seed: int) -> Tensor:
+    """An order of the sequence for ``ranks`` context-parallel ranks, slot -> place in the text.
+
+    ``"head-tail"`` is torch's load balancer of causal attention, ``[1, seq]``; ``"per sample"`` a random permutation
+    for each sample, ``[batch, seq]``.
+    """
+    batch_size, length = shape
+    if name == "head-tail":
+        from buffer_lifting.torch_compat import head_tail_indices
+
+        return head_tail_indices(length, ranks)
     generator = _generator(step, seed, 2)
-    return torch.stack([torch.randperm(SEQ, generator=generator) for _ in range(BATCH)])
+    return torch.stack([torch.randperm(length, generator=generator) for _ in range(batch_size)])
 
 
 def _generator(step: int, seed: int, stream: int) -> torch.Generator:

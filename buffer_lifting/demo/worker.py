@@ -1,7 +1,7 @@
-"""One rank of the demo's pipeline: ``python -m buffer_lifting.demo.worker RANK DIRECTORY``.
+"""One rank of the demo: ``python -m buffer_lifting.demo.worker RANK DIRECTORY``.
 
-The directory has ``job.json`` and the saved stages, of which a rank reads its own; it puts one file of
-results a step there.
+The directory has ``job.json`` and the saved stages, of which a rank reads its own. The data of a step comes as a
+file, and so do a rank's results. Ranks lie on a mesh of 2 stages x 2 context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -18,18 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buffer_lifting.demo import data
-from buffer_lifting.demo.model import LEARNING_RATE, loss_fn
+from buffer_lifting.demo.model import RANKS, STAGES
 
-WORLD = 2
+WORLD = STAGES * RANKS
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a rank has to know. ``timeout``: seconds to wait for the other one."""
+    """What a rank has to know. ``timeout``: seconds to wait for another one."""
 
     steps: int
-    seed: int
+    learning_rate: float
     timeout: float = 60.0
 
     def write(self, directory: Path) -> None:
@@ -37,20 +37,60 @@ class Job:
         (directory / "job.json").write_text(json.dumps(asdict(self)))
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step's batch, whole and in natural order. ``measure``: give the gradients too, and run the control."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    order: Tensor
+    measure: bool
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Where a step's batch is put."""
+    return directory / f"step{step}.pt"
+
+
 def result_path(directory: Path, step: int, rank: int) -> Path:
     """Where a rank puts a step's result."""
     return directory / f"step{step}.rank{rank}.pt"
 
 
+def put(value: Any, path: Path) -> None:
+    """Writes a file that is whole as soon as it is there."""
+    torch.save(value, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+
+
+def unlifted_feed(lifted: Any, step: Step, rank: int, size: int) -> dict[str, Tensor]:
+    """What the model reads on a rank if nothing is lifted: positions of its shard, counted from 0.
+
+    Keys are those of all ranks, each with what it reads itself.
+    """
+    batch, length = step.labels.shape
+    feeds = []
+    for other in range(size):
+        inputs = lifted.shard_inputs(order=step.order, shard=(other, size), **step.inputs)
+        local = {axis: length // size for axis in lifted.axes.lengths}
+        feeds.append(lifted._feed(batch, local, inputs, None, None, (0, 1), None))
+    columns = {item.name for item in lifted.inputs if item.role == "col"}
+    return {
+        name: torch.cat([feed[name] for feed in feeds], 1) if name in columns else value
+        for name, value in feeds[rank].items()
+    }
+
+
 def train(rank: int, directory: Path) -> None:
-    """Trains this rank's stage."""
+    """Trains this rank's stage on its part of every sequence."""
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.pipelining import Schedule1F1B
 
     import buffer_lifting as bl
 
     job = Job(**json.loads((directory / "job.json").read_text()))
-    loaded = bl.load_stage(directory / "stages", rank)
+    loaded = bl.load_stage(directory / "stages", rank // RANKS)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory / 'store'}",
@@ -58,47 +98,69 @@ def train(rank: int, directory: Path) -> None:
         world_size=WORLD,
         timeout=timedelta(seconds=job.timeout),
     )
-    stage = loaded.build_stage("cpu")
-    optimizer = torch.optim.SGD(stage.submod.parameters(), lr=LEARNING_RATE)
+    mesh = init_device_mesh("cpu", (STAGES, RANKS), mesh_dim_names=("pp", "cp"))
+    stage = loaded.build_stage("cpu", mesh=mesh)
+    last = loaded.index == STAGES - 1
+    optimizer = torch.optim.SGD(stage.submod.parameters(), lr=job.learning_rate)
     schedule: Any = None
-    for step in range(job.steps):
-        tokens, labels = data.batch(step, job.seed)
-        order = data.order(step, job.seed)
-        user = loaded.shard_inputs(order=order, input_ids=tokens)
-        target = labels.gather(1, order)
+    for number in range(job.steps):
+        step = _wait_for(step_path(directory, number), job.timeout)
+        batch, length = step.labels.shape
+        user = loaded.shard_inputs(order=step.order, shard=mesh["cp"], **step.inputs)
+        whole = step.labels.gather(1, step.order.expand(batch, -1))
+        target = whole.chunk(RANKS, 1)[mesh["cp"].get_local_rank()]
+        feeds = {"lifted": loaded.feed(batch, length, step.inputs, order=step.order, shard=mesh["cp"])}
+        if step.measure:  # first: the optimizer steps with the last one's gradients
+            control = unlifted_feed(loaded.lifted, step, mesh["cp"].get_local_rank(), RANKS)
+            feeds = {"control": control, **feeds}
         result: dict[str, Any] = {}
-        for name, fed in (
-            ("control", None),
-            ("pipeline", order),
-        ):  # the last one's gradients are stepped with
-            feed = loaded.feed(data.BATCH, data.SEQ, order=fed, n_microbatches=data.MICROBATCHES)
+        for name, feed in feeds.items():
             kwargs = {**user, **feed}
             if schedule is None:
-                schedule = Schedule1F1B(
-                    stage,
-                    n_microbatches=data.MICROBATCHES,
-                    loss_fn=loss_fn,
-                    kwargs_chunk_spec=loaded.kwargs_chunk_spec(kwargs),
-                )
+                microbatches = next(count for count in (4, 2) if batch % count == 0)
+                loss_fn = bl.TokenLoss(mesh["cp"], microbatches)
+                spec = loaded.kwargs_chunk_spec(kwargs)
+                schedule = Schedule1F1B(stage, microbatches, loss_fn, kwargs_chunk_spec=spec)
             optimizer.zero_grad()
             losses: list[Tensor] = []
-            last = rank == WORLD - 1
+            if last:
+                loss_fn.begin(target)
             schedule.step(target=target if last else None, losses=losses if last else None, **kwargs)
-            grads = {fqn: p.grad for fqn, p in stage.submod.named_parameters()}
+            loss_fn.reduce_gradients(stage.submod.parameters())
+            add_up_tied(loaded, stage.submod, mesh["pp"].get_group())
+            grads = {fqn: p.grad for fqn, p in stage.submod.named_parameters() if step.measure and p.grad is not None}
             result[name] = {
-                "loss": float(torch.stack(losses).mean()) if last else None,
-                "gradients": {fqn: None if grad is None else grad.clone() for fqn, grad in grads.items()},
+                "loss": float(loss_fn.total(losses)) if last else None,
+                "gradients": {fqn: grad.clone() for fqn, grad in grads.items()},
             }
         optimizer.step()
-        path = result_path(directory, step, rank)
-        torch.save(result, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        if mesh["cp"].get_local_rank() == 0:  # the others' are the same
+            put(result, result_path(directory, number, rank))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def add_up_tied(loaded: Any, module: torch.nn.Module, group: Any) -> None:
+    """Sums the gradients of weights that both stages have a copy of."""
+    for fqn in loaded.tied:
+        names = {fqn, *(name for names in loaded.stage.tied if fqn in names for name in names)}
+        parameter = next(p for name, p in module.named_parameters(remove_duplicate=False) if name in names)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad, group=group)
+
+
+def _wait_for(path: Path, timeout: float) -> Step:
+    end = time.monotonic() + timeout
+    while not path.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"no data for {path.stem}")
+        time.sleep(0.002)
+    return Step(**torch.load(path, weights_only=True))
+
+
 def main() -> None:
-    """Runs a rank. If it fails it ends at once: the other one may wait for a message, and notices."""
+    """Runs a rank. If it fails it ends at once: others may wait for a message, and the parent notices."""
     torch.set_num_threads(1)
     try:
         train(int(sys.argv[1]), Path(sys.argv[2]))
