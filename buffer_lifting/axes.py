@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from buffer_lifting.errors import AxesError
-from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
+from buffer_lifting.graph.record import GraphRecord, Node, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import Size, divide, is_symbol, rename
 from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, feature
 from buffer_lifting.ops import FLEX_ATTENTION
@@ -27,6 +27,7 @@ class InputLabels:
     findings: list[Finding] = field(default_factory=list)
     hints: dict[str, int] = field(default_factory=dict)
     opened: dict[str, str] = field(default_factory=dict)  # input that an axis was inferred from -> the axis
+    features: frozenset[Size] = frozenset()  # sizes of the parameters' last dims
 
     def info(self) -> AxesInfo:
         """The axes as the public record."""
@@ -89,6 +90,7 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
             _open_axis(node, node.tensor.shape[1], given, result)  # type: ignore[union-attr]
     _unify_symbols(record, inputs, given, result)
     blocks = _block_inputs(record)
+    result.features = _features(record)
     for node in inputs:
         assert node.tensor is not None
         if node.fqn in given:
@@ -143,6 +145,21 @@ def _axis_name(name: str, taken: dict[str, Size]) -> str:
     if base in taken or base == BATCH:
         base = name
     return base if base not in taken and base != BATCH else f"{base}_{len(taken)}"
+
+
+def _features(record: GraphRecord) -> frozenset[Size]:
+    """The sizes that the program's features have: those of the last dim of each parameter."""
+    parameters = (node.tensor for node in record.nodes.values() if node.state_kind is StateKind.PARAMETER)
+    return frozenset(meta.shape[-1] for meta in parameters if meta is not None and meta.shape)
+
+
+def _may_be_features(node: Node, dims: list[int], result: InputLabels) -> bool:
+    """Whether the one dim of a floating input that has the length of a static sequence may as well hold features."""
+    meta = node.tensor
+    if meta is None or not meta.is_floating or len(dims) != 1 or "mask" in node.fqn or "bias" in node.fqn:
+        return False
+    size = meta.shape[dims[0]]
+    return isinstance(size, int) and dims[0] == len(meta.shape) - 1 and size in result.features
 
 
 def _of_all_ranks(size: Size, rows: Size | None) -> bool:
@@ -318,6 +335,9 @@ def _inferred(node: Node, result: InputLabels) -> Labels:
     if batches:
         labels[batches[0]] = (Factor(BATCH, "", shape[batches[0]]),)
         candidates = [d for d in candidates if d != batches[0]]
+    if _may_be_features(node, candidates, result):
+        what = f"a last dim of {shape[candidates[0]]}, which is the length of the sequence and a number of features"
+        _clash(node, what, result)
     floating_features = node.tensor.is_floating and len(shape) == 3 and len(candidates) > 1
     for index, dim in enumerate(candidates[-2:] if not floating_features else candidates[:1]):
         if len(axes_of[dim]) > 1:

@@ -32,6 +32,8 @@ def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None
     mixes = result is not None and bool(result.mixing) and not result.handled
     if any(name in scan.mixed for name in operands) or (labelled and (lost or mixes)):
         scan.mixed.add(node.name)
+    elif any(name in scan.counts for name in operands) or (labelled and result is not None and result.mixing):
+        scan.counts.add(node.name)
     outputs = result.outputs if result else None
     scan.labels[node.name] = scan.completion.complete(node, outputs) or _same_shape(scan, node)
 

@@ -93,6 +93,7 @@ class _Scan:
         self.frontier: list[FrontierEdge] = []
         self.flex: list[FlexPlan] = []
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
+        self.counts: set[str] = set()  # made from reductions over all tokens of user inputs: the same in any order
         self.distributed: set[str] = set()  # made from what context_parallel gathers of user inputs
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.totals: set[str] = set()  # what is computed from a reduction over all tokens
@@ -190,10 +191,15 @@ class _Scan:
         else:
             self.totals.add(node.name)
 
-    def _normalises_a_loss(self, node: Node, value: Node) -> bool:
-        """Whether a number computed from all of a user's tokens meets a reduction over all tokens."""
-        scalar = value.tensor is not None and not value.tensor.shape
-        return scalar and Dep.DATA not in self.deps[value.name] and any(name in self.totals for name in node.refs())
+    def _count(self, node: Node, path: str, value: Node) -> None:
+        """A reduction over all of a user's tokens may divide a loss, and nothing else: a rank has a part of them."""
+        if any(name in self.totals for name in node.refs()) and not self._carries(node):
+            why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"
+            self.reports.mix(node, why, True, "BL200")
+            return
+        why = "it is a reduction over all tokens of a user input, of which a rank has a part"
+        hint = "compute it outside the model and give it as an input"
+        self.reports.refused(node, path, value, (), Refuse(why, value.name, "BL105", hint))
 
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]
@@ -240,9 +246,8 @@ class _Scan:
             value = self.record.nodes[name]
             if name not in contents or name in self.distributed or (result is not None and path in result.consumed):
                 continue
-            if name in self.mixed and self._normalises_a_loss(node, value):
-                why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"
-                self.reports.mix(node, why, True, "BL200")
+            if name in self.counts:
+                self._count(node, path, value)
                 continue
             if Dep.DATA in self.deps[name]:
                 if result and not self._lines_up(name, result.operands.get(path)):
