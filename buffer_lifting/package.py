@@ -30,6 +30,7 @@ from buffer_lifting.graph.bodies import flex_nodes
 from buffer_lifting.graph.record import StateKind
 from buffer_lifting.graph_json import decode_graph, decode_record, encode_graph, encode_record
 from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.program import SentTensor
 from buffer_lifting.runtime import pp_group
 from buffer_lifting.stage_builder import _register
 from buffer_lifting.stages import Stage, StagedProgram
@@ -289,7 +290,9 @@ def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stag
     names = {"activations", "kwargs", "outputs", "parameters"}
     values = {key: decode_record(tuple[str, ...], document[key]) for key in names}
     tied = decode_record(tuple[tuple[str, ...], ...], document["tied"])
-    return Stage(index, module, **values, boundary_bytes=decode_record(int, document["boundary_bytes"]), tied=tied)
+    sends = decode_record(tuple[SentTensor, ...], document.get("sends", []))
+    size = decode_record(int, document["boundary_bytes"])
+    return Stage(index, module, **values, boundary_bytes=size, tied=tied, sends=sends)
 
 
 # Files --------------------------------------------------------------------------------------------------

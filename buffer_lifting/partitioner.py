@@ -20,11 +20,13 @@ from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.record import GraphRecord, NodeKind, Ref, StateKind, TensorMeta
+from buffer_lifting.graph.sizes import rename
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.ops import ASSERTIONS, is_mutating
 from buffer_lifting.passes.context_parallel import lifted_axes
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.passes.vmap import vmap_regions
+from buffer_lifting.program import SentTensor
 from buffer_lifting.routing import makes_rows
 from buffer_lifting.scanner import scan_record
 from buffer_lifting.stage_builder import StageBuilder
@@ -87,7 +89,7 @@ def partition(
     else:
         assert num_stages is not None
         cuts = balanced_cuts(record, activations, num_stages)
-    return _Partition(lifted, record, nodes, activations, cuts).build()
+    return _Partition(lifted, record, nodes, activations, cuts, labels.size_names()).build()
 
 
 class _Partition:
@@ -98,8 +100,9 @@ class _Partition:
         nodes: dict[str, Node],
         activations: list[str],
         cuts: list[int],
+        size_names: dict[str, str],
     ) -> None:
-        self.lifted, self.record, self.nodes = lifted, record, nodes
+        self.lifted, self.record, self.nodes, self.size_names = lifted, record, nodes, size_names
         bounds = [0, *cuts, len(activations)]
         self.count = len(bounds) - 1
         self.owned = [activations[a:b] for a, b in pairwise(bounds)]
@@ -164,6 +167,7 @@ class _Partition:
                     parameters=parameters,
                     boundary_bytes=0 if last else self._bytes(builder.sent),
                     tied=self._tied_names(parameters),
+                    sends=tuple(self._sent(name) for name in builder.sent),
                 )
             )
         user_keywords = tuple(name for name in self.keywords if name not in {i.name for i in self.lifted.inputs})
@@ -196,6 +200,12 @@ class _Partition:
                     f"{self.stage_of[target]} computes; "
                     "split elsewhere, or use the out-of-place op"
                 )
+
+    def _sent(self, name: str) -> SentTensor:
+        node = self.record.nodes[name]
+        meta = node.meta if isinstance(node.meta, TensorMeta) else TensorMeta((), "int")  # else a size
+        shape = tuple(str(rename(size, self.size_names)) for size in meta.shape)
+        return SentTensor(name, meta.dtype, shape, node.module, node.op)
 
     def _bytes(self, names: list[str]) -> int:
         metas = [self.record.nodes[name].meta for name in names]

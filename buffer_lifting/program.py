@@ -137,6 +137,28 @@ class LiftedInput:
 
 
 @dataclass(frozen=True, slots=True)
+class SentTensor:
+    """A tensor that a pipeline stage hands on.
+
+    Attributes:
+        name: the value, a name of the graph.
+        dtype: ``"float32"``, ...
+        shape: its sizes as text; a dynamic size of an axis is the axis's name: ``("batch", "seq", "64")``.
+        module: FQN of the module that makes it.
+        op: the op that makes it; empty for an input that is handed on.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+    module: str
+    op: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(self.shape)}]"
+
+
+@dataclass(frozen=True, slots=True)
 class FeedOutput:
     """How one lifted input is made: a node of the feed program, canonical layout ``[batch, seq, *row]``.
 

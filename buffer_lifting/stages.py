@@ -13,7 +13,7 @@ from buffer_lifting.errors import FeedError, PartitionError
 from buffer_lifting.feed import Lengths
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.naming import RESERVED
-from buffer_lifting.program import InputAxes
+from buffer_lifting.program import InputAxes, SentTensor
 from buffer_lifting.torch_compat import TreeSpec, tree_flatten, tree_unflatten
 
 
@@ -31,6 +31,7 @@ class Stage:
         parameters: FQNs of its parameters, as in the original model.
         boundary_bytes: bytes that it sends forward per microbatch, at the sizes of the example inputs.
         tied: groups of FQNs that are one parameter here.
+        sends: dtype and shape of each of ``outputs``, and what makes it.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Stage:
     parameters: tuple[str, ...]
     boundary_bytes: int
     tied: tuple[tuple[str, ...], ...] = ()
+    sends: tuple[SentTensor, ...] = ()
 
 
 @dataclass(frozen=True)

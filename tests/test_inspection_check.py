@@ -16,6 +16,7 @@ from zoo import export_case
 
 import buffer_lifting as bl
 from buffer_lifting.cli import main
+from buffer_lifting.inspection.lifted_file import check_lifted
 from buffer_lifting.inspection.stage_files import check_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = export_case("llama_pr1797")[1]
     torch.export.save(program, directory / "llama.pt2")
     lifted = bl.context_parallel(bl.lift(program), size=1)
+    lifted.save(directory / "llama.lifted")
     bl.partition(lifted, num_stages=2).save(directory / "stages")
 
     class Plain(torch.nn.Module):
@@ -89,6 +91,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     (tmp_path / ".git").mkdir()
     (tmp_path / "broken.pt2").write_bytes(b"no zip")
+    (tmp_path / "broken.lifted").write_bytes(b"no zip")
     (tmp_path / "check_targets.py").write_text(textwrap.dedent(TARGETS))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -144,6 +147,7 @@ def test_a_lifted_program_is_a_target(capsys: Capture) -> None:
         ("no_such_module:f", "cannot import no_such_module"),
         ("check_targets.py", "a target is a .pt2 file"),
         ("no*.pt2", "matches no .pt2 file"),
+        ("broken.lifted", "truncated, or not a zip file"),
         (".", "a directory without a manifest"),
     ],
 )
@@ -317,6 +321,61 @@ def test_a_stage_without_its_broadcast_is_found(capsys: Capture) -> None:
     assert out.count("BL301") == 3 and "of stage 1 is not followed by one batch-broadcast node" in out
 
 
+# Saved lifted programs
+
+
+@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize("name", ["llama_pr1797", "nanogpt", "hf_llama_mask"])
+def test_a_saved_lifted_program_has_the_findings_of_the_program(name: str, follow: bool, tmp_path: Path) -> None:
+    lifted = bl.lift(export_case(name, layers=1)[1])
+    lifted = bl.context_parallel(lifted, size=1) if follow else lifted
+    lifted.save(tmp_path / "model.lifted")
+    found, expected = check_lifted(tmp_path / "model.lifted"), bl.check(lifted)
+    assert [(item.key, item.message) for item in found] == [(item.key, item.message) for item in expected]
+    assert [item.code for item in found] == (["BL004"] if name == "llama_pr1797" and not follow else [])
+
+
+def test_a_saved_lifted_program_without_its_broadcast_is_found(tmp_path: Path) -> None:
+    lifted = bl.load("llama.lifted")
+    node = next(node for node in lifted.program.graph.nodes if node.name == lifted.inputs[0].name)
+    (broadcast,) = node.users
+    for user in list(broadcast.users):
+        user.replace_input_with(broadcast, node)
+    lifted.program.graph.erase_node(broadcast)
+    lifted.save(tmp_path / "edited.lifted")
+    found, expected = check_lifted(tmp_path / "edited.lifted"), bl.check(lifted)
+    assert [item.code for item in found] == ["BL301"]
+    assert [(item.key, item.message) for item in found] == [(item.key, item.message) for item in expected]
+
+
+def test_a_lifted_program_in_a_file_takes_no_axes(capsys: Capture) -> None:
+    assert main(["check", "llama.lifted", "--axes", "tokens:0=batch"]) == 2
+    assert "whose axes are known" in capsys.readouterr().err
+
+
+def test_damaged_lifted_files_are_errors(tmp_path: Path) -> None:
+    """Cut off, and with single bytes changed: an error of one line, or the same findings (a byte that is not read)."""
+    import random
+
+    from buffer_lifting.errors import ArchiveError
+
+    data = Path("llama.lifted").read_bytes()
+    expected = check_lifted(Path("llama.lifted"))
+    bad = tmp_path / "bad.lifted"
+    dice = random.Random(0)
+    refused = 0
+    for step in range(120):
+        cut = dice.randrange(len(data))
+        changed = data[:cut] if step % 2 else data[:cut] + bytes([data[cut] ^ 0x41]) + data[cut + 1 :]
+        bad.write_bytes(changed)
+        try:
+            assert check_lifted(bad) == expected
+        except ArchiveError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused >= 60
+
+
 # torch
 
 
@@ -324,7 +383,7 @@ def test_files_are_checked_without_torch() -> None:
     code = textwrap.dedent("""\
         import sys
         from buffer_lifting.cli import main
-        assert main(["check", "llama.pt2", "stages", "--statistics"]) == 1
+        assert main(["check", "llama.pt2", "llama.lifted", "stages", "--statistics"]) == 1
         assert "torch" not in sys.modules, "torch was imported"
         assert "numpy" not in sys.modules, "numpy was imported"
     """)
@@ -345,6 +404,16 @@ def test_a_pickle_in_a_file_is_not_opened(here: Path, capsys: Capture) -> None:
             new.writestr(item.filename, data)
     main(["check", "bad.pt2"])
     assert not (here / "run").exists()
+    main(["check", "bad.pt2", "--trust"])
+    assert (here / "run").exists(), "the control: torch's loader runs it"
+
+
+@pytest.mark.parametrize("target", ["llama.pt2", "llama.lifted", "stages", "check_targets:program"])
+def test_trust_gives_the_same_findings(target: str, capsys: Capture) -> None:
+    code = main(["check", target])
+    safe = capsys.readouterr().out
+    assert main(["check", target, "--trust"]) == code
+    assert capsys.readouterr().out == safe
 
 
 def test_edited_stages_are_an_error_or_findings_and_nothing_else() -> None:

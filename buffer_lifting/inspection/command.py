@@ -25,9 +25,10 @@ from buffer_lifting.program import Axes
 
 ParseAxes = Callable[[list[str] | None], Axes | None]
 CHECK_HELP = """\
-A TARGET is a .pt2 file, a directory that `buffer-lifting split` wrote, a glob of these, or package.module:callable,
-whose callable returns an ExportedProgram, a LiftedProgram or a StagedProgram.
-Files are read without running anything from them; a callable runs.
+A TARGET is a .pt2 file, a .lifted file that `buffer-lifting lift` wrote, a directory that `buffer-lifting split` wrote,
+a glob of these, or package.module:callable, whose callable returns an ExportedProgram, a LiftedProgram or a
+StagedProgram.
+Files are read without running anything from them, unless --trust is given; a callable runs.
 
 settings: select, ignore, axes, format, baseline, exit-zero, statistics and suppress in [buffer_lifting] of the nearest
 setup.cfg, up to the repository's root; the command line wins. A line of `suppress` is "CODE FQN-PATTERN: reason".
@@ -54,7 +55,7 @@ def _check(args: argparse.Namespace) -> int:
     axes = args.parse_axes(list(config.axes) if args.axes is None else args.axes)
     baseline = _baseline(args, config)
     known = read_baseline(baseline) if baseline and (baseline.exists() or not args.update_baseline) else {}
-    result = run(args.targets, axes, select, ignore, config, args.debug)
+    result = run(args.targets, axes, select, ignore, config, args.debug, args.trust)
     if baseline is not None:
         result = _with_baseline(result, baseline, known, root, partial(is_enabled, select=select, ignore=ignore), args)
     for failure in result.failures:
@@ -108,6 +109,7 @@ def run(
     ignore: tuple[str, ...],
     config: Config,
     debug: bool = False,
+    trust: bool = False,
 ) -> CheckResult:
     """Checks all targets. One that cannot be checked is a failure, and the others are checked still."""
     from buffer_lifting.inspection.targets import check_target, expand
@@ -119,7 +121,7 @@ def run(
     used: set[Exemption] = set()
     for target in targets:
         try:
-            found = check_target(target, axes)
+            found = check_target(target, axes, trust)
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -172,15 +174,19 @@ def _log(text: str) -> None:
 
 
 def add_commands(
-    commands: Any, common: argparse.ArgumentParser, axes: argparse.ArgumentParser, parse_axes: ParseAxes
+    commands: Any,
+    common: argparse.ArgumentParser,
+    axes: argparse.ArgumentParser,
+    trusted: argparse.ArgumentParser,
+    parse_axes: ParseAxes,
 ) -> None:
-    """Adds ``check`` and ``rule`` to the subparsers."""
+    """Adds ``check`` and ``rule`` to the subparsers; the other parsers have arguments that commands share."""
     sub = commands.add_parser(
         "check",
         help="check programs in CI: findings by rule codes",
         description="Check programs: what is read by position and not lifted, what cannot be, and what breaks stages.",
         epilog=CHECK_HELP,
-        parents=[common, axes],
+        parents=[common, axes, trusted],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("targets", nargs="+", metavar="TARGET", help="what to check; see below")

@@ -1,6 +1,7 @@
-"""The targets of ``check``: ``.pt2`` files, saved stage directories, globs of them, and ``package.module:callable``.
+"""The targets of ``check``: programs, lifted programs and partitions in files, globs of them, and callables.
 
-Files are read by readers of our own, which run nothing and import no torch. A callable runs.
+Files are read by readers of our own, which run nothing and import no torch (unless they are to be trusted). A callable
+runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from buffer_lifting.inspection.stage_files import check_stages, is_stage_directo
 from buffer_lifting.program import Axes
 from buffer_lifting.targets import TargetError, load_checkable
 
-_EXPECTED = "a target is a .pt2 file, a directory that `buffer-lifting split` wrote, or package.module:callable"
+_EXPECTED = (
+    "a target is a .pt2 file, a .lifted file, a directory that `buffer-lifting split` wrote, or package.module:callable"
+)
+FILES = (".pt2", ".lifted")
 
 
 def expand(patterns: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -24,26 +28,26 @@ def expand(patterns: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     targets: dict[str, None] = {}
     failures = []
     for pattern in patterns:
-        if _is_callable(pattern) or not glob.has_magic(pattern) or Path(pattern).exists():
+        if is_callable(pattern) or not glob.has_magic(pattern) or Path(pattern).exists():
             targets[pattern] = None
             continue
         found = [path for path in sorted(glob.glob(pattern, recursive=True)) if _is_checkable(Path(path))]
         if not found:
-            failures.append((pattern, "it matches no .pt2 file and no stage directory"))
+            failures.append((pattern, "it matches no .pt2 file, no .lifted file and no stage directory"))
         targets.update(dict.fromkeys(found))
     return list(targets), failures
 
 
-def check_target(target: str, axes: Axes | None) -> tuple[Diagnostic, ...]:
-    """The findings of one target.
+def check_target(target: str, axes: Axes | None, trust: bool = False) -> tuple[Diagnostic, ...]:
+    """The findings of one target; with ``trust`` a file is read by torch's loader, which runs code that is in it.
 
     Raises:
         TargetError: it is none, or its callable fails.
         LiftingError: a file that cannot be read, or axes that do not fit.
     """
     path = Path(target)
-    if _is_callable(target):
-        program = load_checkable(target)
+    if is_callable(target) or (trust and path.suffix in FILES and not path.is_dir()):
+        program = load_checkable(target, trust)
         try:
             with redirect_stdout(sys.stderr):
                 return check(program, axes=axes)
@@ -55,6 +59,12 @@ def check_target(target: str, axes: Axes | None) -> tuple[Diagnostic, ...]:
         if axes:
             raise TargetError(f"{target}: saved stages, whose axes are known; --axes is for a program to be lifted")
         return check_stages(path)
+    if path.suffix == ".lifted":
+        if axes:
+            raise TargetError(f"{target}: a lifted program, whose axes are known; --axes is for one that is not lifted")
+        from buffer_lifting.inspection.lifted_file import check_lifted
+
+        return check_lifted(path)
     if path.suffix != ".pt2":
         raise TargetError(f"{target}: {_EXPECTED}")
     from buffer_lifting.graph.archive import read_archive
@@ -62,9 +72,10 @@ def check_target(target: str, axes: Axes | None) -> tuple[Diagnostic, ...]:
     return check_record(read_archive(path), axes)
 
 
-def _is_callable(target: str) -> bool:
-    return ":" in target and not target.endswith(".pt2") and not Path(target).exists()
+def is_callable(target: str) -> bool:
+    """Whether a target is ``package.module:callable``."""
+    return ":" in target and not target.endswith(FILES) and not Path(target).exists()
 
 
 def _is_checkable(path: Path) -> bool:
-    return path.suffix == ".pt2" or (path.is_dir() and is_stage_directory(path))
+    return is_stage_directory(path) if path.is_dir() else path.suffix in FILES

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
+from buffer_lifting.axes import axes_argument
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.errors import LiftingError, UnsupportedReadError
 from buffer_lifting.graph.from_fx import build_record
@@ -146,21 +147,12 @@ def _slot_output(axis: str, role: str, outputs: tuple[FeedOutput, ...], taken: s
 
 def user_axes(lifted: LiftedProgram) -> Axes:
     """The axes of the user's inputs, as ``axes=`` takes them."""
-    axes: Axes = {}
-    for name, own in lifted.input_axes.items():
-        dims = {dim: f"{axis}:{role}" for dim, axis, role in own.seq_dims}
-        if own.batch_dim is not None:
-            dims[own.batch_dim] = BATCH
-        axes[name] = dims
-    return axes
+    return axes_argument(lifted.input_axes, ())
 
 
 def lifted_axes(lifted: LiftedProgram) -> Axes:
     """The axes of all inputs of a lifted program, its lifted inputs included, as ``axes=`` takes them."""
-    axes = user_axes(lifted)
-    for item in lifted.inputs:
-        axes[item.name] = {0: BATCH, 1: f"{item.axis}:{item.role}"} if item.batched else {0: f"{item.axis}:{item.role}"}
-    return axes
+    return axes_argument(lifted.input_axes, lifted.inputs)
 
 
 def context_parallel(
