@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from buffer_lifting.inspection.command import add_commands
 from buffer_lifting.inspection.config import CheckError
+from buffer_lifting.inspection.diff_command import add_diff
 from buffer_lifting.inspection.rules import UnknownRuleError
 from buffer_lifting.render import lifted_table, render_scan, scan_json
 
@@ -314,6 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of the inputs and orders; default: 0")
 
     add_commands(commands, common, axes, trusted, parse_axes)
+    add_diff(commands, [common, axes, trusted], parse_axes)
 
     demo = command("demo", _demo, "train a small Llama on two processes, and compare with one", [common])
     demo.add_argument("--steps", type=_positive, default=5, help="default: 5")
