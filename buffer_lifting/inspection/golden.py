@@ -47,8 +47,8 @@ class GraphAssertions:
 
         Args:
             program: see the class.
-            select, ignore: as in :func:`buffer_lifting.check`; default: those of ``setup.cfg``. What ``suppress`` covers
-                there is left out in any case.
+            select, ignore: as in :func:`buffer_lifting.check`; default: those of ``setup.cfg``. What ``suppress``
+                covers there is left out in any case.
             axes: as in :func:`buffer_lifting.scan`; only for a program that is not lifted.
         """
         __tracebackhide__ = True
@@ -91,13 +91,14 @@ class GraphAssertions:
         """
         __tracebackhide__ = True
         found = {dict(e.facts)["name"]: dict(e.facts)["tensor"] for e in _outline(program, axes).of("lifted_inputs")}
-        wanted = dict(expected) if isinstance(expected, Mapping) else dict.fromkeys(_texts(expected), "")
-        if not isinstance(expected, Mapping):
-            found = dict.fromkeys(found, "")
+        if isinstance(expected, Mapping):
+            wanted = {key: _spaced(text) for key, text in expected.items()}
+        else:
+            wanted, found = dict.fromkeys(_texts(expected), ""), dict.fromkeys(found, "")
         if found == wanted:
             return
         lines = _comparison(_rows(wanted), _rows(found))
-        what = {**found} if isinstance(expected, Mapping) else sorted(found)
+        what = found if isinstance(expected, Mapping) else sorted(found)
         raise AssertionError(
             f"the lifted inputs are not the expected ones (- expected, + found):\n\n{lines}\n\n"
             f"If the program is right, expect {what!r}. `buffer-lifting scan --explain` shows where each comes from."
