@@ -18,8 +18,8 @@ from torch.export import Dim, ExportedProgram
 import buffer_lifting as bl
 from buffer_lifting.cli import main
 from buffer_lifting.inspection.diff import compare
-from buffer_lifting.inspection.diff_command import target_outline
 from buffer_lifting.inspection.outline import outline
+from buffer_lifting.inspection.outline_targets import target_outline
 from buffer_lifting.inspection.outline_text import folded, folded_lines, outline_text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,22 +1,15 @@
-"""The command ``diff``: its arguments, and the outlines of its two targets."""
+"""The command ``diff``: its arguments, and what it prints where."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 from buffer_lifting.inspection.config import CheckError
-from buffer_lifting.inspection.diff import compare, counts, diff_json, render_diff
-from buffer_lifting.inspection.outline import Outline, outline, outline_partition, outline_record, outline_saved
 from buffer_lifting.inspection.places import printable
-from buffer_lifting.inspection.stage_files import is_stage_directory, read_stages
-from buffer_lifting.inspection.targets import FILES, is_callable
 from buffer_lifting.program import Axes
-from buffer_lifting.targets import TargetError, load_checkable
 
 ParseAxes = Callable[[list[str] | None], Axes | None]
 DIFF_HELP = """\
@@ -32,38 +25,10 @@ exit codes: 0 no change, 1 changes, 2 could not compare.
 """
 
 
-def target_outline(target: str, axes: Axes | None = None, trust: bool = False) -> Outline:
-    """The outline of a target of ``check``; ``axes`` is for a program that is not lifted, and ignored else.
-
-    Raises:
-        TargetError: it is none, or its callable fails.
-        LiftingError: a file that cannot be read, or axes that do not fit.
-    """
-    path = Path(target)
-    if is_callable(target) or (trust and path.suffix in FILES and not path.is_dir()):
-        program = load_checkable(target, trust)
-        from buffer_lifting.lifted import LiftedProgram
-        from buffer_lifting.stages import StagedProgram
-
-        with redirect_stdout(sys.stderr):
-            return outline(program, None if isinstance(program, LiftedProgram | StagedProgram) else axes)
-    if path.is_dir():
-        if not is_stage_directory(path):
-            raise TargetError(f"{target}: a directory without a manifest, which `buffer-lifting split` writes")
-        return outline_partition(read_stages(path))
-    if path.suffix == ".lifted":
-        from buffer_lifting.inspection.lifted_file import read_lifted
-
-        saved = read_lifted(path)
-        return outline_saved(saved.report, saved.inputs, saved.input_axes, saved.axes)
-    if path.suffix != ".pt2":
-        raise TargetError(f"{target}: a target is a .pt2 or .lifted file, a directory of stages or module:callable")
-    from buffer_lifting.graph.archive import read_archive
-
-    return outline_record(read_archive(path), axes)
-
-
 def _diff(args: argparse.Namespace) -> int:
+    from buffer_lifting.inspection.diff import compare, counts, diff_json, render_diff
+    from buffer_lifting.inspection.outline_targets import target_outline
+
     axes = args.parse_axes(args.axes)
     sides = []
     for target in (args.old, args.new):

@@ -180,7 +180,7 @@ def _findings(program: Any, axes: Axes | None) -> tuple[Diagnostic, ...]:
 
 def _outline(program: Any, axes: Axes | None) -> Outline:
     if isinstance(program, str | os.PathLike):
-        from buffer_lifting.inspection.diff_command import target_outline
+        from buffer_lifting.inspection.outline_targets import target_outline
 
         return target_outline(os.fspath(program), axes)
     return outline(program, axes)

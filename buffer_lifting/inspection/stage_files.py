@@ -22,9 +22,10 @@ from buffer_lifting.graph.archive_schema import (
 from buffer_lifting.inspection.diagnostics import Diagnostic, numbered, report_diagnostics
 from buffer_lifting.inspection.lifted_checks import PlainNode, PlainStage, lengths, shape_of_stages
 from buffer_lifting.inspection.saved_records import axes_of, input_axes_of, inputs_of, names_of, report_of, sent_of
+from buffer_lifting.inspection.stage_directory import MANIFEST
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport, SentTensor
 
-MANIFEST, FEED, FORMAT, VERSION = "manifest.json", "feed.json", "buffer_lifting.staged", 1
+FEED, FORMAT, VERSION = "feed.json", "buffer_lifting.staged", 1
 MAX_STAGES = 10_000
 
 
@@ -48,11 +49,6 @@ class SavedPartition:
     inputs: tuple[LiftedInput, ...]
     follows_slots: bool
     stages: tuple[SavedStage, ...]
-
-
-def is_stage_directory(path: Path) -> bool:
-    """Whether a directory has a manifest."""
-    return (path / MANIFEST).is_file()
 
 
 def check_stages(directory: Path) -> tuple[Diagnostic, ...]:

@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_record
-from buffer_lifting.inspection.stage_files import check_stages, is_stage_directory
+from buffer_lifting.inspection.stage_directory import is_stage_directory
 from buffer_lifting.program import Axes
 from buffer_lifting.targets import TargetError, load_checkable
 
@@ -58,6 +58,8 @@ def check_target(target: str, axes: Axes | None, trust: bool = False) -> tuple[D
             raise TargetError(f"{target}: a directory without a manifest; {_EXPECTED}")
         if axes:
             raise TargetError(f"{target}: saved stages, whose axes are known; --axes is for a program to be lifted")
+        from buffer_lifting.inspection.stage_files import check_stages
+
         return check_stages(path)
     if path.suffix == ".lifted":
         if axes:
