@@ -29,7 +29,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     for name in (*made, "bad.pt2"):
         Path(name).touch()
 
-    def check_target(target: str, axes: object, trust: bool) -> tuple[Diagnostic, ...]:
+    def check_target(target: str, *_: object) -> tuple[Diagnostic, ...]:
         return numbered(made[Path(target).name])
 
     monkeypatch.setattr("buffer_lifting.inspection.targets.check_target", check_target)

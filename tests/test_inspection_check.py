@@ -249,6 +249,16 @@ def test_wrong_configuration(text: str, why: str, capsys: Capture) -> None:
     assert why in capsys.readouterr().err
 
 
+def test_axes_of_the_project_are_for_what_is_not_lifted(capsys: Capture) -> None:
+    configure("axes = tokens:0=batch,1=words")
+    targets = ["llama.pt2", "llama.lifted", "stages", "check_targets:program", "check_targets:lifted"]
+    assert main(["check", *targets, "--select", "BL0"]) == 1
+    assert "error" not in capsys.readouterr().err
+    configure("axes = nothing:0=batch")
+    assert main(["check", "llama.lifted"]) == 0
+    assert main(["check", "llama.pt2"]) == 2
+
+
 def test_suppression_by_pattern(capsys: Capture) -> None:
     configure("""\
         suppress =

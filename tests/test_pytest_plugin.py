@@ -191,6 +191,21 @@ def test_settings_of_the_project_count(project: pytest.Pytester) -> None:
     run(project, body, passed=1)
     (project.path / "setup.cfg").write_text("[buffer_lifting]\nignore = BL2\n")
     run(project, body, failed=1)
+    (project.path / "setup.cfg").write_text("[buffer_lifting]\naxes = other:0=batch\n")
+    output = run(
+        project,
+        """
+        def test_lifted(lifted_graph):
+            lifted_graph.assert_clean("clean.lifted")
+            lifted_graph.assert_clean("stages")
+
+        def test_other(lifted_graph):
+            lifted_graph.assert_clean("mixing.pt2")
+        """,
+        passed=1,
+        failed=1,
+    )
+    assert "AxesError" in output
 
 
 def test_other_inputs_and_boundaries_are_a_diff(project: pytest.Pytester) -> None:

@@ -55,7 +55,7 @@ def _check(args: argparse.Namespace) -> int:
     axes = args.parse_axes(list(config.axes) if args.axes is None else args.axes)
     baseline = _baseline(args, config)
     known = read_baseline(baseline) if baseline and (baseline.exists() or not args.update_baseline) else {}
-    result = run(args.targets, axes, select, ignore, config, args.debug, args.trust)
+    result = run(args.targets, axes, select, ignore, config, args.debug, args.trust, args.axes is None)
     if baseline is not None:
         result = _with_baseline(result, baseline, known, root, partial(is_enabled, select=select, ignore=ignore), args)
     for failure in result.failures:
@@ -110,8 +110,12 @@ def run(
     config: Config,
     debug: bool = False,
     trust: bool = False,
+    general_axes: bool = False,
 ) -> CheckResult:
-    """Checks all targets. One that cannot be checked is a failure, and the others are checked still."""
+    """Checks all targets. One that cannot be checked is a failure, and the others are checked still.
+
+    ``trust`` and ``general_axes`` are those of :func:`buffer_lifting.inspection.targets.check_target`.
+    """
     from buffer_lifting.inspection.targets import check_target, expand
     from buffer_lifting.targets import TargetError, first_line
 
@@ -121,7 +125,7 @@ def run(
     used: set[Exemption] = set()
     for target in targets:
         try:
-            found = check_target(target, axes, trust)
+            found = check_target(target, axes, trust, general_axes)
         except Exception as error:
             if debug:
                 traceback.print_exc()

@@ -49,9 +49,10 @@ class GraphAssertions:
             program: see the class.
             select, ignore: as in :func:`buffer_lifting.check`; default: those of ``setup.cfg``. What ``suppress``
                 covers there is left out in any case.
-            axes: as in :func:`buffer_lifting.scan`; only for a program that is not lifted.
+            axes: as in :func:`buffer_lifting.scan`, for a program that is not lifted; default: those of ``setup.cfg``.
         """
         __tracebackhide__ = True
+        from buffer_lifting.cli import parse_axes
         from buffer_lifting.inspection.config import find_config
         from buffer_lifting.inspection.places import Places, repository_root
         from buffer_lifting.inspection.results import CheckResult, Reported
@@ -63,7 +64,7 @@ class GraphAssertions:
         left_out = config.ignore if ignore is None else check_prefixes(ignore, "ignore")
         found = [
             item
-            for item in _findings(program, axes)
+            for item in _findings(program, parse_axes(config.axes) if axes is None else axes, axes is None)
             if is_enabled(item.code, chosen, left_out) and not any(entry.matches(item) for entry in config.suppress)
         ]
         if not found:
@@ -170,12 +171,12 @@ class GraphAssertions:
         return self._test_file.parent / "snapshots" / self._test_file.stem / f"{text}.txt"
 
 
-def _findings(program: Any, axes: Axes | None) -> tuple[Diagnostic, ...]:
-    if isinstance(program, str | os.PathLike):
-        from buffer_lifting.inspection.targets import check_target
+def _findings(program: Any, axes: Axes | None, general: bool) -> tuple[Diagnostic, ...]:
+    from buffer_lifting.inspection.targets import check_target, is_lifted
 
-        return check_target(os.fspath(program), axes)
-    return check(program, axes=axes)
+    if isinstance(program, str | os.PathLike):
+        return check_target(os.fspath(program), axes, general=general)
+    return check(program, axes=None if general and is_lifted(program) else axes)
 
 
 def _outline(program: Any, axes: Axes | None) -> Outline:

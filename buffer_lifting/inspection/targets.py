@@ -38,8 +38,14 @@ def expand(patterns: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return list(targets), failures
 
 
-def check_target(target: str, axes: Axes | None, trust: bool = False) -> tuple[Diagnostic, ...]:
-    """The findings of one target; with ``trust`` a file is read by torch's loader, which runs code that is in it.
+def check_target(target: str, axes: Axes | None, trust: bool = False, general: bool = False) -> tuple[Diagnostic, ...]:
+    """The findings of one target.
+
+    Args:
+        target: as a user writes it.
+        axes: as in :func:`buffer_lifting.scan`.
+        trust: read a file by torch's loader, which runs code that is in it.
+        general: ``axes`` is for all targets of a project: one that is lifted already, and has its own, ignores it.
 
     Raises:
         TargetError: it is none, or its callable fails.
@@ -48,6 +54,8 @@ def check_target(target: str, axes: Axes | None, trust: bool = False) -> tuple[D
     path = Path(target)
     if is_callable(target) or (trust and path.suffix in FILES and not path.is_dir()):
         program = load_checkable(target, trust)
+        if general and is_lifted(program):
+            axes = None
         try:
             with redirect_stdout(sys.stderr):
                 return check(program, axes=axes)
@@ -56,13 +64,13 @@ def check_target(target: str, axes: Axes | None, trust: bool = False) -> tuple[D
     if path.is_dir():
         if not is_stage_directory(path):
             raise TargetError(f"{target}: a directory without a manifest; {_EXPECTED}")
-        if axes:
+        if axes and not general:
             raise TargetError(f"{target}: saved stages, whose axes are known; --axes is for a program to be lifted")
         from buffer_lifting.inspection.stage_files import check_stages
 
         return check_stages(path)
     if path.suffix == ".lifted":
-        if axes:
+        if axes and not general:
             raise TargetError(f"{target}: a lifted program, whose axes are known; --axes is for one that is not lifted")
         from buffer_lifting.inspection.lifted_file import check_lifted
 
@@ -72,6 +80,14 @@ def check_target(target: str, axes: Axes | None, trust: bool = False) -> tuple[D
     from buffer_lifting.graph.archive import read_archive
 
     return check_record(read_archive(path), axes)
+
+
+def is_lifted(program: object) -> bool:
+    """Whether a program has lifted inputs, or stages."""
+    from buffer_lifting.lifted import LiftedProgram
+    from buffer_lifting.stages import StagedProgram
+
+    return isinstance(program, LiftedProgram | StagedProgram)
 
 
 def is_callable(target: str) -> bool:
