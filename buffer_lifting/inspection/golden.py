@@ -220,5 +220,5 @@ def _numbered(boundaries: Sequence[Sequence[str]]) -> list[str]:
 
 def _comparison(expected: Sequence[str], found: Sequence[str]) -> str:
     """Both texts line by line, ``-`` for what is expected and ``+`` for what was found; long equal parts are cut."""
-    lines = list(difflib.unified_diff(expected, found, lineterm="", n=3))[2:]
+    lines = list(difflib.unified_diff(expected, found, lineterm="", n=3))[3:]
     return "\n".join(f"  {'...' if line.startswith('@@') else line}" for line in lines)
