@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from buffer_lifting.stages import Stage, StagedProgram
+    from buffer_lifting.token_loss import TokenLoss
     from buffer_lifting.verification import verify
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ _PUBLIC = {
     "ScanReport": "program",
     "PositionRead": "program",
     "SequenceMixing": "program",
+    "TokenLoss": "token_loss",
     "InputAxes": "program",
     "LiftedInput": "program",
     "VerifyReport": "program",
@@ -78,6 +80,7 @@ __all__ = [
     "SequenceMixing",
     "Stage",
     "StagedProgram",
+    "TokenLoss",
     "UnsupportedReadError",
     "VerificationError",
     "VerifyReport",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from buffer_lifting.errors import AxesError
 from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
-from buffer_lifting.graph.sizes import Size, is_symbol, rename
+from buffer_lifting.graph.sizes import Size, divide, is_symbol, rename
 from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, feature
 from buffer_lifting.ops import FLEX_ATTENTION
 from buffer_lifting.program import Axes, AxesInfo, Finding, InputAxes, LiftedInput
@@ -87,7 +87,9 @@ def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:
         assert node.tensor is not None
         for dim, axis in dims.items():
             size = rename(node.tensor.shape[dim % len(node.tensor.shape)], names)
-            _claim(result, axis.split(":")[0], size, name, names)
+            base, _, role = axis.partition(":")
+            if role != COL or not _of_all_ranks(size, result.lengths.get(base)):
+                _claim(result, base, size, name, names)
     if names:
         record.rename_symbols(names)
     if main is not None and main.fqn not in given and main.tensor is not None:
@@ -154,6 +156,12 @@ def _axis_name(name: str, taken: dict[str, Size]) -> str:
     if base in taken or base == BATCH:
         base = name
     return base if base not in taken and base != BATCH else f"{base}_{len(taken)}"
+
+
+def _of_all_ranks(size: Size, rows: Size | None) -> bool:
+    """Whether keys are as many as the rows of several context-parallel ranks."""
+    ranks = None if rows is None or isinstance(rows, int) else divide(size, rows)
+    return isinstance(ranks, int) and ranks > 1
 
 
 def _same(one: Size, other: Size, hints: dict[str, int]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from buffer_lifting.program import InputAxes
-from buffer_lifting.torch_compat import tree_flatten
+from buffer_lifting.torch_compat import tree_flatten, tree_map
 
 
 def named_inputs(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -29,6 +29,19 @@ def example_sizes(
         return None
     batch, lengths = sizes_of(tensors, axes)
     return batch, lengths, tensors
+
+
+def widen_examples(program: ExportedProgram, dims: dict[str, int], ranks: int) -> None:
+    """Gives the example inputs of a rank the keys of all ranks: ``dims`` has the key dim of each input that has one."""
+    if program.example_inputs is None or ranks == 1:
+        return
+    args, kwargs = program.example_inputs
+    named = named_inputs(program, args, kwargs)
+    for name, dim in dims.items():
+        if isinstance(named.get(name), torch.Tensor):
+            named[name] = torch.cat([named[name]] * ranks, dim)
+    leaves = iter(named.values())
+    program.example_inputs = tree_map(lambda _: next(leaves), (args, kwargs))
 
 
 def sizes_of(tensors: dict[str, torch.Tensor], axes: dict[str, InputAxes]) -> tuple[int, dict[str, int]]:

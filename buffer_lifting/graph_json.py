@@ -21,15 +21,18 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from buffer_lifting.errors import LiftingError
-from buffer_lifting.torch_compat import OpOverload, call_operator
+from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, OpOverload, call_operator
 
 _PYTHON = "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge and_ or_ not_ getitem"
 _TORCH = "sym_float sym_int sym_max sym_min sym_not sym_ite"
-#: What a graph calls besides aten ops: arithmetic of sizes, and ``getitem``.
+#: What a graph calls besides aten ops: arithmetic of sizes, ``getitem``, and the collectives of context parallelism.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in _PYTHON.split()},
     **{f"torch.{name}": getattr(torch, name) for name in _TORCH.split()},
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
+    "collective.all_gather": ALL_GATHER,
+    "collective.all_to_all": ALL_TO_ALL,
+    "collective.wait": WAIT,
 }
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 _REFUSED = frozenset({"aten.from_file"})  # reaches outside the graph
@@ -88,12 +91,12 @@ def _target_name(node: Node) -> str:
     if node.op in ("placeholder", "get_attr", "output"):
         return str(node.target)
     if node.op == "call_function":
+        if node.target in _FUNCTION_NAMES:
+            return _FUNCTION_NAMES[node.target]
         if isinstance(node.target, OpOverload):
             name = str(node.target)
             if name.startswith("aten.") and name.rpartition(".")[0] not in _REFUSED:
                 return name
-        elif node.target in _FUNCTION_NAMES:
-            return _FUNCTION_NAMES[node.target]
     raise LiftingError(f"node {node.name!r} calls {node.target}, which a package cannot hold (aten ops only)")
 
 

@@ -109,7 +109,15 @@ FILLS = frozenset(
     ]
     for name in line.split()
 )
-MATRIX_PRODUCTS = frozenset(f"aten.{name}" for name in ["matmul", "bmm", "mm", "addmm", "baddbmm"])
+#: The two operands of each matrix product.
+MATRIX_OPERANDS = {
+    "aten.matmul": ("self", "other"),
+    "aten.bmm": ("self", "mat2"),
+    "aten.mm": ("self", "mat2"),
+    "aten.addmm": ("mat1", "mat2"),
+    "aten.baddbmm": ("batch1", "batch2"),
+}
+MATRIX_PRODUCTS = frozenset(MATRIX_OPERANDS)
 #: Ops that make an index.
 INDICES = frozenset(["aten.arange", "aten.range", "aten.linspace", "aten.tril_indices", "aten.triu_indices"])
 ATTENTION = "aten.scaled_dot_product_attention"

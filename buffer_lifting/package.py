@@ -31,7 +31,7 @@ from buffer_lifting.graph.record import StateKind
 from buffer_lifting.graph_json import decode_graph, decode_record, encode_graph, encode_record
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.program import SentTensor
-from buffer_lifting.runtime import pp_group
+from buffer_lifting.runtime import bind_ranks, pp_group
 from buffer_lifting.stage_builder import _register
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tensor_file import read_tensors, write_tensors
@@ -241,6 +241,7 @@ class LoadedStage:
 
         place = torch.device(device)
         module = self.stage.module.to(place)
+        bind_ranks(self._feeder.lifted, self.stage.module, mesh)
         return PipelineStage(module, self.index, self.num_stages, place, group=pp_group(group, mesh))
 
 

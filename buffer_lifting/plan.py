@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.graph.record import Node
+from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import Labels
 from buffer_lifting.program import FeedOutput, InputAxes, PositionRead, ScanReport
 
@@ -160,6 +161,9 @@ class LiftPlan:
     routed: frozenset[str] = frozenset()  # the values inside routing regions: no stage may begin there
     flex: list[FlexPlan] = field(default_factory=list)
     trace: Trace = field(default_factory=lambda: Trace())
+    #: How the operands of each op on data line up with it, by path.
+    alignments: dict[str, dict[str, Alignment]] = field(default_factory=dict)
+    lengths: dict[str, Size] = field(default_factory=dict)  # of each sequence axis
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 from buffer_lifting.errors import PartitionError
+from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.passes.collectives import bind_group
 from buffer_lifting.stages import StagedProgram
 
 
@@ -20,7 +23,37 @@ def build_stage(staged: StagedProgram, index: int, device: torch.device | str, g
     place = torch.device(device)
     module = staged.stages[index].module
     untie(staged, index)
+    bind_ranks(staged.lifted, module, mesh)
     return PipelineStage(module.to(place), index, count, place, group=pp_group(group, mesh))
+
+
+def bind_ranks(lifted: LiftedProgram, module: GraphModule, mesh: Any) -> None:
+    """Gives the collectives of a stage the context-parallel group of ``mesh``.
+
+    Raises:
+        PartitionError: there is no mesh, or it has no such dim, or that has another size.
+    """
+    size, name = lifted.cp_size or 1, lifted.mesh_dim
+    if size == 1:
+        return
+    if mesh is None:
+        raise PartitionError(
+            f"the program runs on {size} context-parallel ranks: give build_stage a mesh with the dims "
+            f"'pp' and {name!r}"
+        )
+    names = mesh.mesh_dim_names or ()
+    if name not in names:
+        raise PartitionError(
+            f"rank {mesh.get_rank()}: the mesh has no {name!r} dim (it has {', '.join(names) or 'unnamed dims'}), "
+            "which the program was made context-parallel over"
+        )
+    if mesh[name].size() != size:
+        raise PartitionError(
+            f"rank {mesh.get_rank()}: the mesh has {mesh[name].size()} ranks along {name!r}, the program was made for "
+            f"{size}; call buffer_lifting.context_parallel(lifted, size={mesh[name].size()}) instead"
+        )
+    bind_group(module.graph, mesh[name].get_group().group_name)
+    module.recompile()
 
 
 def untie(staged: StagedProgram, index: int) -> None:

@@ -96,6 +96,7 @@ class _Scan:
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.totals: set[str] = set()  # what is computed from a reduction over all tokens
+        self.alignments: dict[str, dict[str, Alignment]] = {}
         self.completion = Completion(inputs)
         self.routing = Routing(record)
         if not inputs.lengths:
@@ -144,6 +145,8 @@ class _Scan:
             self.routing.inside(self.labels),
             self.flex,
             trace=self.planner.trace,
+            alignments=self.alignments,
+            lengths=self.inputs.lengths,
         )
 
     # -- forward --------------------------------------------------------------------------------------------
@@ -167,6 +170,8 @@ class _Scan:
             if result.mixing and (result.outputs is None or carries):
                 self.reports.mix(node, result.mixing, result.handled, "BL200" if result.handled else "BL201")
         self._total(node, result)
+        if result is not None:
+            self.alignments[node.name] = result.operands
         self._operands(node, result)
 
     def _total(self, node: Node, result: AxisResult | None) -> None:

@@ -69,7 +69,15 @@ class StagedProgram:
         Args:
             args: the program's own positional inputs.
             kwargs: its own keyword inputs and the lifted inputs (:meth:`feed`).
+
+        Raises:
+            PartitionError: the program was made for several context-parallel ranks.
         """
+        if (self.lifted.cp_size or 1) > 1:
+            raise PartitionError(
+                f"the stages run on {self.lifted.cp_size} context-parallel ranks, not in one process; build_stage "
+                "binds them to a mesh (buffer_lifting.verify runs all ranks in lockstep)"
+            )
         values = list(args)
         named = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         for stage in self.stages:
@@ -170,10 +178,12 @@ class StagedProgram:
             index: which stage.
             device: the device it runs on; the stage's module is moved there.
             group: the pipeline process group (default: the world).
-            mesh: or a DeviceMesh with a ``"pp"`` dim, from which the group is taken.
+            mesh: or a DeviceMesh with a ``"pp"`` dim, from which the group is taken. A program made for several
+                context-parallel ranks needs it: the collectives run over its ``mesh_dim``.
 
         Raises:
-            PartitionError: an index out of range, both ``group`` and ``mesh``, or a mesh without a ``"pp"`` dim.
+            PartitionError: an index out of range, both ``group`` and ``mesh``, a mesh without a ``"pp"`` dim or
+                without the dim of the context-parallel ranks, or with another number of them.
         """
         from buffer_lifting.runtime import build_stage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import sympy  # type: ignore[import-untyped]
@@ -183,8 +183,12 @@ def rebuild_program(
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
     submodules: Mapping[str, Any],
     keep_modules: bool = True,
+    resized: Collection[str] = (),
 ) -> ExportedProgram:
     """An ExportedProgram around an edited graph: the public constructor, with the root call's spec replaced.
+
+    ``resized`` are inputs whose sizes the program no longer states as the export did: the guards on them are dropped.
+    Private: ``_guards_code`` (the constructor reads the guards off the shape environment, and nothing edits them).
 
     Raises:
         torch._export.verifier.SpecViolationError: the graph is not valid in the program's dialect.
@@ -198,7 +202,7 @@ def rebuild_program(
     if root.signature is not None:
         call = dataclasses.replace(root.signature, in_spec=in_spec, out_spec=out_spec, forward_arg_names=arg_names)
     entries = [dataclasses.replace(root, signature=call), *(copy.copy(entry) for entry in entries[1:])]
-    return ExportedProgram(
+    result = ExportedProgram(
         root=dict(submodules),
         graph=graph,
         graph_signature=signature,
@@ -209,6 +213,10 @@ def rebuild_program(
         constants=dict(constants),
         verifiers=list(program.verifiers),
     )
+    if resized:
+        kept = [guard for guard in result._guards_code if not any(f"['{name}']" in guard for name in resized)]
+        result._guards_code = kept
+    return result
 
 
 def root_spec(program: ExportedProgram) -> tuple[TreeSpec, TreeSpec]:
@@ -276,6 +284,23 @@ def call_operator(name: str) -> Callable[..., Any]:
     if namespace != "aten":
         raise KeyError(name)
     return cast(Callable[..., Any], getattr(getattr(torch.ops.aten, packet), overload))
+
+
+def _functional_collectives() -> tuple[Any, Any, Any]:
+    import torch.distributed._functional_collectives  # registers the autograd formula of wait_tensor
+
+    ops = torch.ops
+    autograd = ops._c10d_functional_autograd
+    return (
+        autograd.all_gather_into_tensor.default,
+        autograd.all_to_all_single.default,
+        ops._c10d_functional.wait_tensor.default,
+    )
+
+
+#: torch's functional collectives with autograd, as ops that a graph can hold (the public wrappers of
+#: ``torch.distributed._functional_collectives`` resolve a process group at once).
+ALL_GATHER, ALL_TO_ALL, WAIT = _functional_collectives()
 
 
 def is_load_balancer(value: Any) -> bool:

@@ -17,12 +17,13 @@ from buffer_lifting.oracles.composition import check_composition
 from buffer_lifting.oracles.equivariance import check_equivariance
 from buffer_lifting.oracles.identity import check_identity
 from buffer_lifting.oracles.running import Case, example_cases
+from buffer_lifting.oracles.shards import check_shards
 from buffer_lifting.oracles.values import check_values
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.program import Check, VerifyReport
 from buffer_lifting.stages import StagedProgram
 
-CHECKS = ("values", "identity", "equivariance", "composition")
+CHECKS = ("values", "identity", "equivariance", "shards", "composition")
 
 
 def verify(
@@ -44,6 +45,9 @@ def verify(
     - ``equivariance``: in float64, for another permutation per sample and axis, outputs and gradients are the
       original's, permuted, to 1e-9; dropout is switched off for it. Each lifted input is perturbed as a control: it
       has to move something, else the report names it as not proven.
+    - ``shards`` (a program for several context-parallel ranks; in place of ``identity`` and ``equivariance``, which
+      are of one rank): all ranks, run in lockstep in this process on their shards of a random order per sample, have
+      the original's outputs, one behind the other, and the original's gradients, summed; in float64 to 1e-9.
     - ``composition`` (staged programs): the stages in sequence equal the lifted program.
 
     Args:
@@ -73,11 +77,12 @@ def verify(
     lifted = target.lifted if isinstance(target, StagedProgram) else target
     cases = example_cases(program, lifted, inputs, seed)
     done: list[Check] = []
-    runs: dict[str, Callable[[], Check]] = {
-        "values": lambda: check_values(program, lifted, cases, seed),
-        "identity": lambda: check_identity(program, lifted, cases, seed),
-        "equivariance": lambda: check_equivariance(program, lifted, cases, seed),
-    }
+    runs: dict[str, Callable[[], Check]] = {"values": lambda: check_values(program, lifted, cases, seed)}
+    if (lifted.cp_size or 1) > 1:
+        runs["shards"] = lambda: check_shards(program, lifted, cases, seed)
+    else:
+        runs["identity"] = lambda: check_identity(program, lifted, cases, seed)
+        runs["equivariance"] = lambda: check_equivariance(program, lifted, cases, seed)
     if isinstance(target, StagedProgram):
         runs["composition"] = lambda: check_composition(target, cases, seed)
     for name, run in runs.items():

@@ -19,7 +19,7 @@ from buffer_lifting.labels import (
     is_labelled,
     with_role,
 )
-from buffer_lifting.ops import ATTENTION
+from buffer_lifting.ops import ATTENTION, MATRIX_OPERANDS
 
 
 @rule("linear")
@@ -37,13 +37,7 @@ def _linear(view: OpView) -> AxisResult:
 @rule("matmul", "bmm", "mm", "addmm", "baddbmm")
 def _matmul(view: OpView) -> AxisResult:
     added = view.node.base_op in ("aten.addmm", "aten.baddbmm")
-    left_path, right_path = {
-        "aten.matmul": ("self", "other"),
-        "aten.bmm": ("self", "mat2"),
-        "aten.mm": ("self", "mat2"),
-        "aten.addmm": ("mat1", "mat2"),
-        "aten.baddbmm": ("batch1", "batch2"),
-    }[view.node.base_op]
+    left_path, right_path = MATRIX_OPERANDS[view.node.base_op]
     left_shape, right_shape, shape = view.shape(left_path), view.shape(right_path), view.shape("out")
     if left_shape is None or right_shape is None or shape is None:
         return AxisResult(None)
@@ -110,6 +104,8 @@ def _einsum(view: OpView) -> AxisResult:
     if not isinstance(equation, str) or shape is None or "." in equation or "->" not in equation:
         return AxisResult(None)
     left, target = equation.replace(" ", "").split("->")
+    if [len(part) for part in left.split(",")] != [len(own) for _, own in view.tensors()] or len(target) != len(shape):
+        return AxisResult(None)  # a damaged archive: torch itself makes no such node
     by_letter: dict[str, DimLabel] = {}
     for (path, _), letters in zip(view.tensors(), left.split(","), strict=True):
         for letter, dim in zip(letters, view.labels(path) or (), strict=False):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Any
+
 import torch
+from torch.fx import GraphModule
 
 from buffer_lifting.oracles.compare import difference, gradient_error, gradients, loss_weights, same_bits
 from buffer_lifting.oracles.identity import coarsest_dtype, table_names
-from buffer_lifting.oracles.running import Case
+from buffer_lifting.oracles.lockstep import run_modules
+from buffer_lifting.oracles.running import Case, resize_case
 from buffer_lifting.program import Check
 from buffer_lifting.stages import StagedProgram
 from buffer_lifting.torch_compat import tree_flatten
@@ -17,17 +22,15 @@ TOLERANCE = 1e-5
 def check_composition(staged: StagedProgram, cases: list[Case], seed: int) -> Check:
     """Outputs bitwise; the gradient of every parameter by ``max|diff| / max(max|g|, 1e-4 * largest)``."""
     compared, worst = 0, 0.0
+    ranks = staged.lifted.cp_size or 1
+    cases = [resize_case(case, staged.lifted, ranks, seed) for case in cases]
     module = staged.lifted.program.module()
     coarsest, tables = coarsest_dtype(staged.lifted.program), table_names(staged.lifted)
     for case in cases:
-        feed = staged.lifted.feed(case.batch, case.lengths, inputs=case.tensors())
-        kwargs = {**case.kwargs, **feed}
-        torch.manual_seed(seed)
-        left = [v for v in tree_flatten(module(*case.args, **kwargs))[0] if isinstance(v, torch.Tensor)]
-        torch.manual_seed(seed)
-        right = [v for v in tree_flatten(staged(*case.args, **kwargs))[0] if isinstance(v, torch.Tensor)]
+        left, right = _outputs(staged, module, case, seed) if ranks == 1 else _of_ranks(staged, module, case, seed)
         names = staged.stages[-1].outputs
-        for name, a, b in zip(names, left, right, strict=True):
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            name = names[index % len(names)]
             compared += 1
             if not same_bits(a, b):
                 gap = difference(a, b)
@@ -44,6 +47,47 @@ def check_composition(staged: StagedProgram, cases: list[Case], seed: int) -> Ch
         if error > max(TOLERANCE, coarsest if where in tables else 0.0):
             return Check("composition", False, compared, error, where, f"its gradient differs by {error:.2e}")
     return Check("composition", True, compared, worst, "", f"{len(staged.stages)} stages")
+
+
+def _outputs(
+    staged: StagedProgram, module: torch.nn.Module, case: Case, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the program and its stages return."""
+    feed = staged.lifted.feed(case.batch, case.lengths, inputs=case.tensors())
+    kwargs = {**case.kwargs, **feed}
+    torch.manual_seed(seed)
+    left = tree_flatten(module(*case.args, **kwargs))[0]
+    torch.manual_seed(seed)
+    return _tensors(left), _tensors(tree_flatten(staged(*case.args, **kwargs))[0])
+
+
+def _of_ranks(
+    staged: StagedProgram, module: torch.nn.Module, case: Case, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the program and its stages return on every context-parallel rank, in natural order, rank by rank."""
+    assert isinstance(module, GraphModule)
+    values = []
+    known = {name: value for name, value in case.tensors().items() if name in staged.lifted.input_axes}
+    for rank in range(staged.lifted.cp_size or 1):
+        shard = (rank, staged.lifted.cp_size)
+        own = staged.lifted.shard_inputs(shard=shard, **known)
+        feed = staged.lifted.feed(case.batch, case.lengths, inputs=case.tensors(), shard=shard)
+        values.append({**case.named, **own, **feed})
+    torch.manual_seed(seed)
+    whole, _ = run_modules(module, values)
+    torch.manual_seed(seed)
+    current: list[dict[str, Any]] = values
+    outputs: list[list[Any]] = []
+    for stage in staged.stages:
+        outputs, _ = run_modules(stage.module, current)
+        current = [
+            {**own, **dict(zip(stage.outputs, sent, strict=True))} for own, sent in zip(values, outputs, strict=True)
+        ]
+    return _tensors(list(chain(*whole))), _tensors(list(chain(*outputs)))
+
+
+def _tensors(values: list[Any]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _staged_gradients(

@@ -37,7 +37,7 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
         raise LiftingError("order equivariance is checked on a program of context-parallel size 1")
     follows = double_feed(follows)
     plan = scan_record(build_record(program, normalize(program, read_only=True).graph), user_axes(lifted))
-    pair = _Pair(runnable(program, double=True), runnable(follows.program, double=True), follows, plan.data_labels)
+    pair = Pair(runnable(program, double=True), runnable(follows.program, double=True), follows, plan.data_labels)
     if flex_nodes(program.graph):
         pair.try_backward(cases[0], seed)
     compared, worst = 0, 0.0
@@ -83,7 +83,7 @@ class _Result:
             self.worst, self.where = error, where
 
 
-class _Pair:
+class Pair:
     def __init__(
         self,
         original: Runnable,

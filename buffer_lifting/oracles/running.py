@@ -71,16 +71,20 @@ class Runnable:
         self, values: Mapping[str, Any], capture: set[str] | None = None
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
         """Outputs, the parameters as fresh leaves by FQN, and the values of the captured nodes."""
-        leaves = {
-            n: self.state[n].detach().requires_grad_(self.state[n].is_floating_point() and not self.frozen)
-            for n in self.parameters
-        }
+        leaves = self.leaves()
         feed = {**self.state, **leaves, **values}
         names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         interpreter = _Capture(self.module, capture or set())
         result = interpreter.run(*[feed.get(name) for name in names])
         flat = [value for value in tree_flatten(result)[0]]
         return flat, {self.parameters[name]: leaf for name, leaf in leaves.items()}, interpreter.captured
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """The parameters as fresh leaves, by placeholder."""
+        return {
+            n: self.state[n].detach().requires_grad_(self.state[n].is_floating_point() and not self.frozen)
+            for n in self.parameters
+        }
 
 
 class _Capture(Interpreter):
@@ -278,11 +282,27 @@ def _resized(program: ExportedProgram, lifted: LiftedProgram, case: Case, seed: 
         if fixed is None and wanted in lengths.values() and wanted > 3:
             wanted -= 2  # axes of the same length in the example get different ones here
         lengths[axis] = wanted
+    return _redrawn(case, lifted, batch, lengths, seed)
+
+
+def resize_case(case: Case, lifted: LiftedProgram, ranks: int, seed: int) -> Case:
+    """The case, or a copy of it whose sequences divide into ``ranks`` shards, as long or a little longer."""
+    if all(length % ranks == 0 for length in case.lengths.values()):
+        return case
+    lengths = {}
+    for axis, length in case.lengths.items():
+        most = lifted.feed_program.max_lengths.get(axis, length + ranks)
+        wanted = -(-length // ranks) * ranks
+        lengths[axis] = wanted if wanted <= most else most // ranks * ranks
+    return _redrawn(case, lifted, case.batch, lengths, seed)
+
+
+def _redrawn(case: Case, lifted: LiftedProgram, batch: int, lengths: dict[str, int], seed: int) -> Case:
+    from buffer_lifting.torch_compat import tree_map
+
     generator = torch.Generator().manual_seed(seed)
     named = {name: resize(value, name, lifted, batch, lengths, generator) for name, value in case.named.items()}
     leaves = iter(named.values())
-    from buffer_lifting.torch_compat import tree_map
-
     args, kwargs = tree_map(lambda _: next(leaves), (case.args, case.kwargs))
     return Case(args, kwargs, named, batch, lengths)
 

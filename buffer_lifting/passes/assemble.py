@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,12 @@ def assemble(
     submodules: Mapping[str, Any],
     added: tuple[str, ...],
     examples: Mapping[str, torch.Tensor] | None,
+    resized: Collection[str] = (),
 ) -> ExportedProgram:
-    """The program with ``graph`` in place of its own, and ``added`` placeholders as new keyword inputs."""
+    """The program with ``graph`` in place of its own, and ``added`` placeholders as new keyword inputs.
+
+    ``resized`` names user inputs that have other sizes than before.
+    """
     signature = program.graph_signature
     specs = [
         *signature.input_specs,
@@ -46,4 +50,5 @@ def assemble(
         constants=program.constants,
         example_inputs=example_inputs,
         submodules=submodules,
+        resized=resized,
     )

@@ -1,148 +1,28 @@
-"""Makes attention follow the slots: ``is_causal=True`` becomes a mask over the lifted slots.
-
-Size 1 needs no communication: every mask, the flag included, compares the slot of a query with the slot of a key,
-so the program is order-equivariant. Masks that the model computes follow the slots since the lift.
-"""
+"""The public :func:`context_parallel`: attention over the keys of all context-parallel ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from buffer_lifting.axes import axes_argument
-from buffer_lifting.axis_rules import Alignment
-from buffer_lifting.errors import LiftingError, UnsupportedReadError
+from buffer_lifting.errors import LiftingError
+from buffer_lifting.examples import example_sizes, widen_examples
 from buffer_lifting.graph.from_fx import build_record
-from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, batch_dim
+from buffer_lifting.keys import plan_keys
+from buffer_lifting.labels import COL
 from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.lifting import describe
 from buffer_lifting.passes.assemble import assemble
-from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
-from buffer_lifting.passes.broadcast_batch import Broadcast, broadcast_batch, broadcast_nodes
-from buffer_lifting.passes.emitter import Emitter
+from buffer_lifting.passes.follow_slots import AttentionState, FollowSlots
 from buffer_lifting.passes.normalize import normalize
-from buffer_lifting.plan import Call, CutKey, Lifted, LiftPlan, Plan, Replacement
-from buffer_lifting.program import Axes, FeedOutput, LiftedInput, PositionRead
+from buffer_lifting.passes.shard_attention import ShardAttention, ShardState
+from buffer_lifting.program import Axes, FeedOutput, LiftedInput
 from buffer_lifting.scanner import scan_record
-from buffer_lifting.torch_compat import set_arguments
 
-
-@dataclass
-class AttentionState:
-    """A lifted graph that may be edited, its analysis, and the outputs that feed it."""
-
-    graph: Graph
-    plan: LiftPlan
-    outputs: tuple[FeedOutput, ...]
-    axes: Axes
-    broadcast: Broadcast | None = None
-    added: tuple[FeedOutput, ...] = ()
-
-
-class FollowSlots(GraphPass[AttentionState]):
-    """Replaces every ``is_causal=True`` on a sequence axis by a mask ``slot of key <= slot of query``."""
-
-    name = "follow_slots"
-
-    def requires(self, state: AttentionState) -> None:
-        """The reads are those of the graph."""
-        names = {node.name for node in state.graph.nodes}
-        assert all(read.node in names for read in state.plan.report.reads)
-
-    def call(self, state: AttentionState) -> PassResult[AttentionState]:
-        """Adds the slot inputs where they are missing, and the masks."""
-        causal = [read for read in state.plan.report.reads if read.source_kind == "is_causal"]
-        if not causal:
-            return PassResult(state, False)
-        taken = {node.name for node in state.graph.nodes}
-        outputs: dict[CutKey, FeedOutput] = {}
-        added: list[FeedOutput] = []
-        for axis in dict.fromkeys(read.seq_dims[0][1] for read in causal):
-            for role in (ROW, COL):
-                output = _slot_output(axis, role, state.outputs, taken, _batched(state))
-                if output not in state.outputs:
-                    added.append(output)
-                outputs[_key(axis, role)] = output
-        existing = broadcast_nodes(state.graph, {o.input.name for o in state.outputs})
-        state.broadcast = broadcast_batch(state.graph, outputs, dict(state.plan.input_axes), existing)
-        state.added = tuple(added)
-        assert state.broadcast.sizes is not None
-        emitter = Emitter(state.graph, state.broadcast.nodes, state.broadcast.sizes)
-        masks: dict[tuple[str, Labels], Plan] = {}
-        landed: dict[int, Node] = {}
-        for read in causal:
-            node = emitter.nodes[read.node]
-            query = state.plan.data_labels[node.args[0].name]
-            assert query is not None
-            labels = query[0]
-            plan = masks.setdefault((read.seq_dims[0][1], labels), self._mask(read, labels, outputs))
-            if id(plan) not in landed:
-                landed[id(plan)] = emitter.land(
-                    Replacement(node.name, "attn_mask", plan.anchor, plan, _alignment(labels))  # type: ignore[union-attr]
-                )
-            mask = landed[id(plan)]
-            set_arguments(node, {"attn_mask": mask, "is_causal": False})
-        return PassResult(state, True)
-
-    def ensures(self, result: PassResult[AttentionState]) -> None:
-        """Nodes are in order, and no attention that was reported is causal by flag."""
-        check_topology(result.state.graph)
-        reported = {r.node for r in result.state.plan.report.reads if r.source_kind == "is_causal"}
-        for node in result.state.graph.nodes:
-            if node.name in reported:
-                assert node.kwargs.get("is_causal", node.args[5] if len(node.args) > 5 else False) is False
-
-    def _mask(self, read: PositionRead, labels: Labels, outputs: dict[CutKey, FeedOutput]) -> Plan:
-        axis = read.seq_dims[0][1]
-        row, col = _key(axis, ROW), _key(axis, COL)
-        anchor = outputs[row].input.name
-        rows = Call("aten.unsqueeze.default", (Lifted(row), 2), anchor)
-        cols = Call("aten.unsqueeze.default", (Lifted(col), 1), anchor)
-        mask: Plan = Call("aten.le.Tensor", (cols, rows), anchor)
-        batch = batch_dim(labels)
-        if batch is not None and len(labels[batch]) > 1:
-            heads = [f.size for f in labels[batch] if f.axis != BATCH]
-            if labels[batch][0].axis != BATCH or not all(isinstance(size, int) for size in heads):
-                raise UnsupportedReadError(f"attention {read.node!r}: its batch is folded with dims of unknown size")
-            count = 1
-            for size in heads:
-                count *= int(size)  # type: ignore[arg-type]
-            mask = Call("aten.unsqueeze.default", (mask, 1), anchor)
-            mask = Call("aten.expand.default", (mask, (-1, count, -1, -1)), anchor)
-        return mask
-
-
-def _alignment(labels: Labels) -> Alignment:
-    batch = batch_dim(labels)
-    pair: Labels = ((Factor("", ROW, 0),), (Factor("", COL, 0),))
-    if batch is not None and len(labels[batch]) > 1:
-        return Alignment((labels[batch], *pair), None)
-    return Alignment(pair, None if batch is None else len(labels) - batch)
-
-
-def _batched(state: AttentionState) -> bool:
-    return any(axes.batch_dim is not None for axes in state.plan.input_axes.values())
-
-
-def _key(axis: str, role: str) -> CutKey:
-    return CutKey("iota", axis, role, "slots", ())
-
-
-def _slot_output(axis: str, role: str, outputs: tuple[FeedOutput, ...], taken: set[str], batched: bool) -> FeedOutput:
-    for output in outputs:
-        own = output.input
-        if output.program == "iota" and (own.axis, own.role, own.stream) == (axis, role, "slots"):
-            return output
-    prefix = "" if axis == "seq" else f"{axis}_"
-    name = base = f"lifted_{prefix}slots{'_keys' if role == COL else ''}"
-    index = 0
-    while name in taken:
-        index += 1
-        name = f"{base}_{index}"
-    taken.add(name)
-    lifted = LiftedInput(name, "positions", "slots", role, "is_causal", "int64", (), axis, batched)
-    return FeedOutput(lifted, "iota", "", 0, None, ())
+STRATEGIES = ("auto", "allgather")
 
 
 def user_axes(lifted: LiftedProgram) -> Axes:
@@ -150,55 +30,72 @@ def user_axes(lifted: LiftedProgram) -> Axes:
     return axes_argument(lifted.input_axes, ())
 
 
-def lifted_axes(lifted: LiftedProgram) -> Axes:
+def lifted_axes(lifted: LiftedProgram, added: tuple[LiftedInput, ...] = ()) -> Axes:
     """The axes of all inputs of a lifted program, its lifted inputs included, as ``axes=`` takes them."""
-    return axes_argument(lifted.input_axes, lifted.inputs)
+    return axes_argument(lifted.input_axes, (*lifted.inputs, *added))
 
 
 def context_parallel(
     lifted: LiftedProgram, size: int = 1, mesh_dim: str = "cp", strategy: str = "auto"
 ) -> LiftedProgram:
-    """Attention whose masks follow the slots (size 1).
+    """Attention over the keys of all context-parallel ranks, with masks that follow the slots.
+
+    No process group is needed here: the collectives name their group by the mesh dim, and
+    :meth:`StagedProgram.build_stage` binds it.
 
     Args:
         lifted: the result of :func:`buffer_lifting.lift`; it is not modified.
         size: context-parallel size. With size 1 there is no communication: masks, ``is_causal`` included, are
-            rebuilt from the lifted slots, and the program is order-equivariant.
+            rebuilt from the lifted slots, and the program is order-equivariant. With a larger size every rank has
+            ``S / size`` tokens of each sequence, and keys and values are gathered from all ranks.
         mesh_dim: name of the DeviceMesh dim that the group comes from.
-        strategy: ``"auto"``; with size 1 there is nothing to choose.
+        strategy: ``"allgather"`` (keys and values are gathered; any mask), or ``"auto"``, which is that.
 
     Raises:
-        LiftingError: a size other than 1, which this version does not have; an unknown strategy; a program that
-            was transformed already.
-        UnsupportedReadError: an attention whose batch and heads cannot be told apart.
+        LiftingError: a size that is no positive integer; an unknown strategy; a program that was transformed
+            already, or lifted with ``strict=False`` and with reads left as they were (for a size above 1).
+        UnsupportedReadError: an attention whose batch and heads cannot be told apart; for a size above 1 a static
+            sequence, attention dropout, ``flex_attention``, or another op that does not become whole when keys are
+            gathered. The message names the nodes.
     """
     if lifted.cp_size is not None:
         raise LiftingError(f"the program was already made context-parallel (size {lifted.cp_size})")
-    if size != 1:
-        raise LiftingError(
-            f"context_parallel(size={size}): this version transforms for size 1 only; attention over sharded keys is "
-            "not built yet"
-        )
-    if strategy != "auto":
-        raise LiftingError(f"strategy is 'auto' (with size 1 there is nothing to choose), not {strategy!r}")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise LiftingError(f"size is a positive integer, not {size!r}")
+    if strategy not in STRATEGIES:
+        raise LiftingError(f"strategy is one of {', '.join(map(repr, STRATEGIES))}, not {strategy!r}")
+    if size > 1 and lifted.report.refused:
+        lines = "\n".join(describe(item) for item in lifted.report.refused[:20])
+        raise LiftingError(f"the program was lifted with strict=False and is wrong on a shard:\n{lines}")
     normalized = normalize(lifted.program)
-    record = build_record(lifted.program, normalized.graph)
-    axes = lifted_axes(lifted)
-    plan = scan_record(record, axes)
-    state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs, axes)
-    result = FollowSlots()(state)
+    plan = scan_record(build_record(lifted.program, normalized.graph), lifted_axes(lifted))
+    state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs, lifted_axes(lifted))
+    modified = FollowSlots()(state).modified
+    if size > 1:
+        _shard(lifted, normalized.graph, state.added, size, mesh_dim)
     outputs = (*lifted.feed_program.outputs, *state.added)
     feed = replace(lifted.feed_program, outputs=outputs)
     names = tuple(output.input.name for output in state.added)
     program = lifted.program
-    if result.modified:
+    if modified or size > 1:
         examples = _examples(lifted, state.added)
-        program = assemble(lifted.program, normalized.graph, normalized.submodules, names, examples)
+        keys = [n for n, own in lifted.input_axes.items() if size > 1 and any(r == COL for _, _, r in own.seq_dims)]
+        program = assemble(lifted.program, normalized.graph, normalized.submodules, names, examples, keys)
+        columns = {item.name: int(item.batched) for item in (o.input for o in outputs) if item.role == COL}
+        for name in keys:
+            columns[name] = next(dim for dim, _, role in lifted.input_axes[name].seq_dims if role == COL)
+        widen_examples(program, columns, size)
     return LiftedProgram(program, tuple(o.input for o in outputs), lifted.report, feed, cp_size=size, mesh_dim=mesh_dim)
 
 
+def _shard(lifted: LiftedProgram, graph: Graph, added: tuple[FeedOutput, ...], size: int, mesh_dim: str) -> None:
+    """Gathers the keys of a graph in which every mask follows the slots."""
+    record = build_record(lifted.program, graph)
+    plan = scan_record(record, lifted_axes(lifted, tuple(output.input for output in added)))
+    ShardAttention()(ShardState(graph, record, plan, plan_keys(record, plan, size), size, mesh_dim))
+
+
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:
-    from buffer_lifting.examples import example_sizes
     from buffer_lifting.streams import axis_streams
 
     sizes = example_sizes(lifted.program, lifted.input_axes)

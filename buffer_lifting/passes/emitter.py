@@ -9,8 +9,9 @@ from torch.fx import Graph, Node
 
 from buffer_lifting.errors import UnsupportedReadError
 from buffer_lifting.labels import BATCH, COL, DimLabel, has_batch
+from buffer_lifting.passes.fakes import Fakes, operands
 from buffer_lifting.plan import AxisSize, Call, CutKey, Existing, Lifted, Plan, Reapply, Replacement
-from buffer_lifting.torch_compat import call_operator, fake_mode_of, replace_operands, replacements
+from buffer_lifting.torch_compat import call_operator, replace_operands
 
 _COPIED = ("stack_trace", "nn_module_stack", "torch_fn", "custom", "source_fn_stack")
 
@@ -24,9 +25,7 @@ class Emitter:
         self._last: dict[str, Node] = {}  # anchor -> the last node emitted behind it
         self._memo: dict[int, Node] = {}
         self._keep: list[Plan] = []  # memo keys are ids: keep the plans alive
-        self._fakes: dict[Any, Any] = {}
-        metas = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
-        self._any_fake = next(value for value in metas if isinstance(value, torch.Tensor))
+        self._fakes = Fakes(graph)
 
     def land(self, replacement: Replacement) -> Node:
         """Emits a plan and gives its lane to the consumer's batch dim; returns the node to read instead."""
@@ -112,7 +111,7 @@ class Emitter:
         after = self._last.get(anchor) or at
         if at.op == "placeholder":
             after = self._last.get(anchor) or self.sizes.last
-        for operand in _operands(args, kwargs):
+        for operand in operands(args, kwargs):
             if operand > after:
                 after = operand
         with self.graph.inserting_after(after):
@@ -121,30 +120,8 @@ class Emitter:
         node.meta = {key: at.meta[key] for key in _COPIED if key in at.meta}
         if at.op == "placeholder":
             node.meta = dict(self.sizes.last.meta)
-        node.meta["val"] = self._fake(target, args, kwargs)
+        node.meta["val"] = self._fakes.of(target, args, kwargs)
         return node
-
-    def _fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The fake result; layers repeat the same calls, so equal calls on the same fakes are computed once."""
-        values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        key = (target, _identity(values))
-        if key not in self._fakes:
-            fakes = [n.meta["val"] for n in _operands(args, kwargs) if isinstance(n.meta["val"], torch.Tensor)]
-            sizes: list[Any] = [size for fake in fakes for size in fake.shape]
-            symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
-            before = replacements(symbols[0]) if symbols else 0
-            if target is torch.ops.aten.sym_size.int:  # the op itself would fix a symbolic size to its example
-                return values[0][0].shape[values[0][1]]
-            if target is torch.ops.aten.polar.default:  # its fake compares sizes, and fixes them
-                target = torch.ops.aten.complex.default
-            with fake_mode_of(fakes[0] if fakes else self._any_fake), torch.no_grad():
-                result = target(*values[0], **values[1])
-            if symbols and replacements(symbols[0]) != before:
-                raise UnsupportedReadError(
-                    f"emitting {target} would fix a dynamic size of the program; please report this model"
-                )
-            self._fakes[key] = (result, values)
-        return self._fakes[key][0]
 
 
 class AxisSizes:
@@ -171,19 +148,3 @@ class AxisSizes:
             self.last = node
             self._made[key] = node
         return self._made[key]
-
-
-def _operands(args: Any, kwargs: Any) -> list[Node]:
-    found: list[Node] = []
-    torch.fx.map_arg((args, kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
-    return found
-
-
-def _identity(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return tuple(_identity(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((key, _identity(item)) for key, item in value.items())
-    if isinstance(value, torch.Tensor | torch.SymInt):
-        return id(value)
-    return (type(value).__name__, str(value))
