@@ -345,6 +345,15 @@ def test_a_saved_lifted_program_has_the_findings_of_the_program(name: str, follo
     assert [item.code for item in found] == (["BL004"] if name == "llama_pr1797" and not follow else [])
 
 
+def test_a_program_of_several_ranks_is_clean_live_and_saved(tmp_path: Path) -> None:
+    """Its collectives are what context_parallel made."""
+    lifted = bl.context_parallel(bl.lift(export_case("llama_pr1797", layers=1)[1]), size=2)
+    lifted.save(tmp_path / "model.lifted")
+    assert bl.check(lifted) == check_lifted(tmp_path / "model.lifted") == ()
+    left = bl.lift(export_case("llama_pr1797", layers=1)[1])
+    assert [item.code for item in bl.check(left)] == ["BL004"], "the control"
+
+
 def test_a_saved_lifted_program_without_its_broadcast_is_found(tmp_path: Path) -> None:
     lifted = bl.load("llama.lifted")
     node = next(node for node in lifted.program.graph.nodes if node.name == lifted.inputs[0].name)

@@ -122,6 +122,12 @@ def report_diagnostics(report: ScanReport, classes: dict[str, str]) -> list[Diag
     return [*found, *(_of_mixing(mix, classes) for mix in report.mixing if not mix.handled)]
 
 
+def left_by_lifting(report: ScanReport, follows_slots: bool) -> list[Diagnostic]:
+    """What lifting has left of a report: what it refused, and the causal flags until ``context_parallel``."""
+    reads = [read for read in report.reads if read.refusal or (read.code == "BL004" and not follows_slots)]
+    return report_diagnostics(ScanReport(tuple(reads), report.mixing, report.inputs, report.findings), {})
+
+
 def numbered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
     """The same, with ordinals."""
     counts: dict[Any, int] = {}
@@ -172,7 +178,14 @@ def or_misplaced(
         return numbered(shape)
 
 
+def is_sharded(cp_size: int | None) -> bool:
+    """Whether a lifted graph is that of one rank of several, whose collectives no scan knows: the report counts."""
+    return cp_size is not None and cp_size > 1
+
+
 def _rescanned(lifted: LiftedProgram) -> tuple[Diagnostic, ...]:
+    if is_sharded(lifted.cp_size):
+        return tuple(left_by_lifting(lifted.report, True))
     from buffer_lifting.graph.from_fx import build_record
     from buffer_lifting.passes.context_parallel import lifted_axes
     from buffer_lifting.passes.normalize import normalize

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from buffer_lifting.axes import axes_argument
 from buffer_lifting.errors import ArchiveError
 from buffer_lifting.graph.archive import read_archive
-from buffer_lifting.graph.archive_schema import MAX_JSON, SchemaError, as_dict, load_json
+from buffer_lifting.graph.archive_schema import MAX_JSON, SchemaError, as_count, as_dict, load_json
 from buffer_lifting.graph.archive_zip import ZipArchive
 from buffer_lifting.graph.record import Arg, GraphRecord, NodeKind, Ref
-from buffer_lifting.inspection.diagnostics import Diagnostic, check_record, or_misplaced
+from buffer_lifting.inspection.diagnostics import (
+    Diagnostic,
+    check_record,
+    is_sharded,
+    left_by_lifting,
+    numbered,
+    or_misplaced,
+)
 from buffer_lifting.inspection.lifted_checks import PlainNode, shape_of_graph
 from buffer_lifting.inspection.saved_records import axes_of, input_axes_of, inputs_of, report_of
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
@@ -31,6 +39,7 @@ class SavedLifted:
     axes: AxesInfo
     input_axes: dict[str, InputAxes]
     inputs: tuple[LiftedInput, ...]
+    cp_size: int | None
 
 
 def check_lifted(path: Path) -> tuple[Diagnostic, ...]:
@@ -43,6 +52,8 @@ def check_lifted(path: Path) -> tuple[Diagnostic, ...]:
     record = read_archive(path, window)
     nodes = _plain_nodes(record)
     shape = shape_of_graph(nodes, saved.inputs, saved.report, saved.input_axes, saved.axes)
+    if is_sharded(saved.cp_size):
+        return numbered([*left_by_lifting(saved.report, True), *shape])
     return or_misplaced(lambda: check_record(record, axes_argument(saved.input_axes, saved.inputs)), shape)
 
 
@@ -62,7 +73,9 @@ def _open(path: Path) -> tuple[SavedLifted, tuple[int, int]]:
             manifest = as_dict(load_json(archive.read(MANIFEST, MAX_JSON)), MANIFEST)
             if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
                 raise ArchiveError(f"{MANIFEST} is not of a saved lifted program, version {VERSION}")
-            saved = SavedLifted(report_of(manifest), axes_of(manifest), input_axes_of(manifest), inputs_of(manifest))
+            saved = SavedLifted(
+                report_of(manifest), axes_of(manifest), input_axes_of(manifest), inputs_of(manifest), _size(manifest)
+            )
             return saved, archive.window(PROGRAM)
     except (SchemaError, ArchiveError) as error:
         raise ArchiveError(f"{path}: {' '.join(str(error).split())}") from None
@@ -70,6 +83,11 @@ def _open(path: Path) -> tuple[SavedLifted, tuple[int, int]]:
         raise ArchiveError(f"{path}: too large or too deeply nested") from None
     except OSError as error:
         raise ArchiveError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _size(manifest: dict[str, Any]) -> int | None:
+    size = manifest.get("cp_size")
+    return None if size is None else as_count(size, "cp_size")
 
 
 def _plain_nodes(record: GraphRecord) -> list[PlainNode]:

@@ -19,7 +19,7 @@ from buffer_lifting.graph.archive_schema import (
     field,
     load_json,
 )
-from buffer_lifting.inspection.diagnostics import Diagnostic, numbered, report_diagnostics
+from buffer_lifting.inspection.diagnostics import Diagnostic, left_by_lifting, numbered
 from buffer_lifting.inspection.lifted_checks import PlainNode, PlainStage, lengths, shape_of_stages
 from buffer_lifting.inspection.saved_records import axes_of, input_axes_of, inputs_of, names_of, report_of, sent_of
 from buffer_lifting.inspection.stage_directory import MANIFEST
@@ -58,7 +58,7 @@ def check_stages(directory: Path) -> tuple[Diagnostic, ...]:
         ArchiveError: as in :func:`read_stages`.
     """
     saved = read_stages(directory)
-    left = report_diagnostics(_left(saved.report, saved.follows_slots), {})
+    left = left_by_lifting(saved.report, saved.follows_slots)
     shape = shape_of_stages([stage.plain for stage in saved.stages], saved.inputs, saved.report)
     return numbered([*left, *lengths(saved.axes), *shape])
 
@@ -99,12 +99,6 @@ def _read(directory: Path) -> SavedPartition:
         feed.get("cp_size") is not None,
         tuple(stages),
     )
-
-
-def _left(report: ScanReport, follows_slots: bool) -> ScanReport:
-    """What lifting has left: what it refused, and the causal flags until ``context_parallel``."""
-    reads = [read for read in report.reads if read.refusal or (read.code == "BL004" and not follows_slots)]
-    return ScanReport(tuple(reads), report.mixing, report.inputs, report.findings)
 
 
 def _bytes(path: Path) -> bytes:
