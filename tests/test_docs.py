@@ -88,7 +88,7 @@ def test_the_commands_of_the_readme_exist() -> None:
         if target in ("demo", "test", "bench"):
             assert f"{target}:" in makefile
     commands = set(re.findall(r"^buffer-lifting +([a-z]+)", "\n".join(blocks("bash")), flags=re.M))
-    assert commands == {"scan", "lift", "split", "verify", "check", "report"}
+    assert commands == {"scan", "lift", "split", "verify", "check", "diff", "report"}
     from buffer_lifting.cli import make_parser
 
     help_text = make_parser().format_help()
