@@ -43,10 +43,21 @@ program into pipeline stages.
 """
 TARGET_HELP = """\
 A TARGET is a .pt2 file, or package.module:callable. The callable takes no arguments and returns a
-torch.export.ExportedProgram (or an fx.GraphModule); the current directory is importable.
-
-A callable runs. Of a file only the graph is read, and nothing in it runs, unless --trust is given: torch's loader,
-which reads the tensors as well, runs code that is in the file. Use --trust only for files you trust.
+torch.export.ExportedProgram (or an fx.GraphModule); the current directory is importable, and the callable runs.
+"""
+SPLIT_HELP = "A TARGET may also be a .lifted file, that `buffer-lifting lift` wrote.\n"
+GRAPH_HELP = """
+Of a file only the graph is read, and nothing in it runs, unless --trust is given: torch's loader runs code that is in
+the file. Use --trust only for files you trust.
+"""
+TENSORS_HELP = """
+A file needs --trust: its tensors are read by torch's loader, which runs code that is in the file. Use --trust only for
+files you trust.
+"""
+COMMANDS_HELP = """
+scan, check, diff and report read the graph of a file, and nothing in it runs. lift, split and verify, and report with
+stages, need its tensors: torch's loader runs code that is in the file, so that they ask for --trust. Use --trust only
+for files you trust. check, diff and report take saved lifted programs and stages as well: see their --help.
 """
 EXIT_CODES = """\
 exit codes: 0 clean, 1 findings, 2 could not check. Findings are on stdout, progress and errors on stderr.
@@ -245,7 +256,7 @@ def make_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     target = argparse.ArgumentParser(add_help=False, parents=[common])
-    target.add_argument("target", metavar="TARGET", help="a .pt2 file or package.module:callable")
+    target.add_argument("target", metavar="TARGET", help="a .pt2 file or package.module:callable; see below")
     trusted = argparse.ArgumentParser(add_help=False)
     trusted.add_argument("--trust", action="store_true", help="read files by torch's loader, which runs code in them")
     axes = argparse.ArgumentParser(add_help=False)
@@ -258,7 +269,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="buffer-lifting",
         description=DESCRIPTION,
-        epilog=TARGET_HELP + "\n" + EXIT_CODES,
+        epilog=TARGET_HELP + COMMANDS_HELP + "\n" + EXIT_CODES,
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -271,19 +282,24 @@ def make_parser() -> argparse.ArgumentParser:
         parents: list[argparse.ArgumentParser],
         more: str = "",
     ) -> argparse.ArgumentParser:
-        about = "" if name == "demo" else TARGET_HELP + "\n"
         sub: argparse.ArgumentParser = commands.add_parser(
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            epilog=about + more + EXIT_CODES,
+            epilog=f"{more}\n{EXIT_CODES}" if more else "exit codes: 0 equal, 1 not equal, 2 could not run.\n",
             parents=parents,
             formatter_class=raw,
         )
         sub.set_defaults(run=run)
         return sub
 
-    scan = command("scan", _scan, "show what the program reads by position", [target, axes, trusted], JSON_HELP + "\n")
+    scan = command(
+        "scan",
+        _scan,
+        "show what the program reads by position",
+        [target, axes, trusted],
+        f"{TARGET_HELP}{GRAPH_HELP}\n{JSON_HELP}",
+    )
     scan.add_argument("--json", action="store_true", help="print the report as JSON")
     scan.add_argument("--all", action="store_true", help="list handled ops too, and name every module")
     scan.add_argument(
@@ -293,7 +309,13 @@ def make_parser() -> argparse.ArgumentParser:
         "with --all for every read, in full",
     )
 
-    lift = command("lift", _lift_command, "lift the reads to inputs, and save the program", [target, axes, trusted])
+    lift = command(
+        "lift",
+        _lift_command,
+        "lift the reads to inputs, and save the program",
+        [target, axes, trusted],
+        TARGET_HELP + TENSORS_HELP,
+    )
     lift.add_argument("-o", "--output", metavar="OUT.lifted", required=True, help="the file to write")
     lift.add_argument("--form", choices=("auto", "values", "positions"), default="auto", help="default: auto")
     lift.add_argument(
@@ -310,19 +332,29 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     split = command(
-        "split", _split, "split a program, or a saved lifted one, into pipeline stages", [target, axes, trusted]
+        "split",
+        _split,
+        "split a program, or a saved lifted one, into pipeline stages",
+        [target, axes, trusted],
+        TARGET_HELP + SPLIT_HELP + TENSORS_HELP,
     )
     split.add_argument("-o", "--output", metavar="DIR", required=True, help="the directory to write")
     how = split.add_mutually_exclusive_group(required=True)
     how.add_argument("--num-stages", type=_positive, metavar="N", help="cut between layers, balanced by cost")
     how.add_argument("--split-points", metavar="A,B", help="FQN of the first module of each next stage")
 
-    verify = command("verify", _verify, "lift the program and check the result against it", [target, axes, trusted])
+    verify = command(
+        "verify",
+        _verify,
+        "lift the program and check the result against it",
+        [target, axes, trusted],
+        TARGET_HELP + TENSORS_HELP,
+    )
     verify.add_argument("--num-stages", type=_positive, metavar="N", help="check N pipeline stages as well")
     verify.add_argument("--seed", type=int, default=0, help="of the inputs and orders; default: 0")
 
-    add_commands(commands, common, axes, trusted, parse_axes, _positive)
     add_diff(commands, [common, axes, trusted], parse_axes)
+    add_commands(commands, common, axes, trusted, parse_axes, _positive)
 
     demo = command("demo", _demo, "train a small Llama on two processes, and compare with one", [common])
     demo.add_argument("--steps", type=_positive, default=5, help="default: 5")

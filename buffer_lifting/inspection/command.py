@@ -35,7 +35,8 @@ CHECK_HELP = """\
 A TARGET is a .pt2 file, a .lifted file that `buffer-lifting lift` wrote, a directory that `buffer-lifting split` wrote,
 a glob of these, or package.module:callable, whose callable returns an ExportedProgram, a LiftedProgram or a
 StagedProgram.
-Files are read without running anything from them, unless --trust is given; a callable runs.
+A callable runs. Files are read without running anything from them, unless --trust is given: torch's loader runs code
+that is in them. Use --trust only for files you trust.
 
 settings: select, ignore, axes, format, baseline, exit-zero, statistics and suppress in [buffer_lifting] of the nearest
 setup.cfg, up to the repository's root; the command line wins. A line of `suppress` is "CODE FQN-PATTERN: reason".
@@ -45,8 +46,11 @@ stdout, everything else on stderr.
 """
 REPORT_HELP = """\
 A TARGET is what `check` takes; settings and suppressions are those of `check`. The page needs no network and no other
-file. Files are read without running anything from them, unless --trust is given; a callable runs. To split a file
-(--num-stages, --split-points) takes its tensors, and --trust.
+file.
+
+A callable runs. Files are read without running anything from them, unless --trust is given: torch's loader runs code
+that is in them. Stages of a file that has none (--num-stages, --split-points) need its tensors, and so --trust. Use
+--trust only for files you trust.
 
 exit codes: 0 clean, 1 findings, 2 could not check. The page is written in every case, if it can be.
 """
@@ -319,7 +323,7 @@ def add_commands(
     sub.add_argument("-o", "--output", metavar="REPORT.html", required=True, help="the file to write")
     how = sub.add_mutually_exclusive_group()
     how.add_argument("--num-stages", type=positive, metavar="N", help="show the program split into N stages")
-    how.add_argument("--split-points", metavar="A,B", help="or split before these modules")
+    how.add_argument("--split-points", metavar="A,B", help="or into stages that begin at these modules (FQNs)")
     _add_choice(sub)
     sub.set_defaults(run=_report, parse_axes=parse_axes, update_baseline=False)
 

@@ -91,7 +91,7 @@ def _text(change: Change) -> str:
 
 
 def diff_json(diff: OutlineDiff, old: str, new: str) -> str:
-    """One object; docs/CHECK.md describes it."""
+    """One object; docs/CI.md describes it."""
     document = {
         "version": VERSION,
         "old": old,

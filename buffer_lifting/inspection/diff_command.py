@@ -14,12 +14,15 @@ from buffer_lifting.program import Axes
 ParseAxes = Callable[[list[str] | None], Axes | None]
 DIFF_HELP = """\
 OLD and NEW are targets as of `check`: a .pt2 file, a .lifted file, a directory that `buffer-lifting split` wrote, or
-package.module:callable. Compared are the axes of the inputs, the reads by position, the ops that mix the sequence, the
+package.module:callable. A callable runs. Files are read without running anything from them, unless --trust is given:
+torch's loader runs code that is in them. Use --trust only for files you trust.
+
+Compared are the axes of the inputs, the reads by position, the ops that mix the sequence, the
 lifted inputs (of a program that is not lifted: those that lifting would add) and, if both are split, the inputs of the
 stages and the tensors between them. Entries are told apart by the FQN of the source, the module, the op and an ordinal,
 so that edits elsewhere in a file, or other names of nodes, are no change.
 
-+ is new, - is gone, ~ is changed. docs/CHECK.md describes json.
++ is new, - is gone, ~ is changed. docs/CI.md describes json.
 
 exit codes: 0 no change, 1 changes, 2 could not compare.
 """

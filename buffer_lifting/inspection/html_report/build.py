@@ -25,7 +25,10 @@ _NO_CHAINS = (
     "A lifted program does not hold the chains that its inputs replaced: what is shown of them is what its lift "
     "reported."
 )
-_NO_SHAPES = "Saved stages hold no shapes: of a lifted input the bytes of one token are known, of an edge the total."
+_NO_SIZES = (
+    "Saved stages do not hold the sizes of the example inputs: of a lifted input the bytes of one token are known, "
+    "of an edge the total."
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def _saved(target: str, saved: SavedPartition) -> ProgramView:
         groups=lifted_groups(saved.report, saved.inputs, graphs, saved.follows_slots),
         stages=saved_stages(saved),
         tied=saved.tied,
-        notes=(_NO_CHAINS, _NO_SHAPES),
+        notes=(_NO_CHAINS, _NO_SIZES),
     )
 
 
