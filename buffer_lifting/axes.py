@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from buffer_lifting.errors import AxesError
@@ -10,7 +11,7 @@ from buffer_lifting.graph.record import GraphRecord, Node, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import Size, divide, is_symbol, rename
 from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, feature
 from buffer_lifting.ops import FLEX_ATTENTION
-from buffer_lifting.program import Axes, AxesInfo, Finding, InputAxes
+from buffer_lifting.program import Axes, AxesInfo, Finding, InputAxes, LiftedInput
 
 SEQ = "seq"
 _SUFFIX = re.compile(r"_?(input_ids|inputs?_embeds|hidden_states|token_ids|outputs|tokens|embeds|ids|inputs?)(_\d+)?$")
@@ -34,6 +35,19 @@ class InputLabels:
         batch = self.batch if isinstance(self.batch, int) else None
         lengths = {name: size if isinstance(size, int) else None for name, size in self.lengths.items()}
         return AxesInfo(batch, lengths, self.batch is not None)
+
+
+def axes_argument(input_axes: Mapping[str, InputAxes], inputs: Sequence[LiftedInput]) -> Axes:
+    """The axes of a lifted program's inputs, user's and lifted, as ``axes=`` takes them."""
+    axes: Axes = {}
+    for name, own in input_axes.items():
+        axes[name] = {dim: f"{axis}:{role}" for dim, axis, role in own.seq_dims}
+        if own.batch_dim is not None:
+            axes[name][own.batch_dim] = BATCH
+    for item in inputs:
+        along = f"{item.axis}:{item.role}"
+        axes[item.name] = {0: BATCH, 1: along} if item.batched else {0: along}
+    return axes
 
 
 def label_inputs(record: GraphRecord, axes: Axes | None = None) -> InputLabels:

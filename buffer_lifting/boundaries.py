@@ -1,7 +1,8 @@
 """The shapes at stage boundaries, as expressions of the batch and of each sequence axis.
 
 A boundary shape is known from the program before anything runs: ``("batch", "seq", "32")``. ``batch`` is the
-microbatch that a stage gets at once, the name of an axis the length of the rank's own part of that axis.
+microbatch that a stage gets at once, the name of an axis the length of the rank's own part of that axis. torch is
+imported only to make tensors.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from buffer_lifting.axes import InputLabels
 from buffer_lifting.errors import FeedError, PartitionError
-from buffer_lifting.graph.record import TensorMeta
+from buffer_lifting.graph.record import Node, TensorMeta
 from buffer_lifting.graph.sizes import Size, rename
 from buffer_lifting.labels import BATCH, COL
 
+if TYPE_CHECKING:
+    import torch
+
 _FACTOR = re.compile(r"(?P<name>.+?)(/(?P<by>\d+))?(\*\*(?P<power>\d+))?")
 _NUMBER = re.compile(r"-?\d+")
+_NO_TENSOR = "number"  # the dtype of a size that a stage hands on
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +32,21 @@ class BoundaryTensor:
 
     Attributes:
         name: of the value in the program's graph.
-        dtype: ``"float32"``, as the program computes it.
+        dtype: ``"float32"``, as the program computes it; ``"number"`` of what is no tensor.
         shape: each dim as a sum of products of ``batch``, axis names (``seq``, or ``seq/8`` of an axis whose length
             is a multiple of 8) and integers: ``"32"``, ``"2*batch"``.
+        module: FQN of the module that computes it.
+        op: the op that does; empty for a user input.
     """
 
     name: str
     dtype: str
     shape: tuple[str, ...]
+    module: str = ""
+    op: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(self.shape)}]"
 
     def concrete(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for given sizes of ``batch`` and the axes.
@@ -51,7 +62,14 @@ class BoundaryTensor:
 
         Floating tensors have the dtype ``floating`` if that is given, and require a gradient: whether they get one is
         decided by the parameters of other ranks, which may freeze them, and both sides of a boundary must agree.
+
+        Raises:
+            PartitionError, FeedError: as :meth:`concrete`; a number, which torch finds on the first step.
         """
+        import torch
+
+        if self.dtype == _NO_TENSOR:
+            raise PartitionError(f"{self.name!r} is a number, not a tensor: build its stages without sizes")
         dtype: torch.dtype = getattr(torch, self.dtype)
         differentiable = dtype.is_floating_point or dtype.is_complex
         if floating is not None and dtype.is_floating_point:
@@ -91,9 +109,10 @@ def whole_length(length: int, cp_size: int | None, role: str) -> int:
     return length if role == COL else length * (cp_size or 1)
 
 
-def describe(name: str, meta: TensorMeta, names: Mapping[str, str]) -> BoundaryTensor:
-    """The record of a value with that meta; ``names`` as of :func:`axis_names`."""
-    return BoundaryTensor(name, meta.dtype, tuple(_text(size, names) for size in meta.shape))
+def describe(node: Node, names: Mapping[str, str]) -> BoundaryTensor:
+    """The record of a node's value; ``names`` as of :func:`axis_names`."""
+    meta = node.meta if isinstance(node.meta, TensorMeta) else TensorMeta((), _NO_TENSOR)
+    return BoundaryTensor(node.name, meta.dtype, tuple(_text(size, names) for size in meta.shape), node.module, node.op)
 
 
 def _text(size: Size, names: Mapping[str, str]) -> str:

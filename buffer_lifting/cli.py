@@ -18,6 +18,7 @@ from buffer_lifting import __version__
 from buffer_lifting.demo.command import add_demo_commands
 from buffer_lifting.inspection.command import add_commands
 from buffer_lifting.inspection.config import CheckError
+from buffer_lifting.inspection.diff_command import add_diff
 from buffer_lifting.inspection.rules import UnknownRuleError
 from buffer_lifting.render import lifted_table, render_scan, scan_json
 
@@ -43,9 +44,21 @@ program into pipeline stages.
 """
 TARGET_HELP = """\
 A TARGET is a .pt2 file, or package.module:callable. The callable takes no arguments and returns a
-torch.export.ExportedProgram (or an fx.GraphModule); the current directory is importable.
-
-Both execute code, that of the module and that in the file: use only files you trust.
+torch.export.ExportedProgram (or an fx.GraphModule); the current directory is importable, and the callable runs.
+"""
+SPLIT_HELP = "A TARGET may also be a .lifted file, that `buffer-lifting lift` wrote.\n"
+GRAPH_HELP = """
+Of a file only the graph is read, and nothing in it runs, unless --trust is given: torch's loader runs code that is in
+the file. Use --trust only for files you trust.
+"""
+TENSORS_HELP = """
+A file needs --trust: its tensors are read by torch's loader, which runs code that is in the file. Use --trust only for
+files you trust.
+"""
+COMMANDS_HELP = """
+scan, check, diff and report read the graph of a file, and nothing in it runs. lift, split and verify, and report with
+stages, need its tensors: torch's loader runs code that is in the file, so that they ask for --trust. Use --trust only
+for files you trust. check, diff and report take saved lifted programs and stages as well: see their --help.
 """
 EXIT_CODES = """\
 exit codes: 0 clean, 1 findings, 2 could not check. Findings are on stdout, progress and errors on stderr.
@@ -79,39 +92,40 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _analysed(program: Any, axes: Axes | None) -> tuple[GraphRecord, LiftPlan]:
-    """The record of a program and its plan."""
-    from buffer_lifting.adapter import as_program
+def _analysed(record: GraphRecord, axes: Axes | None) -> LiftPlan:
+    """The plan of a record."""
     from buffer_lifting.errors import AxesError
-    from buffer_lifting.graph.from_fx import build_record
-    from buffer_lifting.passes.normalize import normalize
     from buffer_lifting.scanner import scan_record
 
-    program = as_program(program)
-    record = build_record(program, normalize(program, read_only=True).graph)
     try:
-        return record, scan_record(record, axes)
+        return scan_record(record, axes)
     except AxesError as error:
         raise UsageError(f"--axes: {error}") from error
 
 
 def _plan(program: Any, axes: Axes | None) -> tuple[ScanReport, list[LiftedInput]]:
-    """The scan, and what lifting would add."""
-    _, plan = _analysed(program, axes)
+    """The scan of a program, and what lifting would add."""
+    from buffer_lifting.adapter import as_program
+    from buffer_lifting.graph.from_fx import build_record
+    from buffer_lifting.passes.normalize import normalize
+
+    program = as_program(program)
+    plan = _analysed(build_record(program, normalize(program, read_only=True).graph), axes)
     return plan.report, [output.input for output in plan.outputs.values()]
 
 
 def _lift(args: argparse.Namespace) -> Any:
     """The program and its lift; what is refused is printed, and ``None`` returned then."""
     from buffer_lifting.errors import AxesError, UnsupportedReadError
-    from buffer_lifting.lifting import lift
     from buffer_lifting.targets import load_program
 
     axes = parse_axes(args.axes)
     forms: Any = dict(_pair(text) for text in args.form_of) if getattr(args, "form_of", None) else None
     if forms and args.form != "auto":
         forms.setdefault("*", args.form)
-    program = load_program(args.target)
+    program = load_program(args.target, args.trust)
+    from buffer_lifting.lifting import lift
+
     try:
         lifted = lift(program, axes, forms or getattr(args, "form", "auto"), getattr(args, "strict", True))
     except (AxesError, UnsupportedReadError):
@@ -123,10 +137,11 @@ def _lift(args: argparse.Namespace) -> Any:
 
 
 def _scan(args: argparse.Namespace) -> int:
-    from buffer_lifting.targets import load_program
+    from buffer_lifting.targets import load_graph
 
     axes = parse_axes(args.axes)
-    record, plan = _analysed(load_program(args.target), axes)
+    record = load_graph(args.target, args.trust)
+    plan = _analysed(record, axes)
     report, lifted = plan.report, [output.input for output in plan.outputs.values()]
     explainer = None
     if args.explain:
@@ -157,16 +172,17 @@ def _lift_command(args: argparse.Namespace) -> int:
 
 def _split(args: argparse.Namespace) -> int:
     from buffer_lifting.errors import PartitionError
-    from buffer_lifting.partitioner import partition
     from buffer_lifting.targets import load_lifted
 
     points = [point.strip() for point in args.split_points.split(",")] if args.split_points else None
     if args.target.endswith(".lifted"):
-        lifted = load_lifted(args.target, parse_axes(args.axes))
+        lifted = load_lifted(args.target, args.trust, parse_axes(args.axes))
     else:
         _, lifted = _lift(args)
     if lifted is None:
         return FINDINGS
+    from buffer_lifting.partitioner import partition
+
     try:
         staged = partition(lifted, args.num_stages, points)
     except PartitionError as error:
@@ -182,12 +198,13 @@ def _split(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from buffer_lifting.errors import PartitionError, VerificationError
-    from buffer_lifting.partitioner import partition
-    from buffer_lifting.verification import verify
 
     program, lifted = _lift(args)
     if lifted is None:
         return FINDINGS
+    from buffer_lifting.partitioner import partition
+    from buffer_lifting.verification import verify
+
     try:
         subject: Any = lifted if args.num_stages is None else partition(lifted, args.num_stages)
         with redirect_stdout(sys.stderr):
@@ -234,7 +251,9 @@ def make_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     target = argparse.ArgumentParser(add_help=False, parents=[common])
-    target.add_argument("target", metavar="TARGET", help="a .pt2 file (one you trust) or package.module:callable")
+    target.add_argument("target", metavar="TARGET", help="a .pt2 file or package.module:callable; see below")
+    trusted = argparse.ArgumentParser(add_help=False)
+    trusted.add_argument("--trust", action="store_true", help="read files by torch's loader, which runs code in them")
     axes = argparse.ArgumentParser(add_help=False)
     axes.add_argument(
         "--axes",
@@ -245,7 +264,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="buffer-lifting",
         description=DESCRIPTION,
-        epilog=TARGET_HELP + "\n" + EXIT_CODES,
+        epilog=TARGET_HELP + COMMANDS_HELP + "\n" + EXIT_CODES,
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -262,14 +281,20 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            epilog=TARGET_HELP + "\n" + more + EXIT_CODES,
+            epilog=f"{more}\n{EXIT_CODES}" if more else "exit codes: 0 equal, 1 not equal, 2 could not run.\n",
             parents=parents,
             formatter_class=raw,
         )
         sub.set_defaults(run=run)
         return sub
 
-    scan = command("scan", _scan, "show what the program reads by position", [target, axes], JSON_HELP + "\n")
+    scan = command(
+        "scan",
+        _scan,
+        "show what the program reads by position",
+        [target, axes, trusted],
+        f"{TARGET_HELP}{GRAPH_HELP}\n{JSON_HELP}",
+    )
     scan.add_argument("--json", action="store_true", help="print the report as JSON")
     scan.add_argument("--all", action="store_true", help="list handled ops too, and name every module")
     scan.add_argument(
@@ -279,7 +304,13 @@ def make_parser() -> argparse.ArgumentParser:
         "with --all for every read, in full",
     )
 
-    lift = command("lift", _lift_command, "lift the reads to inputs, and save the program", [target, axes])
+    lift = command(
+        "lift",
+        _lift_command,
+        "lift the reads to inputs, and save the program",
+        [target, axes, trusted],
+        TARGET_HELP + TENSORS_HELP,
+    )
     lift.add_argument("-o", "--output", metavar="OUT.lifted", required=True, help="the file to write")
     lift.add_argument("--form", choices=("auto", "values", "positions"), default="auto", help="default: auto")
     lift.add_argument(
@@ -295,17 +326,30 @@ def make_parser() -> argparse.ArgumentParser:
         help="leave what cannot be lifted as it is: wrong under a reordered sequence",
     )
 
-    split = command("split", _split, "split a program, or a saved lifted one, into pipeline stages", [target, axes])
+    split = command(
+        "split",
+        _split,
+        "split a program, or a saved lifted one, into pipeline stages",
+        [target, axes, trusted],
+        TARGET_HELP + SPLIT_HELP + TENSORS_HELP,
+    )
     split.add_argument("-o", "--output", metavar="DIR", required=True, help="the directory to write")
     how = split.add_mutually_exclusive_group(required=True)
     how.add_argument("--num-stages", type=_positive, metavar="N", help="cut between layers, balanced by cost")
     how.add_argument("--split-points", metavar="A,B", help="FQN of the first module of each next stage")
 
-    verify = command("verify", _verify, "lift the program and check the result against it", [target, axes])
+    verify = command(
+        "verify",
+        _verify,
+        "lift the program and check the result against it",
+        [target, axes, trusted],
+        TARGET_HELP + TENSORS_HELP,
+    )
     verify.add_argument("--num-stages", type=_positive, metavar="N", help="check N pipeline stages as well")
     verify.add_argument("--seed", type=int, default=0, help="of the inputs and orders; default: 0")
 
-    add_commands(commands, common, axes, parse_axes, _positive)
+    add_diff(commands, [common, axes, trusted], parse_axes)
+    add_commands(commands, common, axes, trusted, parse_axes, _positive)
 
     add_demo_commands(commands, common, _positive)
     return parser

@@ -206,8 +206,7 @@ class _Partition:
         return sum(tensor_bytes(meta, self.record.hints) for meta in metas if isinstance(meta, TensorMeta))
 
     def _shapes(self, names: tuple[str, ...]) -> tuple[BoundaryTensor, ...]:
-        metas = [(name, self.record.nodes[name].meta) for name in names]
-        return tuple(describe(name, meta, self.axes) for name, meta in metas if isinstance(meta, TensorMeta))
+        return tuple(describe(self.record.nodes[name], self.axes) for name in names)
 
     def _tied_names(self, parameters: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
         return tuple((fqn, *self.aliases[fqn]) for fqn in parameters if self.aliases[fqn])

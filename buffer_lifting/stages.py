@@ -33,7 +33,8 @@ class Stage:
         parameters: FQNs of its parameters, as in the original model.
         boundary_bytes: bytes that it sends forward per microbatch, at the sizes of the example inputs.
         tied: groups of FQNs that are one parameter here.
-        activation_shapes: dtype and shape of ``activations``, as expressions of batch and sequence.
+        activation_shapes: dtype and shape of ``activations``, as expressions of batch and sequence, and what computes
+            them.
         output_shapes: those of ``outputs``.
     """
 

@@ -1,6 +1,7 @@
 """The command line's targets: a ``.pt2`` file, a saved lifted program, or ``package.module:callable``.
 
-Both kinds execute code: a module is imported, and torch unpickles parts of a ``.pt2`` file.
+The graph of a file is read by readers of our own, which run nothing. Its tensors are read by torch's loader, which runs
+code that is in the file: only where the user says so (``--trust``). A module is imported, and runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from buffer_lifting.graph.record import GraphRecord
+    from buffer_lifting.program import Axes
 
 _NOT_REGISTERED = re.compile(r"Deserializing ([\w.]+) in pytree is not registered")
 
@@ -28,25 +33,50 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-def load_program(target: str) -> Any:
-    """The ExportedProgram (or ``fx.GraphModule``) of a target.
+def load_program(target: str, trust: bool = False) -> Any:
+    """The ExportedProgram (or ``fx.GraphModule``) of a target, with its tensors. A file needs ``trust``.
 
     Raises:
-        TargetError: it cannot be loaded, or is something else.
+        TargetError: it cannot be loaded, is something else, or a file that is not trusted.
     """
     if target.endswith(".lifted"):
         raise TargetError(f"{target}: a lifted program; this command takes the program before lifting")
     with redirect_stdout(sys.stderr):  # what a module or a model prints is no finding
-        program = _load_file(Path(target)) if _is_file(target) else call_target(target)
+        program = _load_file(Path(target), trust) if _is_file(target) else call_target(target)
     return _checked(target, program)
 
 
-def load_checkable(target: str) -> Any:
-    """What the callable of ``package.module:callable`` returns, if it is a program, lifted or staged ones included.
+def load_graph(target: str, trust: bool = False) -> GraphRecord:
+    """The record of a target. Nothing of a file is run, and torch is not imported, unless there is ``trust``.
 
     Raises:
-        TargetError: it cannot be called, or returns something else.
+        TargetError: it cannot be loaded, or is something else.
+        ArchiveError: a file that the reader refuses.
     """
+    if _is_file(target) and target.endswith(".pt2") and not trust:
+        _check_there(Path(target))
+        from buffer_lifting.graph.archive import read_archive
+
+        return read_archive(target)
+    program = load_program(target, trust)
+    from buffer_lifting.adapter import as_program
+    from buffer_lifting.graph.from_fx import build_record
+    from buffer_lifting.passes.normalize import normalize
+
+    program = as_program(program)
+    return build_record(program, normalize(program, read_only=True).graph)
+
+
+def load_checkable(target: str, trust: bool = False) -> Any:
+    """A program, lifted or staged ones included: that of a file (which needs ``trust``), or what the callable returns.
+
+    Raises:
+        TargetError: it cannot be loaded or called, or is something else.
+    """
+    if target.endswith(".lifted"):
+        return load_lifted(target, trust)
+    if target.endswith(".pt2"):
+        return load_program(target, trust)
     with redirect_stdout(sys.stderr):
         try:
             program = call_target(target)
@@ -58,19 +88,15 @@ def load_checkable(target: str) -> Any:
     return program if isinstance(program, LiftedProgram | StagedProgram) else _checked(target, program)
 
 
-def load_lifted(target: str, axes: Any = None) -> Any:
-    """A saved lifted program, or any target of :func:`load_program`, which is lifted with ``axes``.
+def load_lifted(target: str, trust: bool, axes: Axes | None = None) -> Any:
+    """A saved lifted program, which needs ``trust``.
 
     Raises:
-        TargetError: it cannot be loaded, or is lifted already and ``axes`` are given.
-        LiftingError: it cannot be lifted.
+        TargetError: it cannot be loaded, is not trusted, or ``axes`` are given, which it has.
     """
-    if not target.endswith(".lifted"):
-        from buffer_lifting.lifting import lift
-
-        return lift(load_program(target), axes)
     if axes:
-        raise TargetError(f"{target}: a lifted program, whose axes are known; --axes is for one that is to be lifted")
+        raise TargetError(f"{target}: a lifted program, whose axes are known; --axes is for a program to be lifted")
+    check_trusted(Path(target), trust)
     from buffer_lifting.package import load
 
     with redirect_stdout(sys.stderr):
@@ -93,19 +119,37 @@ def _checked(target: str, program: Any) -> Any:
     return program
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path, trust: bool) -> Any:
     if path.suffix != ".pt2":
         raise TargetError(f"{path}: a target is a .pt2 file or package.module:callable")
+    check_trusted(path, trust)
     from torch.export import load
 
     return _read(path, load, "a program that torch.export.save wrote with this torch")
 
 
-def _read(path: Path, load: Callable[[Any], Any], expected: str) -> Any:
+def _check_there(path: Path) -> None:
     try:
         path.open("rb").close()
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}") from error
+
+
+def check_trusted(path: Path, trust: bool) -> None:
+    """Refuses to load a file, if there is one, without ``trust``.
+
+    Raises:
+        TargetError: it cannot be opened, or is not trusted.
+    """
+    _check_there(path)
+    if not trust:
+        raise TargetError(
+            f"{path}: this needs the tensors in the file, and torch's loader, which reads them, runs code that is in "
+            "it; give --trust if you trust the file"
+        )
+
+
+def _read(path: Path, load: Callable[[Any], Any], expected: str) -> Any:
     try:
         return _with_classes(load, str(path))
     except Exception as error:

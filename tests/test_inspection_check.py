@@ -16,7 +16,7 @@ from zoo import export_case
 
 import buffer_lifting as bl
 from buffer_lifting.cli import main
-from buffer_lifting.inspection.stage_files import check_stages
+from buffer_lifting.inspection.targets import check_target
 
 ROOT = Path(__file__).resolve().parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -70,6 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = export_case("llama_pr1797")[1]
     torch.export.save(program, directory / "llama.pt2")
     lifted = bl.context_parallel(bl.lift(program), size=1)
+    lifted.save(directory / "llama.lifted")
     bl.partition(lifted, num_stages=2).save(directory / "stages")
 
     class Plain(torch.nn.Module):
@@ -89,6 +90,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     (tmp_path / ".git").mkdir()
     (tmp_path / "broken.pt2").write_bytes(b"no zip")
+    (tmp_path / "broken.lifted").write_bytes(b"no zip")
     (tmp_path / "check_targets.py").write_text(textwrap.dedent(TARGETS))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -144,6 +146,7 @@ def test_a_lifted_program_is_a_target(capsys: Capture) -> None:
         ("no_such_module:f", "cannot import no_such_module"),
         ("check_targets.py", "a target is a .pt2 file"),
         ("no*.pt2", "matches no .pt2 file"),
+        ("broken.lifted", "truncated, or not a zip file"),
         (".", "a directory without a manifest"),
     ],
 )
@@ -245,6 +248,16 @@ def test_wrong_configuration(text: str, why: str, capsys: Capture) -> None:
     assert why in capsys.readouterr().err
 
 
+def test_axes_of_the_project_are_for_what_is_not_lifted(capsys: Capture) -> None:
+    configure("axes = tokens:0=batch,1=words")
+    targets = ["llama.pt2", "llama.lifted", "stages", "check_targets:program", "check_targets:lifted"]
+    assert main(["check", *targets, "--select", "BL0"]) == 1
+    assert "error" not in capsys.readouterr().err
+    configure("axes = nothing:0=batch")
+    assert main(["check", "llama.lifted"]) == 0
+    assert main(["check", "llama.pt2"]) == 2
+
+
 def test_suppression_by_pattern(capsys: Capture) -> None:
     configure("""\
         suppress =
@@ -288,7 +301,7 @@ def test_files_of_another_machine_are_found_by_their_line(here: Path, capsys: Ca
 def test_saved_stages_have_the_findings_of_the_partition(tmp_path: Path) -> None:
     staged = bl.partition(bl.lift(export_case("llama_pr1797")[1]), num_stages=2)
     staged.save(tmp_path / "causal")
-    found, expected = check_stages(tmp_path / "causal"), bl.check(staged)
+    found, expected = check_target(str(tmp_path / "causal"), None), bl.check(staged)
     assert [item.code for item in found] == ["BL004", "BL004"]
     assert [(item.key, item.location) for item in found] == [(item.key, item.location) for item in expected]
 
@@ -317,6 +330,70 @@ def test_a_stage_without_its_broadcast_is_found(capsys: Capture) -> None:
     assert out.count("BL301") == 3 and "of stage 1 is not followed by one batch-broadcast node" in out
 
 
+# Saved lifted programs
+
+
+@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize("name", ["llama_pr1797", "nanogpt", "hf_llama_mask"])
+def test_a_saved_lifted_program_has_the_findings_of_the_program(name: str, follow: bool, tmp_path: Path) -> None:
+    lifted = bl.lift(export_case(name, layers=1)[1])
+    lifted = bl.context_parallel(lifted, size=1) if follow else lifted
+    lifted.save(tmp_path / "model.lifted")
+    found, expected = check_target(str(tmp_path / "model.lifted"), None), bl.check(lifted)
+    assert [(item.key, item.message) for item in found] == [(item.key, item.message) for item in expected]
+    assert [item.code for item in found] == (["BL004"] if name == "llama_pr1797" and not follow else [])
+
+
+def test_a_program_of_several_ranks_is_clean_live_and_saved(tmp_path: Path) -> None:
+    """Its collectives are what context_parallel made."""
+    lifted = bl.context_parallel(bl.lift(export_case("llama_pr1797", layers=1)[1]), size=2)
+    lifted.save(tmp_path / "model.lifted")
+    assert bl.check(lifted) == check_target(str(tmp_path / "model.lifted"), None) == ()
+    left = bl.lift(export_case("llama_pr1797", layers=1)[1])
+    assert [item.code for item in bl.check(left)] == ["BL004"], "the control"
+
+
+def test_a_saved_lifted_program_without_its_broadcast_is_found(tmp_path: Path) -> None:
+    lifted = bl.load("llama.lifted")
+    node = next(node for node in lifted.program.graph.nodes if node.name == lifted.inputs[0].name)
+    (broadcast,) = node.users
+    for user in list(broadcast.users):
+        user.replace_input_with(broadcast, node)
+    lifted.program.graph.erase_node(broadcast)
+    lifted.save(tmp_path / "edited.lifted")
+    found, expected = check_target(str(tmp_path / "edited.lifted"), None), bl.check(lifted)
+    assert [item.code for item in found] == ["BL301"]
+    assert [(item.key, item.message) for item in found] == [(item.key, item.message) for item in expected]
+
+
+def test_a_lifted_program_in_a_file_takes_no_axes(capsys: Capture) -> None:
+    assert main(["check", "llama.lifted", "--axes", "tokens:0=batch"]) == 2
+    assert "whose axes are known" in capsys.readouterr().err
+
+
+def test_damaged_lifted_files_are_errors(tmp_path: Path) -> None:
+    """Cut off, and with single bytes changed: an error of one line, or the same findings (a byte that is not read)."""
+    import random
+
+    from buffer_lifting.errors import ArchiveError
+
+    data = Path("llama.lifted").read_bytes()
+    expected = check_target("llama.lifted", None)
+    bad = tmp_path / "bad.lifted"
+    dice = random.Random(0)
+    refused = 0
+    for step in range(120):
+        cut = dice.randrange(len(data))
+        changed = data[:cut] if step % 2 else data[:cut] + bytes([data[cut] ^ 0x41]) + data[cut + 1 :]
+        bad.write_bytes(changed)
+        try:
+            assert check_target(str(bad), None) == expected
+        except ArchiveError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused >= 60
+
+
 # torch
 
 
@@ -324,7 +401,7 @@ def test_files_are_checked_without_torch() -> None:
     code = textwrap.dedent("""\
         import sys
         from buffer_lifting.cli import main
-        assert main(["check", "llama.pt2", "stages", "--statistics"]) == 1
+        assert main(["check", "llama.pt2", "llama.lifted", "stages", "--statistics"]) == 1
         assert "torch" not in sys.modules, "torch was imported"
         assert "numpy" not in sys.modules, "numpy was imported"
     """)
@@ -345,6 +422,16 @@ def test_a_pickle_in_a_file_is_not_opened(here: Path, capsys: Capture) -> None:
             new.writestr(item.filename, data)
     main(["check", "bad.pt2"])
     assert not (here / "run").exists()
+    main(["check", "bad.pt2", "--trust"])
+    assert (here / "run").exists(), "the control: torch's loader runs it"
+
+
+@pytest.mark.parametrize("target", ["llama.pt2", "llama.lifted", "stages", "check_targets:program"])
+def test_trust_gives_the_same_findings(target: str, capsys: Capture) -> None:
+    code = main(["check", target])
+    safe = capsys.readouterr().out
+    assert main(["check", target, "--trust"]) == code
+    assert capsys.readouterr().out == safe
 
 
 def test_edited_stages_are_an_error_or_findings_and_nothing_else() -> None:
@@ -376,7 +463,7 @@ def test_edited_stages_are_an_error_or_findings_and_nothing_else() -> None:
         edited = {**manifest, "sha256": {**manifest["sha256"], name: hashlib.sha256(data).hexdigest()}}
         Path("stages/manifest.json").write_text(json.dumps(edited))
         try:
-            check_stages(Path("stages"))
+            check_target("stages", None)
             outcomes["findings"] += 1
         except ArchiveError:
             outcomes["refused"] += 1

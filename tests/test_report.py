@@ -35,6 +35,7 @@ from buffer_lifting.inspection.html_report.stage_section import draw_stages
 from buffer_lifting.inspection.html_report.stage_view import per_token, spans
 from buffer_lifting.inspection.html_report.svg import draw_chain, draw_columns
 from buffer_lifting.inspection.html_report.views import Arrow, Box, Picture, ProgramView
+from buffer_lifting.inspection.lifted_file import read_lifted_graph
 from buffer_lifting.inspection.places import Places
 from buffer_lifting.inspection.results import CheckResult, Failure, Reported, Suppression
 from buffer_lifting.inspection.stage_files import read_stages
@@ -405,6 +406,12 @@ def test_stages_in_memory_and_saved_are_the_same(files: Path) -> None:
     assert saved.inputs == memory.inputs
 
 
+def test_a_lifted_file_is_shown_without_its_tensors(files: Path) -> None:
+    path = files / "llama.lifted"
+    memory, saved = view_of("t", bl.load(path)), view_of("t", read_lifted_graph(path))
+    assert saved == memory and saved.groups
+
+
 def test_the_bytes_on_the_edges(files: Path) -> None:
     lifted = bl.load(files / "llama.lifted")
     staged = bl.partition(lifted, num_stages=3)
@@ -441,9 +448,10 @@ def test_modules_of_a_stage() -> None:
 
 def test_a_program_is_shown_split(files: Path) -> None:
     path = files / "llama.pt2"
-    view = view_of(str(path), scanned(path), cut=Cut(num_stages=2))
+    program = torch.export.load(path)
+    view = view_of(str(path), program, cut=Cut(num_stages=2))
     assert len(view.stages) == 2 and view.groups and not view.unsplit
-    view = view_of(str(path), scanned(path), cut=Cut(num_stages=99))
+    view = view_of(str(path), program, cut=Cut(num_stages=99))
     assert not view.stages and "num_stages=99" in view.unsplit and view.groups
 
 
@@ -452,12 +460,15 @@ def test_a_program_is_shown_split(files: Path) -> None:
 
 def test_report_writes_a_page(here: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "report.html"
-    assert main(["report", "llama.lifted", "gpt.pt2", "--num-stages", "2", "-o", str(out)]) == 1
+    split = ["report", "llama.lifted", "gpt.pt2", "--num-stages", "2", "-o", str(out)]
+    assert main(split) == 2 and "--trust" in capsys.readouterr().err and not out.exists()
+    assert main([*split, "--trust"]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and f"wrote {out}" in captured.err
     data = Page(out.read_text("ascii")).data
     assert [(p["kind"], len(p["stages"])) for p in data["programs"]] == [("lifted program", 2), ("program", 2)]
-    assert main(["report", "stages", "-o", str(out)]) == 0
+    assert main(["report", "stages", "llama.lifted", "--num-stages", "2", "-o", str(out)]) == 2
+    assert main(["report", "stages", "--num-stages", "2", "-o", str(out)]) == 0
     assert main(["report", "gpt.pt2", "-o", str(out), "--exit-zero", "--select", "BL002"]) == 0
     assert Page(out.read_text("ascii")).data["check"]["statistics"] == {"BL002": 1}
 

@@ -530,7 +530,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert main(["verify", "two_axes:equal", "--num-stages", "2", *axes]) == 0
     assert main(["split", "two_axes:equal", "--num-stages", "2", "-o", "refused"]) == 1
     assert main(["split", "two_axes:equal", "--num-stages", "2", "-o", "stages", *axes]) == 0
-    assert main(["split", "equal.lifted", "--num-stages", "2", "-o", "again"]) == 0
+    assert main(["split", "equal.lifted", "--trust", "--num-stages", "2", "-o", "again"]) == 0
     capsys.readouterr()
     assert main(["split", "equal.lifted", "--num-stages", "2", "-o", "other", *axes]) == 2
     assert "--axes" in capsys.readouterr().err

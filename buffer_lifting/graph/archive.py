@@ -53,10 +53,11 @@ _STATES = {
 }
 
 
-def read_archive(path: str | os.PathLike[str]) -> GraphRecord:
+def read_archive(path: str | os.PathLike[str], window: tuple[int, int] | None = None) -> GraphRecord:
     """The record of the program in a ``.pt2`` file, equal to that of the loaded program with its bodies inlined.
 
-    Reads JSON and, of buffers that could be equal to another, raw bytes. Linear in the size of the graph.
+    Reads JSON and, of buffers that could be equal to another, raw bytes. Linear in the size of the graph. ``window`` is
+    the offset and length of the archive in the file, if it is not all of it.
 
     Raises:
         ArchiveError: the file is no archive of one program, damaged, of another version, or beyond the limits.
@@ -65,7 +66,7 @@ def read_archive(path: str | os.PathLike[str]) -> GraphRecord:
     collect = gc.isenabled()
     gc.disable()  # millions of small containers, none of them garbage
     try:
-        with ZipArchive(path) as archive:
+        with ZipArchive(path, window) as archive:
             return _read(archive)
     except (ArchiveError, SchemaError) as error:
         raise ArchiveError(f"{path}: {' '.join(str(error).split())}") from None

@@ -52,19 +52,25 @@ class Member:
 class ZipArchive:
     """The members of a zip file, by name without the common root directory. A context manager.
 
+    Args:
+        path: the file.
+        window: offset and length of the part of the file that is the archive; default: all of it.
+        rooted: whether there has to be a common root directory, as torch.export writes one; else there is none.
+
     Raises:
         ArchiveError: on construction and on reading, for whatever is not as described in the module's docstring.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, window: tuple[int, int] | None = None, rooted: bool = True) -> None:
         self.members: dict[str, Member] = {}
+        self._rooted = rooted
         self._file: BinaryIO
         try:
             self._file = path.open("rb")
         except OSError as error:
             raise ArchiveError(f"cannot be opened: {error.strerror}") from None
         try:
-            self._length = os.fstat(self._file.fileno()).st_size
+            self._start, self._length = window or (0, os.fstat(self._file.fileno()).st_size)
             self._index()
         except OSError as error:
             self._file.close()
@@ -90,11 +96,18 @@ class ZipArchive:
             raise ArchiveError(f"{name} claims {member.size} bytes, the limit is {limit}")
         return b"".join(self.chunks(member))
 
+    def window(self, name: str) -> tuple[int, int]:
+        """Offset and length of a member in the file, if it is stored as it is: an archive in this one."""
+        member = self.members.get(name)
+        if member is None or member.method != _STORED:
+            raise ArchiveError(f"there is no {name} in it that is stored uncompressed")
+        return self._start + self._data_start(member), member.size
+
     def chunks(self, member: Member) -> Iterator[bytes]:
         """The content of a member in pieces, never more than it claims; its CRC is checked at the end."""
         start = self._data_start(member)
         unpack = zlib.decompressobj(-zlib.MAX_WBITS) if member.method == _DEFLATED else None
-        self._file.seek(start)
+        self._file.seek(self._start + start)
         left, produced, crc, tail = member.packed, 0, 0, b""
         while left or tail:
             raw = tail or self._take(min(left, _CHUNK))
@@ -129,7 +142,7 @@ class ZipArchive:
     def _at(self, offset: int, count: int) -> bytes:
         if offset < 0 or offset + count > self._length:
             raise ArchiveError("truncated, or not a zip file")
-        self._file.seek(offset)
+        self._file.seek(self._start + offset)
         return self._take(count)
 
     def _index(self) -> None:
@@ -179,13 +192,13 @@ class ZipArchive:
         for member in members:
             parts = member.name.split("/")
             bad = "\\" in member.name or ":" in member.name or not member.name.isprintable()
-            if bad or len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
+            if bad or len(parts) < 1 + self._rooted or any(part in ("", ".", "..") for part in parts):
                 raise ArchiveError(f"the member name {short(member.name)} is not one that torch.export.save writes")
-            roots.add(parts[0])
+            roots.add(parts[0] if self._rooted else "")
             if len(roots) > 1 or member.name.casefold() in folded:
                 raise ArchiveError(f"the member {short(member.name)} is ambiguous: a second root, or a second time")
             folded.add(member.name.casefold())
-            name = member.name.partition("/")[2]
+            name = member.name.partition("/")[2] if self._rooted else member.name
             self.members[name] = replace(member, name=name)
 
     def _end_of(self, member: Member) -> int:

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 ParseAxes = Callable[[list[str] | None], Axes | None]
 Observe = Callable[[str, Any], None]
 CHECK_HELP = """\
-A TARGET is a .pt2 file, a directory that `buffer-lifting split` wrote, a glob of these, or package.module:callable,
-whose callable returns an ExportedProgram, a LiftedProgram or a StagedProgram.
-Files are read without running anything from them; a callable runs.
+A TARGET is a .pt2 file, a .lifted file that `buffer-lifting lift` wrote, a directory that `buffer-lifting split` wrote,
+a glob of these, or package.module:callable, whose callable returns an ExportedProgram, a LiftedProgram or a
+StagedProgram.
+A callable runs. Files are read without running anything from them, unless --trust is given: torch's loader runs code
+that is in them. Use --trust only for files you trust.
 
 settings: select, ignore, axes, format, baseline, exit-zero, statistics and suppress in [buffer_lifting] of the nearest
 setup.cfg, up to the repository's root; the command line wins. A line of `suppress` is "CODE FQN-PATTERN: reason".
@@ -43,11 +45,12 @@ exit codes: 0 clean, 1 findings, 2 a target could not be checked (also when othe
 stdout, everything else on stderr.
 """
 REPORT_HELP = """\
-A TARGET is what `check` takes, or a file that `buffer-lifting lift` wrote. Settings and suppressions are those of
-`check`. The page needs no network and no other file.
+A TARGET is what `check` takes; settings and suppressions are those of `check`. The page needs no network and no other
+file.
 
-A .pt2 file is read without running anything from it, but for its stages (--num-stages, --split-points) torch loads
-it, which can run code from the file, as loading a .lifted file can: use only files you trust.
+A callable runs. Files are read without running anything from them, unless --trust is given: torch's loader runs code
+that is in them. Stages of a file that has none (--num-stages, --split-points) need its tensors, and so --trust. Use
+--trust only for files you trust.
 
 exit codes: 0 clean, 1 findings, 2 could not check. The page is written in every case, if it can be.
 """
@@ -85,11 +88,22 @@ def _report(args: argparse.Namespace) -> int:
     if args.num_stages or args.split_points:
         points = split(args.split_points) if args.split_points else None
         cut = Cut(args.num_stages, tuple(points) if points else None)
+        _check_cut(args)
     views: list[ProgramView] = []
-    result = _checked(args, settings, _observer(views, settings.axes, cut), trusted=True)
+    result = _checked(args, settings, _observer(views, settings.axes, cut))
     path.write_text(render_html(result, Places(settings.root), views) + "\n", encoding="ascii")
     _log(f"wrote {path}")
     return _finished(args, settings, result)
+
+
+def _check_cut(args: argparse.Namespace) -> None:
+    """A file is split with its tensors, as by ``split``: it has to be trusted."""
+    from buffer_lifting.inspection.targets import expand
+    from buffer_lifting.targets import check_trusted
+
+    for target in expand(args.targets)[0]:
+        if target.endswith((".pt2", ".lifted")) and Path(target).is_file():
+            check_trusted(Path(target), args.trust)
 
 
 @dataclass(frozen=True)
@@ -113,14 +127,14 @@ def _settings(args: argparse.Namespace) -> _Settings:
     return _Settings(root, config, select, ignore, axes)
 
 
-def _checked(
-    args: argparse.Namespace, settings: _Settings, observe: Observe | None, trusted: bool = False
-) -> CheckResult:
+def _checked(args: argparse.Namespace, settings: _Settings, observe: Observe | None) -> CheckResult:
     """Checks the targets, with the baseline; failures and warnings go to stderr."""
     config, select, ignore = settings.config, settings.select, settings.ignore
     baseline = _baseline(args, config)
     known = read_baseline(baseline) if baseline and (baseline.exists() or not args.update_baseline) else {}
-    result = run(args.targets, settings.axes, select, ignore, config, args.debug, observe, trusted)
+    result = run(
+        args.targets, settings.axes, select, ignore, config, args.debug, observe, args.trust, args.axes is None
+    )
     if baseline is not None:
         enabled = partial(is_enabled, select=select, ignore=ignore)
         result = _with_baseline(result, baseline, known, settings.root, enabled, args)
@@ -195,11 +209,13 @@ def run(
     config: Config,
     debug: bool = False,
     observe: Observe | None = None,
-    trusted: bool = False,
+    trust: bool = False,
+    general_axes: bool = False,
 ) -> CheckResult:
     """Checks all targets. One that cannot be checked is a failure, and the others are checked still.
 
-    ``observe`` is given each target that could be read, and what it holds; ``trusted`` as in ``check_target``.
+    ``observe`` is given each target that could be read, and what it holds; ``trust`` and ``general_axes`` are those of
+    :func:`buffer_lifting.inspection.targets.check_target`.
     """
     from buffer_lifting.inspection.targets import check_target, expand
     from buffer_lifting.targets import TargetError, first_line
@@ -210,7 +226,7 @@ def run(
     used: set[Exemption] = set()
     for target in targets:
         try:
-            found = check_target(target, axes, observe and partial(observe, target), trusted)
+            found = check_target(target, axes, observe and partial(observe, target), trust, general_axes)
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -275,16 +291,17 @@ def add_commands(
     commands: Any,
     common: argparse.ArgumentParser,
     axes: argparse.ArgumentParser,
+    trusted: argparse.ArgumentParser,
     parse_axes: ParseAxes,
     positive: Callable[[str], int],
 ) -> None:
-    """Adds ``check``, ``report`` and ``rule`` to the subparsers."""
+    """Adds ``check``, ``report`` and ``rule`` to the subparsers; the other parsers have arguments that are shared."""
     sub = commands.add_parser(
         "check",
         help="check programs in CI: findings by rule codes",
         description="Check programs: what is read by position and not lifted, what cannot be, and what breaks stages.",
         epilog=CHECK_HELP,
-        parents=[common, axes],
+        parents=[common, axes, trusted],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("targets", nargs="+", metavar="TARGET", help="what to check; see below")
@@ -299,14 +316,14 @@ def add_commands(
         help="write a page to open in a browser: findings, graph, stages",
         description="Check programs and write one self-contained HTML page: findings, reads as pictures, stages.",
         epilog=REPORT_HELP,
-        parents=[common, axes],
+        parents=[common, axes, trusted],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("targets", nargs="+", metavar="TARGET", help="what to show; see below")
     sub.add_argument("-o", "--output", metavar="REPORT.html", required=True, help="the file to write")
     how = sub.add_mutually_exclusive_group()
     how.add_argument("--num-stages", type=positive, metavar="N", help="show the program split into N stages")
-    how.add_argument("--split-points", metavar="A,B", help="or split before these modules")
+    how.add_argument("--split-points", metavar="A,B", help="or into stages that begin at these modules (FQNs)")
     _add_choice(sub)
     sub.set_defaults(run=_report, parse_axes=parse_axes, update_baseline=False)
 

@@ -8,7 +8,7 @@ in its lifted form, and its shape is checked as well (``lifted_checks.py``).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,12 @@ def report_diagnostics(report: ScanReport, classes: dict[str, str]) -> list[Diag
     return [*found, *(_of_mixing(mix, classes) for mix in report.mixing if not mix.handled)]
 
 
+def left_by_lifting(report: ScanReport, follows_slots: bool) -> list[Diagnostic]:
+    """What lifting has left of a report: what it refused, and the causal flags until ``context_parallel``."""
+    reads = [read for read in report.reads if read.refusal or (read.code == "BL004" and not follows_slots)]
+    return report_diagnostics(ScanReport(tuple(reads), report.mixing, report.inputs, report.findings), {})
+
+
 def numbered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
     """The same, with ordinals."""
     counts: dict[Any, int] = {}
@@ -159,12 +165,18 @@ def _all(program: Any, axes: Axes | None) -> tuple[Diagnostic, ...]:
 
 
 def _lifted(lifted: LiftedProgram, shape: list[Diagnostic]) -> tuple[Diagnostic, ...]:
-    """What the lifted graph still reads by position, and its shape.
+    return or_misplaced(lambda: _rescanned(lifted), shape)
+
+
+def or_misplaced(
+    rescanned: Callable[[], tuple[Diagnostic, ...]], shape: Sequence[Diagnostic]
+) -> tuple[Diagnostic, ...]:
+    """What a lifted graph still reads by position, and its shape.
 
     A lifted input whose batch is not first (BL302) contradicts the axes that the scan goes by: it is reported alone.
     """
     try:
-        return numbered([*_rescanned(lifted), *shape])
+        return numbered([*rescanned(), *shape])
     except AxesError:
         if not any(item.code == "BL302" for item in shape):
             raise

@@ -5,14 +5,14 @@ Works on a plain form of a graph, that of the files of a saved partition, so tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from buffer_lifting.graph.record import Location
 from buffer_lifting.inspection.diagnostics import Diagnostic, diagnostic
 from buffer_lifting.ops import FILLS
-from buffer_lifting.program import AxesInfo, LiftedInput, ScanReport
+from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
 
 if TYPE_CHECKING:
     from buffer_lifting.lifted import LiftedProgram
@@ -54,10 +54,18 @@ class PlainStage:
 def shape_of_lifted(lifted: LiftedProgram) -> list[Diagnostic]:
     """BL301, BL302 and BL304 of a lifted program."""
     nodes = plain_graph(lifted.program.graph.nodes)
-    return [
-        *_broadcasts(nodes, lifted.inputs, lifted.report, _batch_size(lifted, nodes), ""),
-        *lengths(lifted.axes),
-    ]
+    return shape_of_graph(nodes, lifted.inputs, lifted.report, lifted.input_axes, lifted.axes)
+
+
+def shape_of_graph(
+    nodes: Sequence[PlainNode],
+    inputs: Sequence[LiftedInput],
+    report: ScanReport,
+    input_axes: Mapping[str, InputAxes],
+    axes: AxesInfo,
+) -> list[Diagnostic]:
+    """BL301, BL302 and BL304 of a lifted graph."""
+    return [*_broadcasts(nodes, inputs, report, _batch_size(input_axes, nodes), ""), *lengths(axes)]
 
 
 def shape_of_staged(staged: StagedProgram) -> list[Diagnostic]:
@@ -254,9 +262,9 @@ def _plain_arg(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _batch_size(lifted: LiftedProgram, nodes: Sequence[PlainNode]) -> str | None:
+def _batch_size(input_axes: Mapping[str, InputAxes], nodes: Sequence[PlainNode]) -> str | None:
     for node in nodes:
-        own = lifted.input_axes.get(node.name) if node.op == "placeholder" else None
+        own = input_axes.get(node.name) if node.op == "placeholder" else None
         if own is not None and own.batch_dim is not None and node.shape:
             return node.shape[own.batch_dim]
     return None

@@ -1,6 +1,7 @@
-"""The targets of ``check``: ``.pt2`` files, saved stage directories, globs of them, and ``package.module:callable``.
+"""The targets of ``check``: programs, lifted programs and partitions in files, globs of them, and callables.
 
-Files are read by readers of our own, which run nothing and import no torch. A callable runs.
+Files are read by readers of our own, which run nothing and import no torch (unless they are to be trusted). A callable
+runs.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Any
 
 from buffer_lifting.graph.record import GraphRecord
 from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_scan
-from buffer_lifting.inspection.stage_files import is_stage_directory, read_stages, saved_findings
+from buffer_lifting.inspection.stage_directory import is_stage_directory
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes
-from buffer_lifting.targets import TargetError, load_checkable, load_lifted
+from buffer_lifting.targets import TargetError, load_checkable
 
-_EXPECTED = "a target is a .pt2 file, a directory that `buffer-lifting split` wrote, or package.module:callable"
+_EXPECTED = (
+    "a target is a .pt2 file, a .lifted file, a directory that `buffer-lifting split` wrote, or package.module:callable"
+)
+FILES = (".pt2", ".lifted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,49 +40,83 @@ def expand(patterns: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     targets: dict[str, None] = {}
     failures = []
     for pattern in patterns:
-        if _is_callable(pattern) or not glob.has_magic(pattern) or Path(pattern).exists():
+        if is_callable(pattern) or not glob.has_magic(pattern) or Path(pattern).exists():
             targets[pattern] = None
             continue
         found = [path for path in sorted(glob.glob(pattern, recursive=True)) if _is_checkable(Path(path))]
         if not found:
-            failures.append((pattern, "it matches no .pt2 file and no stage directory"))
+            failures.append((pattern, "it matches no .pt2 file, no .lifted file and no stage directory"))
         targets.update(dict.fromkeys(found))
     return list(targets), failures
 
 
 def check_target(
-    target: str, axes: Axes | None, observe: Callable[[Any], None] | None = None, trusted: bool = False
+    target: str,
+    axes: Axes | None,
+    observe: Callable[[Any], None] | None = None,
+    trust: bool = False,
+    general_axes: bool = False,
 ) -> tuple[Diagnostic, ...]:
     """The findings of one target.
 
     Args:
-        target: a file, a directory or a callable.
-        axes: of a program that is not lifted.
-        observe: is given what the target holds, once it is checked: a program, a :class:`Scanned` or a
-            :class:`SavedStages`.
-        trusted: take ``.lifted`` files too, which torch loads, and which can run code.
+        target: as a user writes it.
+        axes: as in :func:`buffer_lifting.scan`.
+        observe: is given what the target holds, once it is checked: a program, a :class:`Scanned`, or what
+            ``lifted_file`` or ``stage_files`` has read.
+        trust: read a file by torch's loader, which runs code that is in it.
+        general_axes: ``axes`` is for all targets of a project: one that is lifted already, and has its own, ignores it.
 
     Raises:
         TargetError: it is none, or its callable fails.
         LiftingError: a file that cannot be read, or axes that do not fit.
     """
     path = Path(target)
-    lifted = trusted and path.suffix == ".lifted"
-    if lifted or _is_callable(target):
-        program = load_lifted(target, axes) if lifted else load_checkable(target)
-        try:
-            with redirect_stdout(sys.stderr):
-                found = check(program, axes=axes)
-        except ValueError as error:
-            raise TargetError(f"{target}: {error}") from error
-        return _observed(found, program, observe)
+    if needs_torch(target, trust):
+        found, subject = _check_program(target, axes, trust, general_axes)
+    else:
+        if axes and not general_axes and (path.is_dir() or path.suffix == ".lifted"):
+            what = "saved stages" if path.is_dir() else "a lifted program"
+            raise TargetError(f"{target}: {what}, whose axes are known; --axes is for a program to be lifted")
+        found, subject = _check_file(target, path, axes)
+    if observe is not None:
+        observe(subject)
+    return found
+
+
+def needs_torch(target: str, trust: bool) -> bool:
+    """Whether a target is loaded with torch: a callable, or a file that is trusted."""
+    path = Path(target)
+    return is_callable(target) or (trust and path.suffix in FILES and not path.is_dir())
+
+
+def _check_program(
+    target: str, axes: Axes | None, trust: bool, general_axes: bool
+) -> tuple[tuple[Diagnostic, ...], object]:
+    program = load_checkable(target, trust)
+    if general_axes and is_lifted(program):
+        axes = None
+    try:
+        with redirect_stdout(sys.stderr):
+            return check(program, axes=axes), program
+    except ValueError as error:
+        raise TargetError(f"{target}: {error}") from error
+
+
+def _check_file(target: str, path: Path, axes: Axes | None) -> tuple[tuple[Diagnostic, ...], object]:
+    """The findings of what is read without torch, and what was read."""
     if path.is_dir():
         if not is_stage_directory(path):
             raise TargetError(f"{target}: a directory without a manifest; {_EXPECTED}")
-        if axes:
-            raise TargetError(f"{target}: saved stages, whose axes are known; --axes is for a program to be lifted")
-        saved = read_stages(path)
-        return _observed(saved_findings(saved), saved, observe)
+        from buffer_lifting.inspection.stage_files import read_stages, stage_findings
+
+        partition = read_stages(path)
+        return stage_findings(partition), partition
+    if path.suffix == ".lifted":
+        from buffer_lifting.inspection.lifted_file import lifted_findings, read_lifted_graph
+
+        lifted = read_lifted_graph(path)
+        return lifted_findings(lifted), lifted
     if path.suffix != ".pt2":
         raise TargetError(f"{target}: {_EXPECTED}")
     from buffer_lifting.graph.archive import read_archive
@@ -86,20 +124,21 @@ def check_target(
 
     record = read_archive(path)
     plan = scan_record(record, axes)
-    return _observed(check_scan(record, plan.report), Scanned(record, plan), observe)
+    return check_scan(record, plan.report), Scanned(record, plan)
 
 
-def _observed(
-    found: tuple[Diagnostic, ...], subject: Any, observe: Callable[[Any], None] | None
-) -> tuple[Diagnostic, ...]:
-    if observe is not None:
-        observe(subject)
-    return found
+def is_lifted(program: object) -> bool:
+    """Whether a program has lifted inputs, or stages."""
+    from buffer_lifting.lifted import LiftedProgram
+    from buffer_lifting.stages import StagedProgram
+
+    return isinstance(program, LiftedProgram | StagedProgram)
 
 
-def _is_callable(target: str) -> bool:
-    return ":" in target and not target.endswith(".pt2") and not Path(target).exists()
+def is_callable(target: str) -> bool:
+    """Whether a target is ``package.module:callable``."""
+    return ":" in target and not target.endswith(FILES) and not Path(target).exists()
 
 
 def _is_checkable(path: Path) -> bool:
-    return path.suffix == ".pt2" or (path.is_dir() and is_stage_directory(path))
+    return is_stage_directory(path) if path.is_dir() else path.suffix in FILES

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph
 
+from buffer_lifting.axes import axes_argument
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.examples import example_sizes, widen_examples
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.keys import plan_keys
-from buffer_lifting.labels import BATCH, COL
+from buffer_lifting.labels import COL
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.lifting import describe
 from buffer_lifting.passes.assemble import assemble
@@ -26,21 +27,12 @@ STRATEGIES = ("auto", "allgather", "alltoall")
 
 def user_axes(lifted: LiftedProgram) -> Axes:
     """The axes of the user's inputs, as ``axes=`` takes them."""
-    axes: Axes = {}
-    for name, own in lifted.input_axes.items():
-        dims = {dim: f"{axis}:{role}" for dim, axis, role in own.seq_dims}
-        if own.batch_dim is not None:
-            dims[own.batch_dim] = BATCH
-        axes[name] = dims
-    return axes
+    return axes_argument(lifted.input_axes, ())
 
 
 def lifted_axes(lifted: LiftedProgram, added: tuple[LiftedInput, ...] = ()) -> Axes:
     """The axes of all inputs of a lifted program, its lifted inputs included, as ``axes=`` takes them."""
-    axes = user_axes(lifted)
-    for item in (*lifted.inputs, *added):
-        axes[item.name] = {0: BATCH, 1: f"{item.axis}:{item.role}"} if item.batched else {0: f"{item.axis}:{item.role}"}
-    return axes
+    return axes_argument(lifted.input_axes, (*lifted.inputs, *added))
 
 
 def context_parallel(

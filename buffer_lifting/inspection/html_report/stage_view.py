@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from buffer_lifting.graph.record import GraphRecord, TensorMeta
 from buffer_lifting.inspection.html_report.views import StageInput, StageView
-from buffer_lifting.inspection.stage_files import SavedStages
+from buffer_lifting.inspection.stage_files import SavedPartition
 from buffer_lifting.program import LiftedInput
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BYTES = {"bool": 1, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "half": 2, "bfloat16": 2}
 
 
-def saved_stages(saved: SavedStages) -> tuple[StageView, ...]:
+def saved_stages(saved: SavedPartition) -> tuple[StageView, ...]:
     """Of a directory."""
     lifted = {item.name: item for item in saved.inputs}
     views = []
@@ -33,10 +33,10 @@ def saved_stages(saved: SavedStages) -> tuple[StageView, ...]:
                 outputs=stage.plain.outputs,
                 elements=stage.elements,
                 modules=spans(stage.parameters),
-                sends=stage.sends,
+                sends=stage.boundary_bytes,
             )
         )
-        before = stage.sends
+        before = stage.boundary_bytes
     return tuple(views)
 
 

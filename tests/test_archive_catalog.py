@@ -1,0 +1,33 @@
+"""The reader of archives on every model of the catalog: the same findings as by torch's own loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.modeling_outputs
+from zoo.catalog import cells, entries, export_cell, export_of
+
+import buffer_lifting as bl
+from buffer_lifting.graph.archive import read_archive
+from buffer_lifting.inspection.diagnostics import check_record
+from buffer_lifting.inspection.outline import outline, outline_record
+
+assert transformers.modeling_outputs  # registers the outputs of its models with torch's loader
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", entries())
+def test_every_export_has_the_same_findings_both_ways(name: str, tmp_path: Path) -> None:
+    """Findings and outlines (reads, lifted inputs) of all exports of an entry."""
+    entry = entries()[name]
+    for _, export, shape in (cell for cell in cells() if cell[0] == name):
+        program = export_cell(entry, export_of(entry, export), shape)
+        path = tmp_path / f"{export}-{shape}.pt2"
+        torch.export.save(program, path)
+        loaded = torch.export.load(path)
+        assert check_record(read_archive(path)) == bl.check(loaded), (export, shape)
+        assert outline_record(read_archive(path)) == outline(loaded), (export, shape)
+        path.unlink()
