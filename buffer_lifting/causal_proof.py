@@ -53,6 +53,8 @@ def _attention(record: GraphRecord, prover: Prover, node: Node) -> str:
         return "its operands have no shapes"
     if len(query.shape) < 2 or query.shape[-2] != key.shape[-2]:
         return f"it has {query.shape[-2]} queries and {key.shape[-2]} keys"
+    if meta.dtype not in ("bool", query.dtype):
+        return f"it is {meta.dtype}, its queries are {query.dtype}"
     value = prover.value(mask.name)
     if isinstance(value, Unknown):
         return value.why

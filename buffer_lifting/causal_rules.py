@@ -21,10 +21,11 @@ from buffer_lifting.causal_domain import (
     substituted,
     uniform,
 )
+from buffer_lifting.causal_numbers import COMPARISONS, FILLS, POINTWISE
 from buffer_lifting.causal_views import sources_of_dims
 from buffer_lifting.dataflow import written_storage
 from buffer_lifting.graph.record import Arg, GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind
-from buffer_lifting.graph.sizes import Size, add, bounds, multiply
+from buffer_lifting.graph.sizes import Size, add, bounds
 from buffer_lifting.ops import is_view
 
 #: The values of a buffer or constant by its FQN.
@@ -48,29 +49,6 @@ _COPIES = frozenset(
         "constant_pad_nd",
     ]
 )
-_POINTWISE: dict[str, Callable[..., Number]] = {
-    "__and__": operator.and_,
-    "bitwise_and": operator.and_,
-    "__or__": operator.or_,
-    "bitwise_or": operator.or_,
-    "__xor__": operator.xor,
-    "bitwise_xor": operator.xor,
-    "logical_and": lambda a, b: bool(a) and bool(b),
-    "logical_or": lambda a, b: bool(a) or bool(b),
-    "logical_xor": lambda a, b: bool(a) != bool(b),
-    "logical_not": lambda a: not a,
-    "neg": operator.neg,
-    "mul": operator.mul,
-}
-_COMPARISONS: dict[str, Callable[[Number, Number], bool]] = {
-    "ge": operator.ge,
-    "gt": operator.gt,
-    "le": operator.le,
-    "lt": operator.lt,
-    "eq": operator.eq,
-    "ne": operator.ne,
-}
-_FILLS: dict[str, Number] = {"ones": 1, "new_ones": 1, "ones_like": 1, "zeros": 0, "new_zeros": 0, "zeros_like": 0}
 
 
 class Prover:
@@ -118,11 +96,11 @@ class Prover:
         name = node.base_op.removeprefix("aten.")
         rule = _RULES.get(name)
         try:
-            if name in _FILLS:
-                return pointwise(lambda: _FILLS[name], node.tensor.dtype)
-            if name in _POINTWISE:
-                return self._pointwise(node, _POINTWISE[name])
-            if name in _COMPARISONS:
+            if name in FILLS:
+                return pointwise(lambda: FILLS[name], node.tensor.dtype)
+            if name in POINTWISE:
+                return self._pointwise(node, POINTWISE[name])
+            if name in COMPARISONS:
                 return self._compare(node, name)
             if node.base_op in _COPIES:
                 return self._copy(node)
@@ -222,7 +200,7 @@ class Prover:
     def _compare(self, node: Node, name: str) -> Value:
         left, right = self.arg(node, "self"), self.arg(node, "other")
         if isinstance(left, Steps) and isinstance(right, Steps):
-            return pointwise(_COMPARISONS[name], "bool", left, right)
+            return pointwise(COMPARISONS[name], "bool", left, right)
         one, two = as_affine(left), as_affine(right)
         if one is None or two is None:
             return Unknown(f"{node.op} of positions with other numbers is not followed")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
 from buffer_lifting.adapter import as_program
-from buffer_lifting.causal_domain import Steps, Unknown, Value, affine, as_dtype, steps, uniform
+from buffer_lifting.causal_domain import Unknown, Value, affine, as_dtype, steps, uniform
 from buffer_lifting.causal_proof import MaskProof, prove_masks
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.record import GraphRecord
+from buffer_lifting.labels import DimLabel, Labels
 from buffer_lifting.passes.assemble import assemble
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.lift_buffers import drop_dead
@@ -42,8 +42,8 @@ def causal_flags(
     (``False``, ``-inf``, or the lowest number of a dtype with float32's range or more), for every batch size and
     length. What a mask is made of is followed through the graph: ``arange``, comparisons, logic, ``tril`` and ``triu``,
     fills, ``where`` and ``masked_fill``, sums and products of constants, slices, views and casts. A buffer or constant
-    counts with the values that the program holds now. A mask that depends on a user input (padding) stays, and so does a
-    window, even one that is wider than a static sequence.
+    counts with the values that the program holds now. A mask that depends on a user input (padding) stays, and so
+    does a window, even one that is wider than a static sequence.
 
     Args:
         program: as in :func:`buffer_lifting.scan`. It is not modified; parameters and buffers are shared.
@@ -121,12 +121,12 @@ def _on_one_axis(proofs: list[MaskProof], program: ExportedProgram, graph: Graph
     ]
 
 
-def _same(record: GraphRecord, labels: Any, proof: MaskProof) -> bool:
+def _same(record: GraphRecord, labels: dict[str, tuple[Labels, ...] | None], proof: MaskProof) -> bool:
     refs = dict(record.nodes[proof.node].named_refs())
     axes = []
     for path in ("query", "key"):
         known = labels.get(refs[path])
-        dim = known[0][-2] if known else ()
+        dim: DimLabel = known[0][-2] if known else ()
         if len(dim) != 1 or not dim[0].is_seq:
             return False
         axes.append(dim[0].axis)
