@@ -130,8 +130,9 @@ CAUSAL: dict[str, Mask] = {
     "additive, lowest": lambda m, s, t: torch.where(cols(s) <= rows(s), 0.0, MIN),
     "one less mask": lambda m, s, t: (1.0 - tri(s)) * MIN,
     "masked and multiplied": lambda m, s, t: (1.0 - tri(s)).masked_fill(tri(s) == 0, MIN),
-    "triangle by hand, as in Hugging Face": lambda m, s, t: torch.full((s, s), MIN)
-    * (torch.arange(s) > torch.arange(s).reshape(-1, 1)),
+    "triangle by hand, as in Hugging Face": lambda m, s, t: (
+        torch.full((s, s), MIN) * (torch.arange(s) > torch.arange(s).reshape(-1, 1))
+    ),
     "buffer": lambda m, s, t: m.triangle[:s, :s],
     "persistent buffer": lambda m, s, t: m.bias[:, :, :s, :s] == 1,
     "buffer, filled": lambda m, s, t: torch.zeros(s, s).masked_fill(m.bias[0, 0, :s, :s] == 0, -INF),
@@ -171,3 +172,194 @@ def _equal(program: ExportedProgram, converted: ExportedProgram, length: int) ->
     assert len(found[0]) == len(found[1]) > 4
     for one, two in zip(*found, strict=True):
         assert one.dtype == torch.float64 and (one - two).abs().max() <= 1e-12
+
+
+def bump(model: Any, s: int, tokens: Tensor) -> Tensor:
+    """A buffer that the forward changes."""
+    model.counter.logical_not_()
+    model.counter.logical_not_()
+    return model.counter[:s, :s]
+
+
+def by_documents(model: nn.Module, s: int, tokens: Tensor) -> Tensor:
+    """Document ids from positions made in the graph: one document, until others are fed."""
+    positions = torch.arange(s)[None]
+    documents = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    return (cols(s) <= rows(s)) & (documents[:, None] == documents[:, :, None])
+
+
+def neighbours(model: nn.Module, s: int, tokens: Tensor) -> Tensor:
+    """Documents by a difference of slices."""
+    positions = torch.arange(s)
+    documents = F.pad((positions[1:] - positions[:-1] != 1).long(), (1, 0)).cumsum(0)
+    return (cols(s) <= rows(s)) & (documents[None] == documents[:, None])
+
+
+NEAR: dict[str, tuple[Mask, str]] = {
+    "one more": (lambda m, s, t: torch.ones(s, s).tril(1).bool(), "not the lower triangle"),
+    "strict": (lambda m, s, t: cols(s) < rows(s), "not the lower triangle"),
+    "strict but for the first": (lambda m, s, t: (cols(s) < rows(s)) | (cols(s) == 0), "something else than positions"),
+    "window": (lambda m, s, t: (cols(s) <= rows(s)) & (rows(s) - cols(s) < 4), "not the lower triangle"),
+    "window, wider than the export": (lambda m, s, t: (cols(s) <= rows(s)) & (cols(s) > rows(s) - 64), "not the lower"),
+    "window of half the length": (lambda m, s, t: (cols(s) <= rows(s)) & (rows(s) - cols(s) < s // 2), ""),
+    "upper": (lambda m, s, t: torch.ones(s, s).triu().bool(), "not the lower triangle"),
+    "transposed": (lambda m, s, t: (cols(s) <= rows(s)).T, "not the lower triangle"),
+    "all": (lambda m, s, t: torch.ones(s, s, dtype=torch.bool), "not the lower triangle"),
+    "bidirectional zeros": (lambda m, s, t: torch.zeros(s, s), "not the lower triangle"),
+    "chunks": (lambda m, s, t: (cols(s) <= rows(s)) & (cols(s) // 4 == rows(s) // 4), "floor_divide"),
+    "prefix": (lambda m, s, t: (cols(s) <= rows(s)) | (cols(s) < 3), "something else than positions"),
+    "padding": (lambda m, s, t: (cols(s) <= rows(s)) & (t != 0)[:, None, None], "the input 'tokens'"),
+    "padding, added": (lambda m, s, t: torch.full((s, s), -INF).triu(1) + (t == 0)[:, None, None] * -1.0, "'tokens'"),
+    "documents": (by_documents, "documents=False"),
+    "documents, by slices": (neighbours, "aten.pad.default"),
+    "slopes": (lambda m, s, t: torch.full((s, s), -INF).triu(1) + (cols(s) - rows(s)) * 0.5, "of positions"),
+    "additive, shifted": (lambda m, s, t: torch.full((s, s), -INF).triu(1) + 1.0, "not the lower triangle"),
+    "additive, a large number": (lambda m, s, t: torch.full((s, s), -1e9).triu(1), "numbers other than"),
+    "additive, one": (lambda m, s, t: -torch.ones(s, s).triu(1), "-1.0 in float64 is not -inf"),
+    "times infinity": (lambda m, s, t: (1 - tri(s)) * -INF, "numbers other than"),  # 0 * -inf is nan
+    "blocked with True": (lambda m, s, t: cols(s) > rows(s), "not the lower triangle"),
+    "buffer, off by one": (lambda m, s, t: m.triangle[1 : s + 1, :s], "not the lower triangle"),
+    "buffer with a window": (lambda m, s, t: m.window[:s, :s], "not the lower triangle"),
+    "buffer, bent in its last row": (lambda m, s, t: m.bent[:s, :s], "are no triangle"),
+    "buffer that changes": (bump, "is written in place"),
+    "parameter": (lambda m, s, t: m.learned[:s, :s], "can change"),
+    "one row": (lambda m, s, t: m.triangle[s - 1 : s, :s].expand(s, s), ""),
+    "by scaled columns": (lambda m, s, t: cols(s) * 2 <= rows(s), "something else than positions"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", NEAR)
+def test_near_misses_stay(name: str, dynamic: bool) -> None:
+    """The same program is returned, and the reason is said."""
+    mask, why = NEAR[name]
+    program = program_of(Attends(mask), dynamic=dynamic)
+    found: list[Any] = []
+    assert bl.causal_flags(program, report=found.append) is program
+    assert [proof.causal for proof in found] == [False]
+    assert "not proven" in str(found[0]) and why in found[0].why, found[0]
+    assert "test_causal_flags.py" in found[0].location
+
+
+def test_more_keys_than_queries_stay() -> None:
+    """``is_causal`` aligns at the top left; so does this mask, but it is not square."""
+    found: list[Any] = []
+    model = Attends(lambda m, s, t: torch.ones(s, s + 1, dtype=torch.bool).tril(), keys=1)
+    program = program_of(model)
+    assert bl.causal_flags(program, report=found.append) is program
+    assert "queries and" in found[0].why
+
+
+@pytest.mark.parametrize(
+    ("dtype", "converted"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_the_lowest_number_of_a_dtype(dtype: torch.dtype, converted: bool) -> None:
+    """Scores can be as far apart as the range of float16, and then a blocked key has a weight."""
+    low = torch.finfo(dtype).min
+    model = Attends(lambda m, s, t: torch.zeros(s, s, dtype=dtype).masked_fill(cols(s) > rows(s), low), dtype)
+    found: list[Any] = []
+    program = program_of(model)
+    assert flags(bl.causal_flags(program, report=found.append)) == [(converted, not converted)]
+    assert converted or "-65504.0 in float16 is not -inf" in found[0].why
+    infinite = Attends(lambda m, s, t: torch.zeros(s, s, dtype=dtype).masked_fill(cols(s) > rows(s), -INF), dtype)
+    assert flags(bl.causal_flags(program_of(infinite))) == [(True, False)]
+
+
+class Crosses(nn.Module):
+    """Queries of one sequence, keys of another, which have the same length in a static export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Embedding(16, 8), nn.Embedding(16, 8)
+
+    def forward(self, tokens: Tensor, others: Tensor) -> Tensor:
+        q, k = self.one(tokens)[:, None], self.two(others)[:, None]
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(10, 10, dtype=torch.bool).tril())
+
+
+def test_attention_between_two_axes_stays() -> None:
+    """Axes as told; along one axis the same mask is converted."""
+    tokens = torch.zeros(2, 10, dtype=torch.long)
+    program = export(Crosses(), (tokens, tokens))
+    found: list[Any] = []
+    two = {"tokens": {0: "batch", 1: "one"}, "others": {0: "batch", 1: "two"}}
+    assert bl.causal_flags(program, axes=two, report=found.append) is program
+    assert "one sequence axis" in found[0].why
+    same = {"tokens": {0: "batch", 1: "one"}, "others": {0: "batch", 1: "one"}}
+    assert flags(bl.causal_flags(program, axes=same)) == [(True, False)]
+
+
+def test_what_has_no_mask_is_as_it_was() -> None:
+    """And there is nothing to report."""
+    program = export_case("llama_pr1797", dynamic=True, batch=3, seq=12)[1]
+    found: list[Any] = []
+    assert bl.causal_flags(program, report=found.append) is program and not found
+    with pytest.raises(TypeError):
+        bl.causal_flags("no program")  # type: ignore[arg-type]
+
+
+def test_one_mask_of_two_is_converted() -> None:
+    """The other stays, and what both are made of stays for it."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(16, 8)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embedding(tokens)[:, None]
+            distance = rows(tokens.shape[1]) - cols(tokens.shape[1])
+            x = F.scaled_dot_product_attention(x, x, x, attn_mask=distance >= 0, dropout_p=0.0, scale=0.3)
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=(distance >= 0) & (distance < 3))
+
+    program = program_of(Two())
+    converted = bl.causal_flags(program)
+    assert flags(converted) == [(True, False), (False, True)]
+    node = next(node for node in converted.graph.nodes if "scaled_dot_product" in str(node.target))
+    assert schema_args(node)["scale"] == 0.3
+    _equal_outputs(program, converted, 17)
+
+
+def _equal_outputs(program: ExportedProgram, converted: ExportedProgram, length: int) -> None:
+    tokens = torch.randint(0, 16, (2, length))
+    assert (program.module()(tokens) - converted.module()(tokens)).abs().max() <= 1e-12
+
+
+# -- real models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "hf_llama_labels"])
+def test_hugging_face_without_documents(name: str) -> None:
+    """Every mask, when asked to take the documents of the export; lifted, sharded and verified afterwards."""
+    torch.set_default_dtype(torch.float32)
+    program = export_case(name, dynamic=True, batch=4, seq=12)[1]
+    assert bl.causal_flags(program) is program, "documents may be fed"
+    converted = bl.causal_flags(program, documents=False)
+    assert flags(converted) == [(True, False)] * 2
+    read = {read.source_kind for read in bl.scan(converted).reads}
+    assert "is_causal" in read and not bl.scan(converted).refused
+    assert not any("cumsum" in node.name or "diff" in node.name for node in converted.graph.nodes)
+    lifted = bl.lift(converted)
+    assert bl.verify(converted, lifted).passed
+    for size in (1, 2):
+        staged = bl.partition(bl.context_parallel(lifted, size=size), num_stages=2)
+        assert bl.verify(converted, staged).passed
+
+
+@pytest.mark.parametrize("name", ["llama_masked", "hf_llama_mask"])
+def test_masks_with_padding_stay(name: str) -> None:
+    """Whatever is said of documents."""
+    torch.set_default_dtype(torch.float32)
+    program = export_case(name, dynamic=True, batch=3, seq=12)[1]
+    found: list[Any] = []
+    assert bl.causal_flags(program, documents=False, report=found.append) is program
+    assert {"it depends on the input 'attention_mask'"} == {proof.why for proof in found} and len(found) == 2
+
+
+def test_a_converted_mask_is_lifted_and_sharded() -> None:
+    """A mask of this file's model: the flag follows the slots in both sizes."""
+    torch.set_default_dtype(torch.float32)
+    program = bl.causal_flags(program_of(Attends(CAUSAL["compared"], torch.float32), length=12))
+    lifted = bl.lift(program)
+    for size in (1, 2):
+        assert bl.verify(program, bl.context_parallel(lifted, size=size)).passed
