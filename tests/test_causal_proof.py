@@ -138,8 +138,8 @@ def record_of(model: nn.Module, dynamic: bool) -> tuple[torch.export.ExportedPro
 
 @pytest.mark.parametrize("block", range(8))
 def test_what_is_known_is_so(block: int) -> None:
-    """Each value that is not unknown, element by element; a proof where, and only where, the mask is causal."""
-    proven = known = attempts = 0
+    """Each value that is not unknown, element by element; a proof only where the mask is causal."""
+    known = attempts = 0
     for seed in range(block * 10, block * 10 + 10):
         build = RandomMask(seed).mask(seed % 3)
         model = Masked(build)
@@ -164,9 +164,8 @@ def test_what_is_known_is_so(block: int) -> None:
             mask = model.build(model, length)
             (proof,) = prove_masks(record, _Tables(program), documents=False)
             if proof.causal:
-                proven += 1
                 assert torch.equal(mask, torch.ones(length, length, dtype=torch.bool).tril()), seed
-    assert attempts >= 4 and known > 100 and proven >= 0
+    assert attempts >= 8 and known > 250
 
 
 class _Values(torch.fx.Interpreter):
@@ -197,6 +196,8 @@ def test_random_masks_that_are_causal_are_proven() -> None:
     """Most of those that are causal at every length, so that what is checked above is no empty claim."""
     causal = proven = 0
     for seed in range(400):
+        if causal == 20:
+            break
         build = RandomMask(seed).mask(seed % 2)
         model = Masked(build)
         try:
@@ -208,7 +209,7 @@ def test_random_masks_that_are_causal_are_proven() -> None:
         causal += 1
         program, record = record_of(model, dynamic=True)
         proven += prove_masks(record, _Tables(program))[0].causal
-    assert causal > 20 and proven >= 0.8 * causal, (causal, proven)
+    assert causal == 20 and proven >= 0.8 * causal, (causal, proven)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
