@@ -23,9 +23,9 @@ from buffer_lifting.scanner import scan_record
 
 STRATEGIES = ("auto", "allgather", "alltoall")
 _RING = (
-    "strategy='ring' is not available: torch's ring attention is right for two orders only, contiguous and head-tail, the "
-    "same for all samples, and nothing here would tell that a step was fed another one; torch calls it for CUDA kernels "
-    "only, so it could not be tested on a CPU. Use 'allgather' or 'alltoall' (docs/CAUSAL_FLAGS.md)"
+    "strategy='ring' is not available: torch's ring attention is right for two orders only, contiguous and head-tail, "
+    "the same for all samples, and nothing here would tell that a step was fed another one; torch calls it for CUDA "
+    "kernels only. Use 'allgather' or 'alltoall' (docs/CAUSAL_FLAGS.md)"
 )
 
 
