@@ -33,21 +33,8 @@ Tables = Callable[[str], Value]
 _DOCUMENTS = "it depends on the documents of packed sequences (documents=False takes those of the export)"
 _COPIES = frozenset(
     f"aten.{name}"
-    for name in [
-        "to",
-        "_to_copy",
-        "type_as",
-        "clone",
-        "contiguous",
-        "detach",
-        "alias",
-        "lift_fresh_copy",
-        "lift_fresh",
-        "detach_",
-        "bool",
-        "float",
-        "constant_pad_nd",
-    ]
+    for line in ["to _to_copy type_as clone contiguous detach alias lift_fresh_copy lift_fresh detach_ constant_pad_nd"]
+    for name in line.split()
 )
 
 

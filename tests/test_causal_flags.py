@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from zoo import export_case
+from zoo.catalog import entries, export_cell, export_of
 
 import buffer_lifting as bl
 from buffer_lifting.torch_compat import schema_args
@@ -344,6 +345,15 @@ def test_hugging_face_without_documents(name: str) -> None:
     for size in (1, 2):
         staged = bl.partition(bl.context_parallel(lifted, size=size), num_stages=2)
         assert bl.verify(converted, staged).passed
+
+
+def test_sliding_window_layers_stay() -> None:
+    """Of a Hugging Face model with both kinds of layers the full one alone is converted."""
+    torch.set_default_dtype(torch.float32)
+    entry = entries()["hf_gemma3"]
+    program = export_cell(entry, export_of(entry, "sdpa"), "dynamic")
+    converted = bl.causal_flags(program, documents=False)
+    assert sorted(flags(program)) == [(False, True)] * 2 and sorted(flags(converted)) == [(False, True), (True, False)]
 
 
 @pytest.mark.parametrize("name", ["llama_masked", "hf_llama_mask"])
