@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from buffer_lifting.lifting import lift, scan
     from buffer_lifting.package import load, load_stage
     from buffer_lifting.partitioner import partition
+    from buffer_lifting.passes.causal_flags import causal_flags
     from buffer_lifting.passes.context_parallel import context_parallel
     from buffer_lifting.program import (
         InputAxes,
@@ -45,6 +46,7 @@ _PUBLIC = {
     "scan": "lifting",
     "lift": "lifting",
     "context_parallel": "passes.context_parallel",
+    "causal_flags": "passes.causal_flags",
     "partition": "partitioner",
     "verify": "verification",
     "check": "inspection.diagnostics",
@@ -89,6 +91,7 @@ __all__ = [
     "UnsupportedReadError",
     "VerificationError",
     "VerifyReport",
+    "causal_flags",
     "check",
     "check_orders",
     "context_parallel",

@@ -163,6 +163,19 @@ def test_the_table_of_models_is_that_of_a_run() -> None:
     assert result.returncode == 0, result.stderr.decode()
 
 
+def test_the_snippet_of_causal_flags_runs(tmp_path: Path) -> None:
+    """It prints what the document says it prints."""
+    text = (ROOT / "docs" / "CAUSAL_FLAGS.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (said,) = re.findall(r"```text\n(.*?)```", text, flags=re.S)
+    (tmp_path / "model.py").write_text(snippet)
+    result = subprocess.run(
+        [sys.executable, "model.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.sub(r"\[.*model.py", "[model.py", result.stdout) == said
+
+
 @pytest.mark.multiprocess
 def test_the_snippet_of_changing_lengths_trains(tmp_path: Path) -> None:
     """As written, on 2 processes: a line for each step, and what it says of a boundary."""

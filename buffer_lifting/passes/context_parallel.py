@@ -23,6 +23,11 @@ from buffer_lifting.program import Axes, FeedOutput, LiftedInput
 from buffer_lifting.scanner import scan_record
 
 STRATEGIES = ("auto", "allgather", "alltoall")
+_RING = (
+    "strategy='ring' is not available: torch's ring attention is right for two orders only, contiguous and head-tail, "
+    "the same for all samples, and nothing here would tell that a step was fed another one; torch calls it for CUDA "
+    "kernels only. Use 'allgather' or 'alltoall' (docs/CAUSAL_FLAGS.md)"
+)
 
 
 def user_axes(lifted: LiftedProgram) -> Axes:
@@ -52,7 +57,8 @@ def context_parallel(
         strategy: ``"allgather"``: keys and values are gathered; any attention and any mask. ``"alltoall"``: heads
             are exchanged for rows at each ``scaled_dot_product_attention`` (DeepSpeed-Ulysses), which sends less
             where there are more ranks than query heads a key head has; any mask; the heads of queries and of keys
-            have to divide by ``size``. ``"auto"`` is ``"allgather"``.
+            have to divide by ``size``. ``"auto"`` is ``"allgather"``. ``"ring"`` (torch's own ring attention) is
+            refused; the message says why.
 
     Raises:
         LiftingError: a size that is no positive integer; an unknown strategy; a program that was transformed
@@ -65,6 +71,8 @@ def context_parallel(
         raise LiftingError(f"the program was already made context-parallel (size {lifted.cp_size})")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise LiftingError(f"size is a positive integer, not {size!r}")
+    if strategy == "ring":
+        raise LiftingError(_RING)
     if strategy not in STRATEGIES:
         raise LiftingError(f"strategy is one of {', '.join(map(repr, STRATEGIES))}, not {strategy!r}")
     if size > 1 and lifted.report.refused:
