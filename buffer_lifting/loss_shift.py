@@ -16,33 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from buffer_lifting.axes import InputLabels
-from buffer_lifting.axis_rules import OpView, apply_rule
 from buffer_lifting.dataflow import Dep, analyse
-from buffer_lifting.graph.record import Arg, GraphRecord, Node, NodeKind, Ref, TensorMeta, renamed_meta
-from buffer_lifting.graph.sizes import Size, add, is_symbol, multiply, product, rename, symbol
-from buffer_lifting.labels import ROW, DimLabel, Factor, Labels, features, has_seq
-from buffer_lifting.ops import ASSERTIONS, content_operands
+from buffer_lifting.graph.record import Arg, GraphRecord, Node, NodeKind, Ref, TensorMeta
+from buffer_lifting.graph.sizes import Size, add, multiply, product, rename
+from buffer_lifting.labels import Labels, has_seq
+from buffer_lifting.loss_chain import AXIS, LAST, LOSSES, MOVES, SHORTER, SIZED, Chains, NoShift
 from buffer_lifting.plan import LiftPlan
 
-LAST = 2**63 - 1  # the end of a slice that has none
-_AXIS = "shifted"
-_SHORTER = "the shorter sequence of a shifted loss"  # no name of a size symbol
 _MEAN, _SUM = 1, 2
-
-_LOSSES = frozenset({"aten.cross_entropy_loss", "aten.nll_loss_nd", "aten.nll_loss", "aten.nll_loss2d"})
-_SIZED = {"aten.view": "size", "aten.reshape": "shape", "aten._unsafe_view": "size"}
-_CASTS = frozenset(f"aten.{name}" for name in "contiguous clone alias detach to _to_copy".split())
-_VIEWS = frozenset(f"aten.{name}" for name in "flatten permute transpose t movedim swapaxes unsqueeze slice".split())
-_MOVES = _CASTS | _VIEWS | frozenset(_SIZED)
-#: Ops on data whose gradient at a position that the loss ignores is zero, with no pole for it to meet.
-_COMPUTE = {
-    **dict.fromkeys(("aten.linear", "aten.layer_norm", "aten.rms_norm", "aten._fused_rms_norm"), "input"),
-    **dict.fromkeys(("aten.matmul", "aten.mm", "aten.log_softmax", "aten.softmax"), "self"),
-    "aten.addmm": "mat1",
-}
-_POINTWISE = frozenset(
-    f"aten.{name}" for name in "add sub mul neg tanh sigmoid relu gelu silu clamp clamp_min clamp_max".split()
-)
 
 
 @dataclass(frozen=True)
@@ -87,32 +68,31 @@ class ShiftSearch:
     def told(self, plan: LiftPlan) -> LiftPlan:
         """The plan of the changed record, with the shifts and the reasons in it."""
         mixing = tuple(
-            replace(mix, reason=f"{mix.reason}; no shifted loss: {self.reasons[mix.node]}") if mix.node in self.reasons else mix
+            replace(mix, reason=f"{mix.reason}; no shifted loss: {self.reasons[mix.node]}")
+            if mix.node in self.reasons
+            else mix
             for mix in plan.report.mixing
         )
         return replace(plan, shifts=self.shifts, report=replace(plan.report, mixing=mixing))
 
 
-class _No(Exception):
-    """Why a slice is no shift; the message is for a person."""
-
-
 def undo_shifts(record: GraphRecord, inputs: InputLabels) -> ShiftSearch:
     """Finds the shifted losses of a record, and changes it to losses over all positions."""
     result = ShiftSearch()
-    if not any(node.base_op in _LOSSES for node in record.nodes.values()):
+    if not any(node.base_op in LOSSES for node in record.nodes.values()):
         return result
     deps = analyse(record, inputs.labels)
     users, lengths = record.users(), set(inputs.lengths.values())
     order = {name: index for index, name in enumerate(record.nodes)}
     live = record.live()
+    losses = [name for name, node in record.nodes.items() if node.base_op in LOSSES and name in live]
     for node in list(record.nodes.values()):
         if node.name not in live or not deps[node.name] & Dep.DATA or _cut(record, node, lengths) is None:
             continue
-        search = _Search(record, users, order, lengths, deps)
+        search = _Search(record, users, order, lengths, deps, losses)
         try:
             shift = search.shift(node)
-        except _No as no:
+        except NoShift as no:
             if search.loss is not None:
                 result.reasons[node.name] = str(no)
             continue
@@ -142,7 +122,7 @@ def _cut(record: GraphRecord, node: Node, lengths: set[Size]) -> tuple[int, Size
     return dim, start or 0, rows, whole
 
 
-class _Search:
+class _Search(Chains):
     """One slice of data, followed to its loss."""
 
     def __init__(
@@ -152,43 +132,42 @@ class _Search:
         order: dict[str, int],
         lengths: set[Size],
         deps: dict[str, Dep],
+        losses: list[str],
     ) -> None:
-        self.record, self.users, self.order, self.lengths, self.deps = record, users, order, lengths, deps
+        super().__init__(record, users, order)
+        self.lengths, self.deps, self.losses = lengths, deps, losses
         self.loss: Node | None = None
-        self.amount = 0
-        self.whole: Size = 0
-        self.shadow: dict[str, Node] = {}
 
     def shift(self, cut: Node) -> LossShift:
         """The shift that begins with a slice of data.
 
         Raises:
-            _No: it is none.
+            NoShift: it is none.
         """
         found = _cut(self.record, cut, self.lengths)
         assert found is not None
         dim, start, rows, self.whole = found
-        below = self._below(cut.name)
-        losses = [name for name in below if self.record.nodes[name].base_op in _LOSSES]
-        if len(losses) == 1 and len(below) < len(self.record.nodes):
+        below = self.below(cut.name)
+        losses = [name for name in below if self.record.nodes[name].base_op in LOSSES]
+        if len(losses) == 1:
             self.loss = self.record.nodes[losses[0]]
         if not losses:
-            raise _No("it leads to no loss")
+            raise NoShift("it leads to no loss")
         amount = add(self.whole, multiply(-1, rows))
         if start != 0 or not isinstance(amount, int) or amount < 1:
-            raise _No("only a slice that drops the last positions, [:, :-k], can be undone")
+            raise NoShift("only a slice that drops the last positions, [:, :-k], can be undone")
         if len(losses) != 1 or self.loss is None:
-            raise _No("it leads to several losses")
+            raise NoShift("it leads to several losses")
         self.amount = amount
         if rows == 1:
-            raise _No("one position is left of the sequence; export with a longer example")
-        data = self._follow(cut, dim)
+            raise NoShift("one position is left of the sequence; export with a longer example")
+        data = self.follow(cut, dim, self.loss, "self")
         ignored = self._check_loss(self.loss)
         target_cut, target_dim = self._target(self.loss)
-        targets = self._follow(target_cut, target_dim)
+        targets = self.follow(target_cut, target_dim, self.loss, "target")
         rest = data[self._operand("self")]
         if len(rest) < 2 or has_seq(rest[1]) or (rest[0], *rest[2:]) != targets[self._operand("target")]:
-            raise _No("its rows and the targets are not laid out alike where the loss reads them")
+            raise NoShift("its rows and the targets are not laid out alike where the loss reads them")
         source, padded = cut.args["self"], target_cut.args["self"]
         assert isinstance(source, Ref) and isinstance(padded, Ref) and target_cut.tensor is not None
         labels = {name: own for name, own in {**data, **targets}.items() if name != cut.name}
@@ -208,7 +187,7 @@ class _Search:
             sizes={
                 name: self._sizes(self.record.nodes[name], labels[name])
                 for name in names
-                if self.record.nodes[name].base_op in _SIZED
+                if self.record.nodes[name].base_op in SIZED
             },
         )
 
@@ -222,33 +201,21 @@ class _Search:
             name += "_"
         return name
 
-    def _below(self, name: str) -> list[str]:
-        """All nodes that are computed from a value up to the losses, in order."""
-        seen: set[str] = set()
-        stack = [name]
-        while stack:
-            for user in self.users[stack.pop()]:
-                if user not in seen:
-                    seen.add(user)
-                    if self.record.nodes[user].base_op not in _LOSSES:
-                        stack.append(user)
-        return sorted(seen, key=self.order.__getitem__)
-
     # -- the loss and its target ------------------------------------------------------------------------------
 
     def _check_loss(self, loss: Node) -> int:
         """The target that the loss ignores."""
-        ignored, smoothing = loss.args.get("ignore_index"), loss.args.get("label_smoothing", 0.0)
+        ignored = loss.args.get("ignore_index")
         if not isinstance(ignored, int):
-            raise _No("the target that its loss ignores is not known")
-        if loss.args.get("weight") is not None:
-            raise _No("its loss has class weights, and ranks would not know each other's sum of them")
-        if loss.args.get("reduction") not in (_MEAN, _SUM):
-            raise _No("its loss is not reduced (reduction='none'): write reduction='sum' or 'mean' in the model")
-        if smoothing not in (0, 0.0):
-            raise _No("its loss smooths its labels")
-        if self._operand("self") == self._operand("target"):
-            raise _No("its loss reads it as the target too")
+            raise NoShift("the target that its loss ignores is not known")
+        reduction = loss.args.get("reduction")
+        if reduction not in (_MEAN, _SUM):
+            raise NoShift("its loss is not reduced (reduction='none'): write reduction='sum' or 'mean' in the model")
+        if reduction == _MEAN and loss.args.get("weight") is not None:
+            raise NoShift("its loss is a mean with class weights: ranks would not know each other's sum of weights")
+        others = [name for name in self.losses if name != loss.name]
+        if others and any(self.record.nodes[name].args.get("reduction") != _SUM for name in (loss.name, *others)):
+            raise NoShift(f"it and {others[0]!r} are means over their own numbers of targets; use reduction='sum'")
         return ignored
 
     def _target(self, loss: Node) -> tuple[Node, int]:
@@ -262,10 +229,10 @@ class _Search:
             if found is not None:
                 return self._paired(node, found)
             source = node.args.get("self")
-            if node.base_op not in _MOVES or not isinstance(source, Ref):
+            if node.base_op not in MOVES or not isinstance(source, Ref):
                 break
             name = source.name
-        raise _No("the target of its loss is no slice of integers")
+        raise NoShift("the target of its loss is no slice of integers")
 
     def _paired(self, node: Node, found: tuple[int, Size, Size, Size]) -> tuple[Node, int]:
         dim, start, rows, whole = found
@@ -273,93 +240,32 @@ class _Search:
         assert isinstance(source, Ref)
         origin, dep = self.record.nodes[source.name], self.deps[source.name]
         if Dep.USER not in dep or dep & (Dep.DATA | Dep.PARAM | Dep.RANDOM | Dep.WRITTEN):
-            raise _No("the target of its loss is not made of user inputs alone")
+            raise NoShift("the target of its loss is not made of user inputs alone")
         if node.base_op != "aten.slice" or origin.tensor is None or origin.tensor.dtype != "int64":
-            raise _No("the target of its loss is no slice of integers")
+            raise NoShift("the target of its loss is no slice of integers")
         if whole != self.whole or start != self.amount or add(rows, start) != whole:
-            raise _No(f"[:, :-{self.amount}] of the data goes with [:, {self.amount}:] of the targets, which this is not")
+            raise NoShift(
+                f"[:, :-{self.amount}] of the data goes with [:, {self.amount}:] of the targets, which this is not"
+            )
         return node, dim
-
-    # -- along the chains -------------------------------------------------------------------------------------
-
-    def _follow(self, cut: Node, dim: int) -> dict[str, Labels]:
-        """The labels of a slice and of all that is computed from it, up to the loss: which dims have its rows."""
-        assert self.loss is not None and cut.tensor is not None
-        shape = self._shadowed(cut.name).tensor
-        assert shape is not None
-        row: DimLabel = (Factor(_AXIS, ROW, shape.shape[dim]),)
-        labels: dict[str, Labels] = {cut.name: (*features(shape.shape[:dim]), row, *features(shape.shape[dim + 1 :]))}
-        side = "self" if self.deps[cut.name] & Dep.DATA else "target"
-        for name in self._below(cut.name):
-            node = self.record.nodes[name]
-            inside = [(path, ref) for path, ref in node.named_refs() if ref in labels]
-            if node.base_op in ASSERTIONS:
-                if node.args.get("size") is not None or node.args.get("stride") is not None:
-                    raise _No(f"the graph asserts its size ({name!r})")
-            elif node is self.loss:
-                if [path for path, _ in inside] != [side]:
-                    raise _No("its loss reads it as the target too")
-            elif inside:
-                labels[name] = self._through(node, inside, labels)
-        return labels
-
-    def _through(self, node: Node, inside: list[tuple[str, str]], labels: dict[str, Labels]) -> Labels:
-        op = node.base_op
-        known = {name: (own,) for name, own in labels.items()}
-        local = op in _MOVES or op in _POINTWISE or [path for path, _ in inside] == [_COMPUTE.get(op)]
-        if op == "aten.div" and isinstance(other := node.args.get("other"), int | float):
-            local = other != 0
-        if not local or node.tensor is None:
-            raise _No(f"it is read elsewhere than by its loss: by {node.name!r} ({node.op})")
-        if op == "aten.slice" and self._cuts(node, labels[inside[0][1]]):
-            raise _No(f"another part of it is cut out by {node.name!r}")
-        shadow = {name: self._shadowed(name) for name in (node.name, *node.refs())}
-        view = OpView(GraphRecord(shadow), shadow[node.name], known, data=lambda name: name in labels)
-        result = apply_rule(view)
-        if result is None or result.mixing or not result.outputs:
-            raise _No(f"{node.name!r} ({node.op}) is not known to be local along the sequence")
-        out = result.outputs[0]
-        if sum(factor.axis == _AXIS for own in out for factor in own) != 1:
-            raise _No(f"how {node.name!r} ({node.op}) follows the sequence is not known")
-        for name in content_operands(node) if op in _POINTWISE else ():
-            meta = shadow[name].tensor
-            sizes = meta.shape[::-1] if meta is not None and name not in labels else ()
-            if any(size != 1 and has_seq(out[-offset]) for offset, size in enumerate(sizes, 1)):
-                raise _No(f"another value meets its rows in {node.name!r} ({node.op})")
-        return out
-
-    def _cuts(self, node: Node, own: Labels) -> bool:
-        """Whether a slice could cut rows out, once there are more of them."""
-        dim = node.args.get("dim", 0)
-        whole = node.args.get("start", 0) in (0, None) and node.args.get("end") in (None, LAST)
-        return not whole and (not isinstance(dim, int) or has_seq(own[dim % len(own)]))
-
-    def _shadowed(self, name: str) -> Node:
-        """A node with the number of rows as a symbol, so that sizes are products of sizes of dims."""
-        if name not in self.shadow:
-            node = self.record.nodes[name]
-            if is_symbol(self.whole):
-                node = replace(node, meta=renamed_meta(node.meta, {str(self.whole): add(symbol(_SHORTER), self.amount)}))
-            self.shadow[name] = node
-        return self.shadow[name]
 
     # -- the longer form --------------------------------------------------------------------------------------
 
     def _longer(self, name: str, labels: Labels) -> tuple[Size, ...]:
         meta = self.record.nodes[name].tensor
         assert meta is not None
-        back = {_SHORTER: add(self.whole, -self.amount)}
+        back = {SHORTER: add(self.whole, -self.amount)}
         return tuple(
-            product(self.whole if f.axis == _AXIS else rename(f.size, back) for f in own) if has_seq(own) else size
+            product(self.whole if f.axis == AXIS else rename(f.size, back) for f in own) if has_seq(own) else size
             for own, size in zip(labels, meta.shape, strict=True)
         )
 
     def _sizes(self, node: Node, labels: Labels) -> tuple[str, tuple[Arg, ...]]:
         """The sizes that a reshape takes, its longer dim inferred."""
-        key = _SIZED[node.base_op]
+        key = SIZED[node.base_op]
         given = node.args.get(key)
         if not isinstance(given, tuple) or len(given) != len(labels) or node.tensor is None:
-            raise _No(f"the sizes of {node.name!r} are not known")
+            raise NoShift(f"the sizes of {node.name!r} are not known")
         result: list[Arg] = []
         for arg, own, size in zip(given, labels, node.tensor.shape, strict=True):
             if has_seq(own):
@@ -369,7 +275,7 @@ class _Search:
             elif isinstance(size, int):
                 result.append(size)
             else:
-                raise _No(f"{node.name!r} infers a dim that is not the sequence; write its size in the model")
+                raise NoShift(f"{node.name!r} infers a dim that is not the sequence; write its size in the model")
         return key, tuple(result)
 
 

@@ -36,6 +36,20 @@ def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None
     scan.labels[node.name] = scan.completion.complete(node, outputs) or _same_shape(scan, node)
 
 
+#: Reductions whose result does not depend on the order of the tokens.
+_UNORDERED = frozenset(f"aten.{name}" for name in ("sum", "count_nonzero", "any", "all", "amax", "amin", "max", "min"))
+
+
+def counts_moved(scan: _Scan, name: str) -> bool:
+    """Whether a value made of user inputs is computed from tokens that were moved or cut out (a label shift).
+
+    On a shard the first of these ops is wrong at its ends, and so is what is counted behind it.
+    """
+    above = [scan.record.nodes[own] for own in scan.planner.ancestors(name) if own in scan.mixed]
+    first = [node for node in above if not any(operand in scan.mixed for operand in content_operands(node))]
+    return any(node.base_op not in _UNORDERED for node in first)
+
+
 def _same_shape(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:
     """Labels of an op that keeps an operand's shape (roll, cumsum): slot i of the result is still slot i."""
     for name in node.refs():

@@ -53,7 +53,7 @@ from buffer_lifting.program import (
 from buffer_lifting.reporting import Edge, Reports, written_state
 from buffer_lifting.routing import Routing
 from buffer_lifting.routing.facts import has_routed
-from buffer_lifting.scan_users import label_user_value, no_axis, report_returned
+from buffer_lifting.scan_users import counts_moved, label_user_value, no_axis, report_returned
 
 FormOption = str | Mapping[str, str]
 
@@ -195,7 +195,8 @@ class _Scan:
     def _normalises_a_loss(self, node: Node, value: Node) -> bool:
         """Whether a number computed from all of a user's tokens meets a reduction over all tokens."""
         scalar = value.tensor is not None and not value.tensor.shape
-        return scalar and Dep.DATA not in self.deps[value.name] and any(name in self.totals for name in node.refs())
+        known = Dep.DATA not in self.deps[value.name] and not counts_moved(self, value.name)
+        return scalar and known and any(name in self.totals for name in node.refs())
 
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]

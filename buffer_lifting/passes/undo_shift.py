@@ -11,7 +11,8 @@ import torch
 from torch.fx import Graph
 
 from buffer_lifting.graph.record import Arg, Ref
-from buffer_lifting.loss_shift import LAST, LossShift
+from buffer_lifting.loss_chain import LAST
+from buffer_lifting.loss_shift import LossShift
 from buffer_lifting.passes.fakes import Fakes
 from buffer_lifting.torch_compat import set_arguments
 
