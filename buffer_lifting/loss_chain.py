@@ -15,12 +15,13 @@ from buffer_lifting.labels import ROW, DimLabel, Factor, Labels, features, has_s
 from buffer_lifting.ops import ASSERTIONS, MATRIX_PRODUCTS
 
 LAST = 2**63 - 1  # the end of a slice that has none
+NO_SHIFT = "no shifted loss"  # in a reason: a slice that leads to a loss, and could not be undone
 AXIS = "shifted"
 SHORTER = "the shorter sequence of a shifted loss"  # no name of a size symbol
 LOSSES = frozenset({"aten.cross_entropy_loss", "aten.nll_loss_nd", "aten.nll_loss", "aten.nll_loss2d"})
 SIZED = {"aten.view": "size", "aten.reshape": "shape", "aten._unsafe_view": "size"}
 _CASTS = frozenset({"aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.to", "aten._to_copy"})
-_PERMUTES = frozenset({"aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.swapaxes"})
+_PERMUTES = frozenset({"aten.permute", "aten.transpose", "aten.t", "aten.mT", "aten.numpy_T", "aten.movedim"})
 MOVES = _CASTS | _PERMUTES | frozenset({"aten.flatten", "aten.unsqueeze", "aten.slice", *SIZED})
 #: Ops on data, and the operand that it may be. At a position that the loss ignores, their gradient is zero: there is
 #: no pole that it could meet.
@@ -31,6 +32,9 @@ _COMPUTE = {
 }
 _BINARY = frozenset({"aten.add", "aten.sub", "aten.mul"})
 _POINTWISE = _BINARY | {"aten.neg", "aten.tanh", "aten.sigmoid", "aten.relu", "aten.gelu", "aten.silu", "aten.clamp"}
+
+
+_PASSED = MOVES | _POINTWISE | _COMPUTE.keys() | {"aten.div"}
 
 
 class NoShift(Exception):
@@ -47,14 +51,14 @@ class Chains:
         self.shadow: dict[str, Node] = {}
 
     def below(self, name: str) -> list[str]:
-        """All nodes that are computed from a value up to the losses, in order."""
+        """All nodes that are computed from a value, up to the losses and to ops that no chain passes, in order."""
         seen: set[str] = set()
         stack = [name]
         while stack:
             for user in self.users[stack.pop()]:
                 if user not in seen:
                     seen.add(user)
-                    if self.record.nodes[user].base_op not in LOSSES:
+                    if self.record.nodes[user].base_op in _PASSED:
                         stack.append(user)
         return sorted(seen, key=self.order.__getitem__)
 

@@ -20,10 +20,11 @@ from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.graph.record import Arg, GraphRecord, Node, NodeKind, Ref, TensorMeta
 from buffer_lifting.graph.sizes import Size, add, multiply, product, rename
 from buffer_lifting.labels import Labels, has_seq
-from buffer_lifting.loss_chain import AXIS, LAST, LOSSES, MOVES, SHORTER, SIZED, Chains, NoShift
+from buffer_lifting.loss_chain import AXIS, LAST, LOSSES, MOVES, NO_SHIFT, SHORTER, SIZED, Chains, NoShift
 from buffer_lifting.plan import LiftPlan
 
 _MEAN, _SUM = 1, 2
+_INTEGERS = ("int64", "int32")  # of targets; every target that a loss ignores is one of both
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,8 @@ class ShiftSearch:
 
     def told(self, plan: LiftPlan) -> LiftPlan:
         """The plan of the changed record, with the shifts and the reasons in it."""
-        mixing = tuple(
-            replace(mix, reason=f"{mix.reason}; no shifted loss: {self.reasons[mix.node]}")
-            if mix.node in self.reasons
-            else mix
-            for mix in plan.report.mixing
-        )
+        why = {name: f"; {NO_SHIFT}: {reason}" for name, reason in self.reasons.items()}
+        mixing = tuple(replace(mix, reason=mix.reason + why.get(mix.node, "")) for mix in plan.report.mixing)
         return replace(plan, shifts=self.shifts, report=replace(plan.report, mixing=mixing))
 
 
@@ -168,6 +165,8 @@ class _Search(Chains):
         rest = data[self._operand("self")]
         if len(rest) < 2 or has_seq(rest[1]) or (rest[0], *rest[2:]) != targets[self._operand("target")]:
             raise NoShift("its rows and the targets are not laid out alike where the loss reads them")
+        if any(has_seq(dim) and dim[-1].axis != AXIS for dim in rest):
+            raise NoShift("the batch is folded behind the sequence where its loss reads it; transpose it first")
         source, padded = cut.args["self"], target_cut.args["self"]
         assert isinstance(source, Ref) and isinstance(padded, Ref) and target_cut.tensor is not None
         labels = {name: own for name, own in {**data, **targets}.items() if name != cut.name}
@@ -206,7 +205,7 @@ class _Search(Chains):
     def _check_loss(self, loss: Node) -> int:
         """The target that the loss ignores."""
         ignored = loss.args.get("ignore_index")
-        if not isinstance(ignored, int):
+        if not isinstance(ignored, int) or abs(ignored) >= 2**31:
             raise NoShift("the target that its loss ignores is not known")
         reduction = loss.args.get("reduction")
         if reduction not in (_MEAN, _SUM):
@@ -223,7 +222,7 @@ class _Search(Chains):
         name = self._operand("target")
         while name:
             node = self.record.nodes[name]
-            if node.kind is not NodeKind.OP or node.tensor is None or node.tensor.dtype != "int64":
+            if node.kind is not NodeKind.OP or node.tensor is None or node.tensor.dtype not in _INTEGERS:
                 break
             found = _cut(self.record, node, self.lengths)
             if found is not None:
@@ -241,7 +240,7 @@ class _Search(Chains):
         origin, dep = self.record.nodes[source.name], self.deps[source.name]
         if Dep.USER not in dep or dep & (Dep.DATA | Dep.PARAM | Dep.RANDOM | Dep.WRITTEN):
             raise NoShift("the target of its loss is not made of user inputs alone")
-        if node.base_op != "aten.slice" or origin.tensor is None or origin.tensor.dtype != "int64":
+        if node.base_op != "aten.slice" or origin.tensor is None or origin.tensor.dtype not in _INTEGERS:
             raise NoShift("the target of its loss is no slice of integers")
         if whole != self.whole or start != self.amount or add(rows, start) != whole:
             raise NoShift(

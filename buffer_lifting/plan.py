@@ -171,6 +171,11 @@ class LiftPlan:
     lengths: dict[str, Size] = field(default_factory=dict)  # of each sequence axis
     shifts: list[LossShift] = field(default_factory=list)  # shifted losses that the record has in their longer form
 
+    def labels_of_original(self) -> dict[str, tuple[Labels, ...] | None]:
+        """``data_labels`` of the values that have the same shape in the program itself."""
+        longer = {name for shift in self.shifts for name in shift.shapes}
+        return {name: labels for name, labels in self.data_labels.items() if name not in longer}
+
 
 @dataclass(frozen=True)
 class FrontierEdge:
