@@ -12,7 +12,7 @@ from buffer_lifting.axis_rules import OpView, apply_rule
 from buffer_lifting.graph.record import GraphRecord, Node, renamed_meta
 from buffer_lifting.graph.sizes import Size, add, is_symbol, symbol
 from buffer_lifting.labels import ROW, DimLabel, Factor, Labels, features, has_seq
-from buffer_lifting.ops import ASSERTIONS, MATRIX_PRODUCTS
+from buffer_lifting.ops import ASSERTIONS, MATRIX_PRODUCTS, is_pointwise
 
 LAST = 2**63 - 1  # the end of a slice that has none
 NO_SHIFT = "no shifted loss"  # in a reason: a slice that leads to a loss, and could not be undone
@@ -34,7 +34,7 @@ _BINARY = frozenset({"aten.add", "aten.sub", "aten.mul"})
 _POINTWISE = _BINARY | {"aten.neg", "aten.tanh", "aten.sigmoid", "aten.relu", "aten.gelu", "aten.silu", "aten.clamp"}
 
 
-_PASSED = MOVES | _POINTWISE | _COMPUTE.keys() | {"aten.div"}
+_PASSED = MOVES | _COMPUTE.keys()
 
 
 class NoShift(Exception):
@@ -51,14 +51,14 @@ class Chains:
         self.shadow: dict[str, Node] = {}
 
     def below(self, name: str) -> list[str]:
-        """All nodes that are computed from a value, up to the losses and to ops that no chain passes, in order."""
+        """All nodes computed from a value, up to the losses and to ops that end every chain, in order."""
         seen: set[str] = set()
         stack = [name]
         while stack:
             for user in self.users[stack.pop()]:
                 if user not in seen:
                     seen.add(user)
-                    if self.record.nodes[user].base_op in _PASSED:
+                    if self.record.nodes[user].base_op in _PASSED or is_pointwise(self.record.nodes[user]):
                         stack.append(user)
         return sorted(seen, key=self.order.__getitem__)
 
