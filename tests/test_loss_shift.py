@@ -13,8 +13,10 @@ import transformers
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 import buffer_lifting as bl
+from buffer_lifting import loss_shift
 from buffer_lifting.axes import label_inputs
 from buffer_lifting.cli import main
 from buffer_lifting.graph.archive import read_archive
@@ -356,8 +358,30 @@ def llama() -> nn.Module:
     return WithLoss(transformers.LlamaForCausalLM(config))
 
 
+def image_gpt() -> nn.Module:
+    """A model of transformers that slices its own logits."""
+    sizes = {"vocab_size": VOCAB + 1, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "use_cache": False}
+    return transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**sizes)).eval()
+
+
+def blip_text() -> nn.Module:
+    """Another one, which smooths its labels as well."""
+    config = transformers.BlipTextConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        encoder_hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        is_decoder=True,
+        use_cache=False,
+    )
+    return BlipTextLMHeadModel(config).eval()
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("build", [NanoGPT, llama])
+@pytest.mark.parametrize("build", [NanoGPT, llama, image_gpt, blip_text])
 def test_models(build: Callable[[], nn.Module], dynamic: bool) -> None:
     """Whole models: lifted, split into stages, and on two context-parallel ranks."""
     torch.manual_seed(0)
@@ -371,3 +395,37 @@ def test_models(build: Callable[[], nn.Module], dynamic: bool) -> None:
     assert {check.name for check in bl.verify(own, staged).checks} >= {"identity", "equivariance", "composition"}
     if dynamic:
         bl.verify(own, bl.context_parallel(lifted, size=2))
+
+
+def pads_with_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last position counts, with class 2 as its target."""
+    monkeypatch.setattr(loss_shift._Search, "_check_loss", lambda self, loss: 2)
+
+
+def pads_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets are not shifted."""
+    monkeypatch.setattr(loss_shift.LossShift, "widths", property(lambda self: (self.amount, 0)))
+
+
+def takes_any_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets of the same positions pass for the next ones."""
+
+    def paired(self: object, node: Node, found: tuple[int, object, object, object]) -> tuple[Node, int]:
+        return node, found[0]
+
+    monkeypatch.setattr(loss_shift._Search, "_paired", paired)
+
+
+@pytest.mark.parametrize("fault", [pads_with_a_class, pads_in_front, takes_any_slice], ids=lambda fault: fault.__name__)
+def test_identity_sees_faults(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle compares with the program as it is, not with the longer form that the values are compared with."""
+
+    def loss(n: Net, x: Tensor, i: Tensor, t: Tensor) -> Tensor:
+        target = t[:, :-1] if fault is takes_any_slice else t[:, 1:]
+        return ce(n.head(x)[:, :-1].mT, target)
+
+    own = program(loss, False)
+    fault(monkeypatch)
+    lifted = bl.lift(own)
+    with pytest.raises(bl.VerificationError, match="identity does not hold"):
+        bl.verify(own, lifted)
