@@ -20,6 +20,7 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.assemble import assemble
 from buffer_lifting.passes.lift_buffers import LiftBuffers, LiftState
 from buffer_lifting.passes.normalize import Normalized, normalize
+from buffer_lifting.passes.undo_shift import undo_shifts_in
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes, Finding, PositionRead, ScanReport, SequenceMixing
 from buffer_lifting.scanner import FormOption, scan_record
@@ -77,6 +78,7 @@ def lift(
     record = build_record(program, normalized.graph)
     plan = scan_record(record, axes, form)
     _check(plan.report, strict)
+    undo_shifts_in(normalized.graph, plan.shifts)
     feed = feed_program(program, normalized, record, plan, axes)
     state = LiftState(normalized.graph, plan, normalized.submodules)
     LiftBuffers()(state)

@@ -10,6 +10,7 @@ from buffer_lifting.axis_rules import ruled_ops
 from buffer_lifting.graph.record import Arg, GraphRecord, Node, NodeKind, Opaque, Ref, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.labels import ROW, Labels, seq_axes
 from buffer_lifting.local_rules import rule_docs
+from buffer_lifting.loss_chain import NO_SHIFT
 from buffer_lifting.ops import FILLS, content_operands, is_mutating, is_pointwise, is_random
 from buffer_lifting.ops_table import VIEWS
 from buffer_lifting.plan import Refuse
@@ -283,6 +284,13 @@ def at_mixing(record: GraphRecord, node: Node, reason: str, features: Collection
     """
     known = ruled_ops()
     here = call_text(record, node)
+    if NO_SHIFT in reason:
+        needs = (
+            "logits[:, :-k] that one loss alone reads, row by row, with labels[:, k:] of the user's as its targets; "
+            "reduction 'sum', or 'mean' without class weights"
+        )
+        failed = reason.partition(f"{NO_SHIFT}: ")[2]
+        return (Candidate("a loss of the next token, shifted by slices", needs, failed, here),)
     if node.base_op not in known and node.op not in known and not is_pointwise(node):
         return (Candidate(f"no rule for {node.op} on data", no_rule(node.base_op, known), reason, here),)
     if features and not {"dim", "dims"}.isdisjoint(node.args):

@@ -19,6 +19,7 @@ from buffer_lifting.program import FeedOutput, InputAxes, PositionRead, ScanRepo
 
 if TYPE_CHECKING:
     from buffer_lifting.flex_plan import FlexPlan
+    from buffer_lifting.loss_shift import LossShift
 
 
 class Refuse(Exception):
@@ -168,6 +169,12 @@ class LiftPlan:
     #: For each dim of a value without user contents, by its name: whether its elements can differ along it.
     varies: Callable[[str], Sequence[bool]] = field(default=lambda name: ())
     lengths: dict[str, Size] = field(default_factory=dict)  # of each sequence axis
+    shifts: list[LossShift] = field(default_factory=list)  # shifted losses that the record has in their longer form
+
+    def labels_of_original(self) -> dict[str, tuple[Labels, ...] | None]:
+        """``data_labels`` of the values that have the same shape in the program itself."""
+        longer = {name for shift in self.shifts for name in shift.shapes}
+        return {name: labels for name, labels in self.data_labels.items() if name not in longer}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from buffer_lifting.labels import (
     is_labelled,
     seq_axes,
 )
+from buffer_lifting.loss_shift import undo_shifts
 from buffer_lifting.naming import name_outputs
 from buffer_lifting.ops import (
     ATTENTION,
@@ -70,11 +71,12 @@ def scan_record(record: GraphRecord, axes: Axes | None = None, form: FormOption 
         if name not in _FORMS:
             raise ValueError(f"form is one of {', '.join(_FORMS)} or a mapping from source FQN to one, not {name!r}")
     inputs = label_inputs(record, axes)
+    shifted = undo_shifts(record, inputs)
     scan = _Scan(record, inputs, form, frozenset())
     col_only = frozenset(n for n, roles in scan.planner.input_roles.items() if roles == {COL} and _one_axis(inputs, n))
     if col_only:
         scan = _Scan(record, inputs, form, col_only)
-    return scan.result()
+    return shifted.told(scan.result())
 
 
 def _one_axis(inputs: InputLabels, name: str) -> bool:

@@ -132,13 +132,14 @@ class Node:
         return self._refs
 
 
-def _renamed(meta: Meta, names: dict[str, str] | dict[str, Size]) -> Meta:
+def renamed_meta(meta: Meta, names: dict[str, str] | dict[str, Size]) -> Meta:
+    """A meta with size symbols renamed, or replaced by sizes."""
     if isinstance(meta, TensorMeta):
         return TensorMeta(tuple(rename(size, names) for size in meta.shape), meta.dtype)
     if isinstance(meta, ScalarMeta):
         return ScalarMeta(None if meta.size is None else rename(meta.size, names))
     if isinstance(meta, tuple):
-        return tuple(_renamed(item, names) for item in meta)
+        return tuple(renamed_meta(item, names) for item in meta)
     return meta
 
 
@@ -162,7 +163,7 @@ class GraphRecord:
     def rename_symbols(self, names: dict[str, str] | dict[str, Size]) -> None:
         """Renames size symbols in every node's meta (two symbols that are known to be one size), or replaces them."""
         for node in self.nodes.values():
-            node.meta = _renamed(node.meta, names)
+            node.meta = renamed_meta(node.meta, names)
         for body in self.bodies.values():
             body.rename_symbols(names)
 

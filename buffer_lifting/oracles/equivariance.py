@@ -37,7 +37,9 @@ def check_equivariance(program: ExportedProgram, lifted: LiftedProgram, cases: l
         raise LiftingError("order equivariance is checked on a program of context-parallel size 1")
     follows = double_feed(follows)
     plan = scan_record(build_record(program, normalize(program, read_only=True).graph), user_axes(lifted))
-    pair = Pair(runnable(program, double=True), runnable(follows.program, double=True), follows, plan.data_labels)
+    pair = Pair(
+        runnable(program, double=True), runnable(follows.program, double=True), follows, plan.labels_of_original()
+    )
     if flex_nodes(program.graph):
         pair.try_backward(cases[0], seed)
     compared, worst = 0, 0.0

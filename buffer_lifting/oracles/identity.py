@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.compare import difference, gradient_error, gradients, loss_weights, same_bits
 from buffer_lifting.oracles.running import Case
+from buffer_lifting.passes.context_parallel import user_axes
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.program import Check, PositionRead
+from buffer_lifting.scanner import scan_record
 from buffer_lifting.torch_compat import tree_flatten
 
 TOLERANCE = 1e-5
@@ -77,7 +80,10 @@ def _why_not_bitwise(program: ExportedProgram, lifted: LiftedProgram) -> str:
     """Why the lifted program may round otherwise; empty if it may not."""
     if lifted.cp_size is not None and any(r.source_kind == "is_causal" for r in lifted.report.reads):
         return "a mask took the place of is_causal: another kernel"
-    nodes = {node.name: node for node in normalize(program, read_only=True).graph.nodes}
+    graph = normalize(program, read_only=True).graph
+    if scan_record(build_record(program, graph), user_axes(lifted)).shifts:
+        return "a shifted loss is taken over all positions: sums of more rows, and products of more"
+    nodes = {node.name: node for node in graph.nodes}
     for read in _lifted_reads(lifted):
         value = nodes[read.value].meta.get("val") if read.value in nodes else None
         if isinstance(value, torch.Tensor) and value.is_complex():

@@ -67,7 +67,7 @@ class _Shards(Pair):
 
     def __init__(self, program: ExportedProgram, lifted: LiftedProgram, plan: LiftPlan) -> None:
         super().__init__(
-            runnable(program, double=True), runnable(lifted.program, double=True), lifted, plan.data_labels
+            runnable(program, double=True), runnable(lifted.program, double=True), lifted, plan.labels_of_original()
         )
         self.size, self.plan = lifted.cp_size or 1, plan
         self.losses = loss_values(self.changed.graph, plan)

@@ -15,6 +15,7 @@ from buffer_lifting.oracles.compare import difference, same_bits
 from buffer_lifting.oracles.flex import flex_error
 from buffer_lifting.oracles.running import Case, Runnable, evaluate, per_sample, runnable
 from buffer_lifting.passes.context_parallel import user_axes
+from buffer_lifting.passes.undo_shift import undo_shifts_in
 from buffer_lifting.plan import FrontierEdge, LiftPlan
 from buffer_lifting.program import Check, PositionRead
 from buffer_lifting.scanner import scan_record
@@ -56,6 +57,7 @@ def check_values(program: ExportedProgram, lifted: LiftedProgram, cases: list[Ca
     original, changed = runnable(program), runnable(lifted.program)
     record = build_record(program, original.graph)
     plan = scan_record(record, user_axes(lifted), "auto")
+    undo_shifts_in(original.graph, plan.shifts)
     oracle = _Values(plan, original, changed, lifted)
     compared = 0
     for case in cases:
