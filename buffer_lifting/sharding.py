@@ -28,14 +28,32 @@ def shard_inputs(
     names = list(dict.fromkeys(axis for own in axes.values() for _, axis, _ in own.seq_dims))
     orders = by_axis("order", order, names)
     batch, lengths = _sizes(axes, inputs)
+    if batch is None:
+        _check_shared(orders, axes, inputs)
     streams = {
-        axis: Streams(batch, length, orders[axis], None, shard, axis if len(names) > 1 else "")
+        axis: Streams(batch or 1, length, orders[axis], None, shard, axis if len(names) > 1 else "")
         for axis, length in lengths.items()
     }
     return {name: _sharded(name, value, axes[name], streams) for name, value in inputs.items()}
 
 
-def _sizes(axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor]) -> tuple[int, dict[str, int]]:
+def _check_shared(orders: Mapping[str, Any], axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor]) -> None:
+    """Refuses an order per sample for inputs none of which has a batch dim."""
+    for name, value in inputs.items():
+        for _, axis, _ in axes[name].seq_dims:
+            order = orders[axis]
+            if isinstance(order, torch.Tensor) and order.ndim == 2 and order.shape[0] > 1:
+                raise _no_batch(name, value)
+
+
+def _no_batch(name: str, value: torch.Tensor) -> FeedError:
+    return FeedError(
+        f"input {name!r} {tuple(value.shape)} has no batch dim: an order per sample cannot be applied; "
+        "export with it expanded to the batch, or give one order for all samples"
+    )
+
+
+def _sizes(axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor]) -> tuple[int | None, dict[str, int]]:
     """The batch and the length of each axis, on which all inputs agree."""
     batch: tuple[int, str] | None = None
     lengths: dict[str, tuple[int, str]] = {}
@@ -49,7 +67,7 @@ def _sizes(axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor]) ->
             batch = _agreed("a batch", batch, value, own.batch_dim, name)
         for dim, axis, _ in own.seq_dims:
             lengths[axis] = _agreed(f"a length of axis {axis!r}", lengths.get(axis), value, dim, name)
-    return 1 if batch is None else batch[0], {axis: length for axis, (length, _) in lengths.items()}
+    return None if batch is None else batch[0], {axis: length for axis, (length, _) in lengths.items()}
 
 
 def _agreed(what: str, known: tuple[int, str] | None, value: torch.Tensor, dim: int, name: str) -> tuple[int, str]:
@@ -67,9 +85,6 @@ def _sharded(name: str, value: torch.Tensor, own: InputAxes, streams: Mapping[st
     for dim, axis, role in sorted(own.seq_dims, key=lambda entry: entry[2] == COL):
         along = streams[axis]
         if own.batch_dim is None and along.order is not None and along.order.shape[0] > 1:
-            raise FeedError(
-                f"input {name!r} {tuple(value.shape)} has no batch dim: an order per sample cannot be applied; "
-                "export with it expanded to the batch, or give one order for all samples"
-            )
+            raise _no_batch(name, value)
         value = along.along(value, dim, own.batch_dim, role)
     return value.contiguous()

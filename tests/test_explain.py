@@ -197,6 +197,10 @@ nearest   rows of a table read by slice
             state alone
           here: narrow(self=b_table[32, 8], dim=0, start=item (u0), length=sym_size_int_2 (s27))
           fails: a number computed from user inputs (at item)
+tried     the value itself as a lifted input
+          needs: one sequence dim, whole and not folded; no parameter and no random numbers
+            above it
+          fails: a number computed from user inputs
 """,
     flipped: """
 source    p_wpe    parameter  float32[32, 8]  'wpe'
@@ -229,7 +233,8 @@ nearest   no rule for aten.cumsum.default
 tried     the value itself as a lifted input
           needs: one sequence dim, whole and not folded; no parameter and no random numbers
             above it
-          fails: it runs along seq:row and seq:col
+          fails: it runs along seq:row and seq:col; aten.cumsum.default is not known to be local
+            along the sequence
 """,
     running_sum: """
 operand   embedding  embedding  float32[s52=batch, s27=seq:row, 8]  operand 'self'
