@@ -1,0 +1,100 @@
+"""Faults that a later review found, each by name: a program lifts and verifies, or is refused with node, line and hint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+import buffer_lifting as bl
+
+VOCAB, WIDTH, LENGTH = 17, 8, 10
+Body = Callable[["Net", Tensor], Any]
+
+
+class Net(nn.Module):
+    """An embedding, a learned table of positions and a head around the body under test."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.h = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.t = nn.Parameter(torch.randn(64, WIDTH))
+        self.body = body
+
+    def forward(self, ids: Tensor) -> Any:
+        """The body's."""
+        return self.body(self, ids)
+
+
+def program(body: Body, dynamic: bool = True) -> torch.export.ExportedProgram:
+    """The exported net."""
+    ids = torch.randint(1, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    shapes = {"ids": {0: Dim.AUTO, 1: Dim.AUTO}} if dynamic else None
+    return export(Net(body), (ids,), dynamic_shapes=shapes)
+
+
+def _half() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def _cast_is_returned(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        return n.h(n.e(i) + n.t[: i.shape[1]]).float()
+
+
+def _cast_outside(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        x = n.h(n.e(i) + n.t[: i.shape[1]])
+    return x.double()
+
+
+def _cast_inside(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        x = n.h(n.e(i) + n.t[: i.shape[1]]).double()
+        return x
+
+
+def _two_casts(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        return n.h(n.e(i) + n.t[: i.shape[1]]).float().double()
+
+
+def _casts_within(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        x = n.h((n.h(n.e(i)) + n.t[: i.shape[1]].float()).float())
+    return x.double()
+
+
+def _one_value_twice(n: Net, i: Tensor) -> tuple[Tensor, ...]:
+    with _half():
+        x = n.h(n.e(i) + n.t[: i.shape[1]])
+        y = x.float()
+    return y, x, y.float()
+
+
+AUTOCAST: dict[str, Body] = {
+    "cast_is_returned": _cast_is_returned,
+    "cast_outside": _cast_outside,
+    "cast_inside": _cast_inside,
+    "two_casts": _two_casts,
+    "casts_within": _casts_within,
+    "one_value_twice": _one_value_twice,
+    "no_cast": lambda n, i: _cast_outside(n, i).to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_an_autocast_region_that_makes_the_outputs_lifts(name: str, dynamic: bool) -> None:
+    """The inlined output had another name than the signature's, which torch's verifier refused."""
+    ep = program(AUTOCAST[name], dynamic)
+    lifted = bl.lift(ep)
+    assert lifted.program.graph_signature.user_outputs == ep.graph_signature.user_outputs
+    report = bl.verify(ep, bl.context_parallel(lifted, size=1))
+    assert {check.name for check in report.checks if check.passed} >= {"values", "identity", "equivariance"}
+    torch.export.unflatten(lifted.program)
