@@ -1,4 +1,4 @@
-"""Faults that a later review found, each by name: a program lifts and verifies, or is refused with node, line and hint."""
+"""Faults that a later review found: a program lifts and verifies, or is refused with node, line and hint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -98,3 +99,41 @@ def test_an_autocast_region_that_makes_the_outputs_lifts(name: str, dynamic: boo
     report = bl.verify(ep, bl.context_parallel(lifted, size=1))
     assert {check.name for check in report.checks if check.passed} >= {"values", "identity", "equivariance"}
     torch.export.unflatten(lifted.program)
+
+
+def _mask(n: Net, i: Tensor) -> Tensor:
+    p = torch.arange(i.shape[1])
+    mask = torch.vmap(torch.vmap(lambda a, b: (a >= b) & (a - b < 5), (None, 0)), (0, None))(p, p)
+    x = n.e(i)[:, None]
+    return n.h(F.scaled_dot_product_attention(x, x, x, attn_mask=mask)[:, 0])
+
+
+VMAP: dict[str, Body] = {
+    "mask": _mask,
+    "positions": lambda n, i: n.h(n.e(i) + n.t[torch.vmap(lambda p: p * 2)(torch.arange(i.shape[1]))]),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", VMAP)
+def test_positions_under_vmap_are_refused_with_a_way_out_that_works(name: str, dynamic: bool) -> None:
+    """``lift`` crashed on the fake value, or lifted a program that did not run."""
+    ep = program(VMAP[name], dynamic)
+    (read,) = bl.scan(ep).refused
+    assert isinstance(read, bl.PositionRead) and read.location is not None and read.location.file == __file__
+    assert "torch.vmap" in str(read.refusal) and "run_decompositions({})" in read.hint
+    with pytest.raises(bl.UnsupportedReadError, match=r"under torch\.vmap.*\[.*test_review_regressions"):
+        bl.lift(ep)
+    kept = bl.lift(ep, strict=False).program
+    ids = torch.randint(1, VOCAB, (3, LENGTH))
+    assert torch.equal(kept.module()(ids), ep.module()(ids))
+    written_out = ep.run_decompositions({})
+    lifted = bl.lift(written_out)
+    assert lifted.inputs and bl.verify(written_out, bl.context_parallel(lifted, size=1)).passed
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_vmap_over_parameters_stays_in_the_program(dynamic: bool) -> None:
+    """Entering and leaving the level was dropped as dead code."""
+    ep = program(lambda n, i: F.linear(n.e(i) + n.t[: i.shape[1]], torch.vmap(lambda w: w * 2)(n.h.weight)), dynamic)
+    assert bl.verify(ep, bl.lift(ep)).passed
