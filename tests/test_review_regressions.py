@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 import buffer_lifting as bl
+from buffer_lifting.oracles import identity
+from buffer_lifting.passes.shard_attention import _Sharding
 
 VOCAB, WIDTH, LENGTH = 17, 8, 10
 Body = Callable[["Net", Tensor], Any]
@@ -137,3 +139,100 @@ def test_vmap_over_parameters_stays_in_the_program(dynamic: bool) -> None:
     """Entering and leaving the level was dropped as dead code."""
     ep = program(lambda n, i: F.linear(n.e(i) + n.t[: i.shape[1]], torch.vmap(lambda w: w * 2)(n.h.weight)), dynamic)
     assert bl.verify(ep, bl.lift(ep)).passed
+
+
+class TwoInputs(nn.Module):
+    """Sequences whose lengths the export keeps apart, and which the scan takes for one axis: they have one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.h, self.t = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB), nn.Embedding(64, WIDTH)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Attention within each input, then from the second to the first, ``[B, S, VOCAB]``."""
+        x = self.e(input_ids)[:, None]
+        p = torch.arange(labels.shape[1])
+        y = (self.e(labels) + self.t(p))[:, None]
+        bias = (p[None] - p[:, None]).float()
+        x = F.scaled_dot_product_attention(x, x, x)
+        y = F.scaled_dot_product_attention(y, y, y, attn_mask=bias)
+        return self.h(F.scaled_dot_product_attention(y, x, x)[:, 0])
+
+
+def test_two_symbols_of_one_axis_become_context_parallel() -> None:
+    """T5 with labels: attention on fakes of both symbols equated them, which was refused without a node."""
+    ids = torch.randint(1, VOCAB, (3, LENGTH))
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in ("input_ids", "labels")}
+    ep = export(TwoInputs(), (), {"input_ids": ids, "labels": ids.flip(1)}, dynamic_shapes=shapes)
+    one, other = (node.meta["val"].shape[1] for node in ep.graph.nodes if node.name in shapes)
+    assert str(one) != str(other)
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=2)).passed
+
+
+def test_what_would_fix_a_size_under_context_parallelism_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal of a fake value had neither node nor line."""
+    ids = torch.randint(1, VOCAB, (3, LENGTH))
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in ("input_ids", "labels")}
+    ep = export(TwoInputs(), (), {"input_ids": ids, "labels": ids.flip(1)}, dynamic_shapes=shapes)
+    monkeypatch.setattr(_Sharding, "_unify", lambda *_: None)
+    with pytest.raises(bl.UnsupportedReadError, match=r"node '\w+' .*test_review_regressions.*size=1") as refusal:
+        bl.context_parallel(bl.lift(ep), size=2)
+    assert "would fix a dynamic size" in str(refusal.value)
+
+
+class ReadsItsLength(nn.Module):
+    """The length of the sequence is the only read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.h = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Scaled by the logarithm of the length, ``[B, S, WIDTH]``."""
+        return self.h(self.e(ids) * torch.full((), ids.shape[1]).float().log())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_length_is_perturbed_as_a_length(size: int) -> None:
+    """The control of the shards changed the values of an input that is read for its size, and moved nothing."""
+    ids = torch.randint(1, VOCAB, (2, LENGTH))
+    ep = export(ReadsItsLength(), (ids,), dynamic_shapes={"ids": {0: Dim.AUTO, 1: Dim.AUTO}})
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=size)).passed
+
+
+def _causal(n: Net, i: Tensor) -> Tensor:
+    p, x = torch.arange(i.shape[1]), n.e(i)[:, None]
+    return n.h(F.scaled_dot_product_attention(x, x, x, attn_mask=p[:, None] >= p)[:, 0])
+
+
+def _identity_with(change: float, monkeypatch: pytest.MonkeyPatch) -> bl.Check:
+    """The identity check of a program whose second run has a gradient that is off by ``change``, relative."""
+    runs: list[Any] = []
+
+    def run(*args: Any) -> Any:
+        outputs, found, state = real(*args)
+        runs.append(found)
+        if len(runs) % 2 == 0:
+            found["h.weight"] = found["h.weight"] * (1 + change)
+        return outputs, found, state
+
+    real = identity._run
+    monkeypatch.setattr(identity, "_run", run)
+    ep = program(_causal)
+    report = bl.verify(ep, bl.lift(ep), checks=("identity",))
+    (check,) = report.checks
+    return check
+
+
+def test_gradients_may_differ_in_the_last_places_where_outputs_are_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient whose terms autograd sums in another order failed the check, by 4e-16."""
+    check = _identity_with(4 * torch.finfo(torch.float32).eps, monkeypatch)
+    assert check.passed and "1 gradients to 16 units in the last place" in check.detail
+    assert check.detail.startswith("outputs bitwise")
+
+
+def test_a_gradient_off_by_more_than_the_last_places_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred units are no rounding."""
+    with pytest.raises(bl.VerificationError, match=r"h\.weight.*gradient differs"):
+        _identity_with(100 * torch.finfo(torch.float32).eps, monkeypatch)
