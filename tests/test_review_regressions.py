@@ -236,3 +236,40 @@ def test_a_gradient_off_by_more_than_the_last_places_fails(monkeypatch: pytest.M
     """A hundred units are no rounding."""
     with pytest.raises(bl.VerificationError, match=r"h\.weight.*gradient differs"):
         _identity_with(100 * torch.finfo(torch.float32).eps, monkeypatch)
+
+
+DIAGONALS: dict[str, Callable[[int], Tensor]] = {
+    "eye": lambda s: torch.eye(s, dtype=torch.bool),
+    "eye_of_floats": lambda s: torch.eye(s, s) == 1,
+    "diag": lambda s: torch.diag(torch.ones(s, dtype=torch.bool)),
+    "diag_embed": lambda s: torch.diag_embed(torch.ones(s)) == 1,
+}
+
+
+class Padded(nn.Module):
+    """Attention under a user's padding mask, in which every query sees itself."""
+
+    def __init__(self, diagonal: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.e, self.h, self.diagonal = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH), diagonal
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """``[B, S, WIDTH]``."""
+        x = self.e(ids)[:, None]
+        seen = mask[:, None, None, :].bool() | self.diagonal(ids.shape[1])
+        return self.h(F.scaled_dot_product_attention(x, x, x, attn_mask=seen)[:, 0])
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", DIAGONALS)
+def test_a_diagonal_beside_a_padding_mask_lifts(name: str, dynamic: bool) -> None:
+    """It was not known to be local: without a user's mask it stayed in the stage in natural order."""
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, 7:] = 0
+    shapes = {key: {0: Dim.AUTO, 1: Dim.AUTO} for key in ("ids", "mask")} if dynamic else None
+    ids = torch.randint(1, VOCAB, (2, LENGTH))
+    ep = export(Padded(DIAGONALS[name]), (), {"ids": ids, "mask": mask}, dynamic_shapes=shapes)
+    lifted = bl.lift(ep)
+    assert bl.verify(ep, bl.context_parallel(lifted, size=1)).passed
+    if dynamic:
+        assert bl.verify(ep, bl.context_parallel(lifted, size=2)).passed
