@@ -273,3 +273,42 @@ def test_a_diagonal_beside_a_padding_mask_lifts(name: str, dynamic: bool) -> Non
     assert bl.verify(ep, bl.context_parallel(lifted, size=1)).passed
     if dynamic:
         assert bl.verify(ep, bl.context_parallel(lifted, size=2)).passed
+
+
+def _position_of_each_sample(n: Net, i: Tensor) -> Tensor:
+    p = torch.arange(i.shape[1]) + torch.arange(i.shape[0])[:, None]
+    return n.h(n.e(i) + n.t[p])
+
+
+def _sequence_before_batch(n: Net, i: Tensor) -> Tensor:
+    x = n.e(i).transpose(0, 1).flatten(0, 1)
+    return n.h(x + n.t[: i.shape[1]].repeat_interleave(i.shape[0], 0))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("body", [_position_of_each_sample, _sequence_before_batch])
+def test_refusals_behind_the_scan_name_code_node_line_and_way_out(body: Body, dynamic: bool) -> None:
+    """They had no source line, one of them no code either."""
+    with pytest.raises(bl.UnsupportedReadError, match=r"^BL105 node '\w+'.* \[.*test_review_regressions.*:\d+\] -> \w"):
+        bl.lift(program(body, dynamic))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_write_through_a_view_that_cannot_be_inverted_is_refused(dynamic: bool) -> None:
+    """A write to the diagonal of a mask was dropped as dead code: the lifted program computed something else."""
+
+    def seen(mask: Tensor, length: int) -> Tensor:
+        own = mask[:, None, None, :].bool().expand(-1, -1, length, -1).clone()
+        own.diagonal(dim1=-2, dim2=-1).fill_(True)
+        return own
+
+    class Written(Padded):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.e(ids)[:, None]
+            return self.h(F.scaled_dot_product_attention(x, x, x, attn_mask=seen(mask, ids.shape[1]))[:, 0])
+
+    shapes = {key: {0: Dim.AUTO, 1: Dim.AUTO} for key in ("ids", "mask")} if dynamic else None
+    inputs = {"ids": torch.randint(1, VOCAB, (2, LENGTH)), "mask": torch.ones(2, LENGTH, dtype=torch.long)}
+    ep = export(Written(DIAGONALS["eye"]), (), inputs, dynamic_shapes=shapes)
+    with pytest.raises(bl.UnsupportedReadError, match="BL102 .*written in place"):
+        bl.lift(ep)
