@@ -310,5 +310,5 @@ def test_a_write_through_a_view_that_cannot_be_inverted_is_refused(dynamic: bool
     shapes = {key: {0: Dim.AUTO, 1: Dim.AUTO} for key in ("ids", "mask")} if dynamic else None
     inputs = {"ids": torch.randint(1, VOCAB, (2, LENGTH)), "mask": torch.ones(2, LENGTH, dtype=torch.long)}
     ep = export(Written(DIAGONALS["eye"]), (), inputs, dynamic_shapes=shapes)
-    with pytest.raises(bl.UnsupportedReadError, match="BL102 .*written in place"):
+    with pytest.raises(bl.UnsupportedReadError, match=r"BL102 .*written in place"):
         bl.lift(ep)
