@@ -25,7 +25,9 @@ class PartitionError(LiftingError):
 
 
 class FeedError(LiftingError):
-    """An order, shard, positions tensor or user input does not fit the program."""
+    """An order, shard, positions tensor or user input does not fit the program (``node``: of that value)."""
+
+    node: str = ""
 
 
 class ArchiveError(LiftingError):

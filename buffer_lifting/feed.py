@@ -319,10 +319,12 @@ def canonical(value: torch.Tensor, output: FeedOutput, batched: bool = False) ->
     rest = [d for d in dims if d not in (*lead, output.seq_dim, *output.drop_dims)]
     moved = value.permute(*lead, output.seq_dim, *rest, *output.drop_dims)
     if lead and not batched and not _same_rows(moved):
-        raise FeedError(
+        error = FeedError(
             f"node {output.node!r}, which {output.input.name!r} is cut at, has other values for each sample although "
             "it depends on no input: microbatches would change it"
         )
+        error.node = output.node
+        raise error
     for _ in output.drop_dims:
         moved = moved.squeeze(-1)
     if not lead:

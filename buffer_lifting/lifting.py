@@ -86,7 +86,10 @@ def lift(
     try:
         examples = _example_feed(program, feed, plan)
     except FeedError as error:
-        raise UnsupportedReadError(f"BL105 {error}") from error
+        node = record.nodes.get(error.node)
+        where = f" [{node.location}]" if node is not None and node.location else ""
+        way = "make it alike for all samples in the model, or give it as an input"
+        raise UnsupportedReadError(f"BL105 {error}{where} -> {way}") from error
     lifted = assemble(program, normalized.graph, normalized.submodules, tuple(i.name for i in lifted_inputs), examples)
     return LiftedProgram(lifted, lifted_inputs, plan.report, feed)
 

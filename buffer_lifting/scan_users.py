@@ -69,6 +69,18 @@ def report_returned(scan: _Scan, node: Node) -> None:
         scan.reports.refused(node, path, value, (), Refuse(why, name, hint="do not return it from the model's forward"))
 
 
+def under_vmap(scan: _Scan, value: Node) -> Refuse | None:
+    """Why a value that is computed under ``torch.vmap`` is refused: its ops stand between calls that hold the level."""
+    if not any(scan.record.nodes[name].op.endswith("_add_batch_dim") for name in scan.planner.ancestors(value.name)):
+        return None
+    why = "it is computed under torch.vmap, whose hidden dims the export keeps: no part of it runs on its own"
+    hint = (
+        "write it with broadcasting in the model (queries [:, None] against keys [None, :]), or export and then call "
+        "run_decompositions({}), which writes vmap out"
+    )
+    return Refuse(why, value.name, hint=hint)
+
+
 def no_axis(record: GraphRecord) -> Finding:
     """The finding of a program whose user inputs have no sequence axis."""
     born = next((node for node in record.nodes.values() if node.base_op == ATTENTION), None)

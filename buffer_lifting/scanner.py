@@ -53,7 +53,7 @@ from buffer_lifting.program import (
 from buffer_lifting.reporting import Edge, Reports, written_state
 from buffer_lifting.routing import Routing
 from buffer_lifting.routing.facts import has_routed
-from buffer_lifting.scan_users import label_user_value, no_axis, report_returned
+from buffer_lifting.scan_users import label_user_value, no_axis, report_returned, under_vmap
 
 FormOption = str | Mapping[str, str]
 
@@ -336,6 +336,10 @@ class _Scan:
     def _read(self, edge: Edge) -> None:
         value, labels = edge.value, edge.alignment.labels
         dep = self.deps[value.name]
+        vmapped = under_vmap(self, value)
+        if vmapped is not None:
+            self.reports.refused(edge.consumer, edge.path, value, labels, vmapped)
+            return
         if seq_axes(labels) and Dep.WRITTEN not in dep and not self.planner.varies_along(value.name, labels):
             return
         two_axis = len(seq_axes(labels)) > 1

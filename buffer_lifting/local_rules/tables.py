@@ -153,3 +153,31 @@ def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) ->
     if node.tensor.dtype == "bool":
         return Value(Call("aten.logical_and.default", (value.plan, keep), node.name), True, len(labels))
     return Value(Call("aten.where.ScalarOther", (keep, value.plan, 0), node.name), True, len(labels))
+
+
+@local_rule("eye", "diag", "diag_embed")
+def _diagonal(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """A matrix whose only elements besides zero are those where the query is the key."""
+    assert node.tensor is not None
+    args = node.args
+    row, col = (labels[-2], labels[-1]) if len(labels) == 2 else ((), ())
+    square = len(row) == len(col) == 1 and row[0].axis == col[0].axis and row[0].is_seq
+    whole = square and node.tensor.shape == (row[0].size, col[0].size)
+    if not whole or row[0].role != ROW or col[0].role != COL or args.get("diagonal", 0) or args.get("offset", 0):
+        raise Refuse("a diagonal whose rows and columns are not queries and keys", node.name)
+    rows = Call("aten.unsqueeze.default", (planner.iota(row[0], context), 2), node.name)
+    cols = Call("aten.unsqueeze.default", (planner.iota(col[0], context), 1), node.name)
+    same: Plan = Call("aten.eq.Tensor", (rows, cols), node.name)
+    if node.base_op != "aten.eye":
+        source, shape = operand_of(planner, node)
+        if len(shape) != 1:
+            raise Refuse("the diagonal of a matrix", node.name)
+        value = planner.rebuild(source.name, (row,), context)
+        own: Plan = Call("aten.unsqueeze.default", (value.plan, value.rank + value.lane), node.name)
+        if node.tensor.dtype == "bool":
+            return Value(Call("aten.logical_and.default", (same, own), node.name), True, 2)
+    elif node.tensor.dtype == "bool":
+        return Value(same, True, 2)
+    else:  # one, in the dtype of the matrix
+        own = Reapply(node.name, tuple((size, 1) for size in ("n", "m") if isinstance(args.get(size), Ref | int)))
+    return Value(Call("aten.where.ScalarOther", (same, own, 0), node.name), True, 2)

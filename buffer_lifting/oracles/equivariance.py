@@ -21,7 +21,7 @@ from buffer_lifting.oracles.compare import difference, gradient_error, gradients
 from buffer_lifting.oracles.running import Case, Runnable, double_feed, doubled, per_sample, runnable
 from buffer_lifting.passes.context_parallel import context_parallel, user_axes
 from buffer_lifting.passes.normalize import normalize
-from buffer_lifting.program import Check
+from buffer_lifting.program import Check, LiftedInput
 from buffer_lifting.scanner import scan_record
 from buffer_lifting.sharding import shard_inputs
 
@@ -174,19 +174,20 @@ class Pair:
         expected = self._run_original(whole, orders, seed)
         silent = []
         for lifted in self.lifted.inputs:
-            dim = 1 if lifted.batched else 0
-            value = feed[lifted.name]
-            if self._is_read_for_its_size(lifted.name):
-                others = [torch.cat([value, value.narrow(dim, 0, 1)], dim)]  # one key more: another length
-            else:
-                others = perturbed(value, dim)
-            for other in others:
+            for other in self.perturbed(lifted, feed[lifted.name]):
                 moved = {**feed, lifted.name: other}
                 if self._against(expected, self._run_changed({**permuted, **moved}, expected)).worst >= CONTROL:
                     break
             else:
                 silent.append(lifted.name)
         return silent
+
+    def perturbed(self, lifted: LiftedInput, value: torch.Tensor) -> list[torch.Tensor]:
+        """Other values for a lifted input: another length, if only the number of keys is read from it."""
+        dim = 1 if lifted.batched else 0
+        if self._is_read_for_its_size(lifted.name):
+            return [torch.cat([value, value.narrow(dim, 0, 1)], dim)]
+        return perturbed(value, dim)
 
     def _is_read_for_its_size(self, name: str) -> bool:
         """Whether only the number of keys is read from a lifted input."""

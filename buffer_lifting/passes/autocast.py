@@ -26,16 +26,16 @@ def with_casts(graph: Graph, node: Node, args: Any, kwargs: Any) -> tuple[Any, A
     if _is_cast(node) or _result_dtype(node.target, node, args, kwargs) == expected:
         return args, kwargs
     target = _REAL.get(expected, expected)
-    return torch.fx.map_arg((args, kwargs), lambda n: _cast(graph, n, target))
+    return torch.fx.map_arg((args, kwargs), lambda n: _cast(graph, n, target, node))
 
 
-def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+def _cast(graph: Graph, node: Node, dtype: torch.dtype, reader: Node) -> Node:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
         return node
     made = graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
     with fake_mode_of(value), torch.no_grad():
-        made.meta = {**node.meta, "val": value.to(dtype)}
+        made.meta = {**reader.meta, "val": value.to(dtype)}  # a parameter has no module stack
     return made
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from buffer_lifting.errors import UnsupportedReadError
+from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.labels import BATCH, COL, DimLabel, has_batch
 from buffer_lifting.passes.fakes import Fakes, operands
 from buffer_lifting.plan import AxisSize, Call, CutKey, Existing, Lifted, Plan, Reapply, Replacement
@@ -55,7 +56,11 @@ class Emitter:
                 node = self._op("aten.permute.default", (node, (*range(1, own + 1), 0, *range(own + 1, rank))), anchor)
             return node
         if dim[0].axis != BATCH:
-            raise UnsupportedReadError(f"{anchor}: the batch is folded behind another dim")
+            location = innermost_location(self.nodes[anchor].meta.get("stack_trace") or "")
+            raise UnsupportedReadError(
+                f"BL105 node {anchor!r} ({self.nodes[anchor].target}): the batch is folded behind another dim"
+                f"{f' [{location}]' if location else ''} -> put the batch first in the model"
+            )
         if own:
             node = self._op("aten.permute.default", (node, (*range(1, own + 1), 0, *range(own + 1, rank + 1))), anchor)
         return self._op("aten.flatten.using_ints", (node, own, own + 1), anchor)

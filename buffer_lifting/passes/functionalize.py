@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, Node
 
 from buffer_lifting.passes.view_inverses import INVERSES
-from buffer_lifting.torch_compat import OpOverload, functional_form, schema_args
+from buffer_lifting.torch_compat import OpOverload, functional_form, returns_alias, schema_args
 
 aten = torch.ops.aten
 #: Views that always share storage with their first operand.
@@ -136,7 +136,8 @@ class _Functionalizer:
                 self.storage[node] = _Storage(node, node)
                 continue
             packet = getattr(node.target, "overloadpacket", None)
-            if packet in _VIEWS or _writes(node) or node.target is aten.to.device:
+            aliases = packet not in _AMBIGUOUS and node.target is not operator.getitem and returns_alias(node)
+            if packet in _VIEWS or aliases or _writes(node) or node.target is aten.to.device:
                 known = self.storage[first]
                 self.storage[node] = known
                 known.views.add(node)

@@ -19,7 +19,7 @@ from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.broadcast_batch import Broadcast, broadcast_batch
 from buffer_lifting.passes.emitter import Emitter
 from buffer_lifting.passes.flex import rewrite_flex
-from buffer_lifting.passes.vmap import drop_vmap
+from buffer_lifting.passes.vmap import drop_vmap, holds_level
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.torch_compat import replace_operands
 
@@ -116,4 +116,4 @@ def drop_dead(graph: Graph) -> None:
 
 
 def _must_stay(node: Node) -> bool:
-    return node.is_impure() or "_assert" in str(node.target)
+    return node.is_impure() or "_assert" in str(node.target) or holds_level(node)

@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.passes.autocast import with_casts
 from buffer_lifting.passes.functionalize import functionalize, writes_in_place
-from buffer_lifting.torch_compat import AUTOCAST_HOP, GRAD_MODE_HOP
+from buffer_lifting.torch_compat import AUTOCAST_HOP, GRAD_MODE_HOP, tree_flatten, tree_unflatten
 
 
 @dataclass
@@ -48,10 +48,33 @@ def normalize(program: ExportedProgram, read_only: bool = False) -> Normalized:
     inliner = _Inliner()
     new = Graph()
     inliner.copy_into(new, program.graph_module, {}, prefix="")
+    _keep_output_names(new, program.graph)
     functionalize(new, _not_in_checkpoints(program))
     new.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     modules = {str(n.target): n.meta["body"] for n in new.nodes if n.op == "get_attr" and "body" in n.meta}
     return Normalized(new, modules, tuple(inliner.inlined))
+
+
+def _keep_output_names(new: Graph, original: Graph) -> None:
+    """An output of an inlined body that the program returns gets the name which the program's signature has for it.
+
+    A value that already has a name of the signature (an input, an output returned twice) is returned through an alias.
+    """
+    before, output = tree_flatten(original.output_node().args[0])[0], new.output_node()
+    after, spec = tree_flatten(output.args[0])
+    taken = {item.name for item in before if isinstance(item, Node)}
+    for index, (old, node) in enumerate(zip(before, after, strict=True)):
+        if not isinstance(old, Node) or not isinstance(node, Node) or node.name == old.name:
+            continue
+        if node.op == "placeholder" or node.name in taken:
+            symbolic = not isinstance(node.meta.get("val"), torch.Tensor)
+            with new.inserting_before(output):
+                target, args = (operator.mul, (node, 1)) if symbolic else (torch.ops.aten.alias.default, (node,))
+                after[index] = same = new.call_function(target, args)
+            same.meta = {**old.meta, "val": node.meta.get("val")}
+            node = same
+        node.name = old.name
+    output.args = (tree_unflatten(after, spec),)
 
 
 def _not_in_checkpoints(program: ExportedProgram) -> frozenset[str]:

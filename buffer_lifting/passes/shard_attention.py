@@ -90,6 +90,8 @@ class _Sharding:
         self._sizes: dict[tuple[str, str], Node] = {}
         for node in placeholders:
             self._note_symbols(node)
+        if self.canonical:
+            self._unify(placeholders)
 
     def run(self) -> None:
         """Placeholders first, then gathers, then every node in order."""
@@ -117,6 +119,23 @@ class _Sharding:
                 raw_size = size_of(raw, self.record.ranges)
                 if raw_size != size:
                     self.canonical[str(raw_size)] = size
+
+    def _unify(self, placeholders: list[Node]) -> None:
+        """Gives each input the symbols of the record: with two symbols for one axis, an op would equate them itself."""
+        symbols: dict[Size, Any] = {}
+        for node in placeholders:
+            for raw in getattr(node.meta.get("val"), "shape", ()):
+                symbols.setdefault(size_of(raw, self.record.ranges), raw)
+        for node in placeholders:
+            value, meta = node.meta.get("val"), self.record.nodes[node.name].tensor
+            if not isinstance(value, torch.Tensor) or meta is None:
+                continue
+            own = [size_of(raw, self.record.ranges) for raw in value.shape]
+            sizes = [symbols.get(size, raw) for raw, size in zip(value.shape, meta.shape, strict=True)]
+            if own != [size_of(size, self.record.ranges) for size in sizes]:
+                with fake_mode_of(value):
+                    node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
+                self.changed.add(node)
 
     def _widen_input(self, axes: InputAxes) -> None:
         """Gives the column dims of an input the size of the whole sequence."""
@@ -218,7 +237,7 @@ class _Sharding:
         if known:
             self._fix_sizes(node, known[0])
             self._fix_operands(node)
-        if node in self.changed or any(operand in self.changed for operand in node.all_input_nodes):
+        if self.canonical or node in self.changed or any(operand in self.changed for operand in node.all_input_nodes):
             self._refake(node)
         if known:
             self._check(node, known)
@@ -226,8 +245,8 @@ class _Sharding:
     def _refake(self, node: Node) -> None:
         try:
             value = self.fakes.of(node.target, node.args, dict(node.kwargs))
-        except UnsupportedReadError:
-            raise
+        except UnsupportedReadError as error:  # a fake value that would fix a size
+            raise _problem(node, str(error).partition(";")[0]) from error
         except Exception as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise _problem(node, f"it does not run on a shard: {text}") from error

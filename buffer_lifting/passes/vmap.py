@@ -16,6 +16,11 @@ def _called(node: Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
+def holds_level(node: Node) -> bool:
+    """Whether a call is there for its effect on the level only: nothing reads its result."""
+    return _called(node) in (_ENTER, _LEAVE, _LOAD)
+
+
 def vmap_regions(graph: Graph) -> list[list[Node]]:
     """The outermost regions between entering and leaving a level, in order, their ends included."""
     regions: list[list[Node]] = []

@@ -1,0 +1,314 @@
+"""Faults that a later review found: a program lifts and verifies, or is refused with node, line and hint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+import buffer_lifting as bl
+from buffer_lifting.oracles import identity
+from buffer_lifting.passes.shard_attention import _Sharding
+
+VOCAB, WIDTH, LENGTH = 17, 8, 10
+Body = Callable[["Net", Tensor], Any]
+
+
+class Net(nn.Module):
+    """An embedding, a learned table of positions and a head around the body under test."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.h = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.t = nn.Parameter(torch.randn(64, WIDTH))
+        self.body = body
+
+    def forward(self, ids: Tensor) -> Any:
+        """The body's."""
+        return self.body(self, ids)
+
+
+def program(body: Body, dynamic: bool = True) -> torch.export.ExportedProgram:
+    """The exported net."""
+    ids = torch.randint(1, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    shapes = {"ids": {0: Dim.AUTO, 1: Dim.AUTO}} if dynamic else None
+    return export(Net(body), (ids,), dynamic_shapes=shapes)
+
+
+def _half() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def _cast_is_returned(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        return n.h(n.e(i) + n.t[: i.shape[1]]).float()
+
+
+def _cast_outside(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        x = n.h(n.e(i) + n.t[: i.shape[1]])
+    return x.double()
+
+
+def _cast_inside(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        x = n.h(n.e(i) + n.t[: i.shape[1]]).double()
+        return x
+
+
+def _two_casts(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        return n.h(n.e(i) + n.t[: i.shape[1]]).float().double()
+
+
+def _casts_within(n: Net, i: Tensor) -> Tensor:
+    with _half():
+        x = n.h((n.h(n.e(i)) + n.t[: i.shape[1]].float()).float())
+    return x.double()
+
+
+def _one_value_twice(n: Net, i: Tensor) -> tuple[Tensor, ...]:
+    with _half():
+        x = n.h(n.e(i) + n.t[: i.shape[1]])
+        y = x.float()
+    return y, x, y.float()
+
+
+AUTOCAST: dict[str, Body] = {
+    "cast_is_returned": _cast_is_returned,
+    "cast_outside": _cast_outside,
+    "cast_inside": _cast_inside,
+    "two_casts": _two_casts,
+    "casts_within": _casts_within,
+    "one_value_twice": _one_value_twice,
+    "no_cast": lambda n, i: _cast_outside(n, i).to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_an_autocast_region_that_makes_the_outputs_lifts(name: str, dynamic: bool) -> None:
+    """The inlined output had another name than the signature's, which torch's verifier refused."""
+    ep = program(AUTOCAST[name], dynamic)
+    lifted = bl.lift(ep)
+    assert lifted.program.graph_signature.user_outputs == ep.graph_signature.user_outputs
+    report = bl.verify(ep, bl.context_parallel(lifted, size=1))
+    assert {check.name for check in report.checks if check.passed} >= {"values", "identity", "equivariance"}
+    torch.export.unflatten(lifted.program)
+
+
+def _mask(n: Net, i: Tensor) -> Tensor:
+    p = torch.arange(i.shape[1])
+    mask = torch.vmap(torch.vmap(lambda a, b: (a >= b) & (a - b < 5), (None, 0)), (0, None))(p, p)
+    x = n.e(i)[:, None]
+    return n.h(F.scaled_dot_product_attention(x, x, x, attn_mask=mask)[:, 0])
+
+
+VMAP: dict[str, Body] = {
+    "mask": _mask,
+    "positions": lambda n, i: n.h(n.e(i) + n.t[torch.vmap(lambda p: p * 2)(torch.arange(i.shape[1]))]),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", VMAP)
+def test_positions_under_vmap_are_refused_with_a_way_out_that_works(name: str, dynamic: bool) -> None:
+    """``lift`` crashed on the fake value, or lifted a program that did not run."""
+    ep = program(VMAP[name], dynamic)
+    (read,) = bl.scan(ep).refused
+    assert isinstance(read, bl.PositionRead) and read.location is not None and read.location.file == __file__
+    assert "torch.vmap" in str(read.refusal) and "run_decompositions({})" in read.hint
+    with pytest.raises(bl.UnsupportedReadError, match=r"under torch\.vmap.*\[.*test_review_regressions"):
+        bl.lift(ep)
+    kept = bl.lift(ep, strict=False).program
+    ids = torch.randint(1, VOCAB, (3, LENGTH))
+    assert torch.equal(kept.module()(ids), ep.module()(ids))
+    written_out = ep.run_decompositions({})
+    lifted = bl.lift(written_out)
+    assert lifted.inputs and bl.verify(written_out, bl.context_parallel(lifted, size=1)).passed
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_vmap_over_parameters_stays_in_the_program(dynamic: bool) -> None:
+    """Entering and leaving the level was dropped as dead code."""
+    ep = program(lambda n, i: F.linear(n.e(i) + n.t[: i.shape[1]], torch.vmap(lambda w: w * 2)(n.h.weight)), dynamic)
+    assert bl.verify(ep, bl.lift(ep)).passed
+
+
+class TwoInputs(nn.Module):
+    """Sequences whose lengths the export keeps apart, and which the scan takes for one axis: they have one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.h, self.t = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB), nn.Embedding(64, WIDTH)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Attention within each input, then from the second to the first, ``[B, S, VOCAB]``."""
+        x = self.e(input_ids)[:, None]
+        p = torch.arange(labels.shape[1])
+        y = (self.e(labels) + self.t(p))[:, None]
+        bias = (p[None] - p[:, None]).float()
+        x = F.scaled_dot_product_attention(x, x, x)
+        y = F.scaled_dot_product_attention(y, y, y, attn_mask=bias)
+        return self.h(F.scaled_dot_product_attention(y, x, x)[:, 0])
+
+
+def test_two_symbols_of_one_axis_become_context_parallel() -> None:
+    """T5 with labels: attention on fakes of both symbols equated them, which was refused without a node."""
+    ids = torch.randint(1, VOCAB, (3, LENGTH))
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in ("input_ids", "labels")}
+    ep = export(TwoInputs(), (), {"input_ids": ids, "labels": ids.flip(1)}, dynamic_shapes=shapes)
+    one, other = (node.meta["val"].shape[1] for node in ep.graph.nodes if node.name in shapes)
+    assert str(one) != str(other)
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=2)).passed
+
+
+def test_what_would_fix_a_size_under_context_parallelism_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal of a fake value had neither node nor line."""
+    ids = torch.randint(1, VOCAB, (3, LENGTH))
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in ("input_ids", "labels")}
+    ep = export(TwoInputs(), (), {"input_ids": ids, "labels": ids.flip(1)}, dynamic_shapes=shapes)
+    monkeypatch.setattr(_Sharding, "_unify", lambda *_: None)
+    with pytest.raises(bl.UnsupportedReadError, match=r"node '\w+' .*test_review_regressions.*size=1") as refusal:
+        bl.context_parallel(bl.lift(ep), size=2)
+    assert "would fix a dynamic size" in str(refusal.value)
+
+
+class ReadsItsLength(nn.Module):
+    """The length of the sequence is the only read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.h = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Scaled by the logarithm of the length, ``[B, S, WIDTH]``."""
+        return self.h(self.e(ids) * torch.full((), ids.shape[1]).float().log())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_length_is_perturbed_as_a_length(size: int) -> None:
+    """The control of the shards changed the values of an input that is read for its size, and moved nothing."""
+    ids = torch.randint(1, VOCAB, (2, LENGTH))
+    ep = export(ReadsItsLength(), (ids,), dynamic_shapes={"ids": {0: Dim.AUTO, 1: Dim.AUTO}})
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=size)).passed
+
+
+def _causal(n: Net, i: Tensor) -> Tensor:
+    p, x = torch.arange(i.shape[1]), n.e(i)[:, None]
+    return n.h(F.scaled_dot_product_attention(x, x, x, attn_mask=p[:, None] >= p)[:, 0])
+
+
+def _identity_with(change: float, monkeypatch: pytest.MonkeyPatch) -> bl.Check:
+    """The identity check of a program whose second run has a gradient that is off by ``change``, relative."""
+    runs: list[Any] = []
+
+    def run(*args: Any) -> Any:
+        outputs, found, state = real(*args)
+        runs.append(found)
+        if len(runs) % 2 == 0:
+            found["h.weight"] = found["h.weight"] * (1 + change)
+        return outputs, found, state
+
+    real = identity._run
+    monkeypatch.setattr(identity, "_run", run)
+    ep = program(_causal)
+    report = bl.verify(ep, bl.lift(ep), checks=("identity",))
+    (check,) = report.checks
+    return check
+
+
+def test_gradients_may_differ_in_the_last_places_where_outputs_are_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient whose terms autograd sums in another order failed the check, by 4e-16."""
+    check = _identity_with(4 * torch.finfo(torch.float32).eps, monkeypatch)
+    assert check.passed and "1 gradients to 16 units in the last place" in check.detail
+    assert check.detail.startswith("outputs bitwise")
+
+
+def test_a_gradient_off_by_more_than_the_last_places_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred units are no rounding."""
+    with pytest.raises(bl.VerificationError, match=r"h\.weight.*gradient differs"):
+        _identity_with(100 * torch.finfo(torch.float32).eps, monkeypatch)
+
+
+DIAGONALS: dict[str, Callable[[int], Tensor]] = {
+    "eye": lambda s: torch.eye(s, dtype=torch.bool),
+    "eye_of_floats": lambda s: torch.eye(s, s) == 1,
+    "diag": lambda s: torch.diag(torch.ones(s, dtype=torch.bool)),
+    "diag_embed": lambda s: torch.diag_embed(torch.ones(s)) == 1,
+}
+
+
+class Padded(nn.Module):
+    """Attention under a user's padding mask, in which every query sees itself."""
+
+    def __init__(self, diagonal: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.e, self.h, self.diagonal = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH), diagonal
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """``[B, S, WIDTH]``."""
+        x = self.e(ids)[:, None]
+        seen = mask[:, None, None, :].bool() | self.diagonal(ids.shape[1])
+        return self.h(F.scaled_dot_product_attention(x, x, x, attn_mask=seen)[:, 0])
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", DIAGONALS)
+def test_a_diagonal_beside_a_padding_mask_lifts(name: str, dynamic: bool) -> None:
+    """It was not known to be local: without a user's mask it stayed in the stage in natural order."""
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, 7:] = 0
+    shapes = {key: {0: Dim.AUTO, 1: Dim.AUTO} for key in ("ids", "mask")} if dynamic else None
+    ids = torch.randint(1, VOCAB, (2, LENGTH))
+    ep = export(Padded(DIAGONALS[name]), (), {"ids": ids, "mask": mask}, dynamic_shapes=shapes)
+    lifted = bl.lift(ep)
+    assert bl.verify(ep, bl.context_parallel(lifted, size=1)).passed
+    if dynamic:
+        assert bl.verify(ep, bl.context_parallel(lifted, size=2)).passed
+
+
+def _position_of_each_sample(n: Net, i: Tensor) -> Tensor:
+    p = torch.arange(i.shape[1]) + torch.arange(i.shape[0])[:, None]
+    return n.h(n.e(i) + n.t[p])
+
+
+def _sequence_before_batch(n: Net, i: Tensor) -> Tensor:
+    x = n.e(i).transpose(0, 1).flatten(0, 1)
+    return n.h(x + n.t[: i.shape[1]].repeat_interleave(i.shape[0], 0))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("body", [_position_of_each_sample, _sequence_before_batch])
+def test_refusals_behind_the_scan_name_code_node_line_and_way_out(body: Body, dynamic: bool) -> None:
+    """They had no source line, one of them no code either."""
+    with pytest.raises(bl.UnsupportedReadError, match=r"^BL105 node '\w+'.* \[.*test_review_regressions.*:\d+\] -> \w"):
+        bl.lift(program(body, dynamic))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_write_through_a_view_that_cannot_be_inverted_is_refused(dynamic: bool) -> None:
+    """A write to the diagonal of a mask was dropped as dead code: the lifted program computed something else."""
+
+    def seen(mask: Tensor, length: int) -> Tensor:
+        own = mask[:, None, None, :].bool().expand(-1, -1, length, -1).clone()
+        own.diagonal(dim1=-2, dim2=-1).fill_(True)
+        return own
+
+    class Written(Padded):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.e(ids)[:, None]
+            return self.h(F.scaled_dot_product_attention(x, x, x, attn_mask=seen(mask, ids.shape[1]))[:, 0])
+
+    shapes = {key: {0: Dim.AUTO, 1: Dim.AUTO} for key in ("ids", "mask")} if dynamic else None
+    inputs = {"ids": torch.randint(1, VOCAB, (2, LENGTH)), "mask": torch.ones(2, LENGTH, dtype=torch.long)}
+    ep = export(Written(DIAGONALS["eye"]), (), inputs, dynamic_shapes=shapes)
+    with pytest.raises(bl.UnsupportedReadError, match=r"BL102 .*written in place"):
+        bl.lift(ep)
