@@ -98,6 +98,7 @@ class Layer(nn.Module):
                 heads.append((row, value))
             else:
                 x = within(row.region, consume, row, value, x, getattr(self, "join", None))
+                x = x.to(self.mlp.weight.dtype) if row.region == "autocast" else x
         if spec.attends:
             x = x + self.attention(x, inputs, heads, mask)
         return x + torch.tanh(self.mlp(x))
