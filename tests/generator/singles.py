@@ -29,6 +29,12 @@ from .spec import (
     Spec,
 )
 
+#: What may be refused, and the codes of it; everything else must lift.
+REFUSALS = {
+    "* at cumsum_ones*, batch = seq": "BL202",
+    "computed from cumsum_ones, batch = seq": "BL202",
+    "chain normalise of a parameter, width = seq": "BL105",
+}
 PLAIN = Row()
 GATHERED = Row(read="index", index="arange")
 COMPUTED = Row(table="computed", read="", index="arange")
