@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -160,9 +159,5 @@ CAUSAL: dict[str, Mutate] = {
     "stays causal by flag": m.keep_causal,
     "a query does not see itself": compared(torch.ops.aten.lt.Tensor),
     "the future for the past": compared(torch.ops.aten.gt.Tensor),
-    "keys in natural order": lambda x: m.at_input(x, "lifted_slots_keys", _natural),
+    "keys back to front": lambda x: m.at_input(x, "lifted_slots_keys", m.flip(1)),
 }
-
-
-def _natural(graph: torch.fx.Graph, node: torch.fx.Node) -> torch.fx.Node:
-    return m.emit(graph, m.emit(graph, node, torch.ops.aten.sort.default, node), operator.getitem, node, 0)
