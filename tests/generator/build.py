@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from .chains import apply_chain
+from .extras import extra_inputs, join_features, loss_of, within
 from .masks import attach_mask, attend, make_mask
 from .reads import Inputs, Value, attach, make_table, read_rows, row_width
-from .spec import HEAD_CONSUMERS, HEADS, TABLE_LENGTH, VOCAB, Mask, Row, Spec
+from .spec import CLASSES, HEAD_CONSUMERS, HEADS, TABLE_LENGTH, VOCAB, Mask, Row, Spec
 
 NO_MASK = Mask()
+_FEATURE_AXES: dict[str, dict[int, str]] = {"sample_features": {0: "batch"}, "global_features": {}}
+_FEATURE_SHAPES: dict[str, Any] = {name: {dim: Dim.AUTO for dim in own} for name, own in _FEATURE_AXES.items()}
 
 
 def consume(row: Row, value: Value, x: Tensor, join: nn.Linear | None) -> Tensor:
@@ -94,7 +97,8 @@ class Layer(nn.Module):
             if row.consumer in HEAD_CONSUMERS:
                 heads.append((row, value))
             else:
-                x = consume(row, value, x, getattr(self, "join", None))
+                x = within(row.region, consume, row, value, x, getattr(self, "join", None))
+                x = x.to(self.mlp.weight.dtype) if row.region == "autocast" else x
         if spec.attends:
             x = x + self.attention(x, inputs, heads, mask)
         return x + torch.tanh(self.mlp(x))
@@ -104,7 +108,7 @@ class Layer(nn.Module):
         batch, length, width = x.shape
         q, k, v = (t.view(batch, length, HEADS, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         for row, value in heads:
-            q, k = rotate_heads(row, value, q, k)
+            q, k = within(row.region, rotate_heads, row, value, q, k)
         if "arange_heads" in self.spec.distractors:
             q = q * (torch.arange(HEADS).float() + 1).view(1, HEADS, 1, 1)
         mask = self.spec.mask or NO_MASK
@@ -119,7 +123,7 @@ class Net(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        self.embed, self.head = nn.Embedding(VOCAB, spec.width), nn.Linear(spec.width, 3)
+        self.embed, self.head = nn.Embedding(VOCAB, spec.width), nn.Linear(spec.width, CLASSES)
         self.layers = nn.ModuleList(Layer(spec, number) for number in range(2))
         for place, row in enumerate(spec.rows):
             if row.site != "own" and row.table != "computed":
@@ -135,6 +139,10 @@ class Net(nn.Module):
 
     def read(self, place: int, holder: Any, x: Tensor) -> Value:
         """One read with its chain."""
+        return within(self.spec.rows[place].region, self.read_inside, place, holder, x)
+
+    def read_inside(self, place: int, holder: Any, x: Tensor) -> Value:
+        """One read, in its region."""
         row = self.spec.rows[place]
         table = getattr(holder, f"table{place}") if row.table != "computed" else None
         value = read_rows(row, table, holder, self.given, row_width(row, self.spec))
@@ -147,23 +155,29 @@ class Net(nn.Module):
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         square_mask: Tensor | None = None,
-    ) -> Tensor:
-        """``[B, S]`` tokens to ``[B, S, 3]``."""
+        labels: Tensor | None = None,
+        sample_features: Tensor | None = None,
+        global_features: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``[B, S]`` tokens to ``[B, S, 3]``, and the loss if there is one."""
         given = {
             "ids": ids,
             "position_ids": position_ids,
             "attention_mask": attention_mask,
             "document_ids": document_ids,
             "square_mask": square_mask,
+            "sample_features": sample_features,
+            "global_features": global_features,
         }
         self.given = {name: value for name, value in given.items() if value is not None}
-        x = self.distract(self.embed(ids), ids)
+        x = join_features(self.distract(self.embed(ids), ids), self.given)
         mask = self.spec.mask
         made = make_mask(mask, self, self.given) if mask and mask.site == "root" else None
         values = {p: self.read(p, self, x) for p, row in enumerate(self.spec.rows) if row.site == "root"}
         for layer in self.layers:
             x = layer(x, self.given, self, values, made)
-        return self.head(x * self.length_factor(ids))
+        logits: Tensor = self.head(x * self.length_factor(ids))
+        return logits if labels is None else (logits, loss_of(self.spec.loss, logits, labels))
 
     def length_factor(self, ids: Tensor) -> Any:
         """What the length itself contributes."""
@@ -215,6 +229,7 @@ def make_inputs(spec: Spec, batch: int, seq: int, seed: int = 0) -> Inputs:
         "attention_mask": place < lengths,
         "document_ids": later.long(),
         "square_mask": both & (place[:, :, None] >= place[:, None, :]),
+        **extra_inputs(batch, seq, spec.width, generator),
     }
     return made | {name: extra[name] for name in spec.inputs}
 
@@ -233,7 +248,8 @@ def export_spec(spec: Spec) -> tuple[Net, ExportedProgram]:
     args, kwargs = (inputs.pop("ids"),), inputs
     shapes = None
     if spec.dynamic:
-        shapes = {n: {0: Dim.AUTO, 1: Dim.AUTO} for n in ("ids", *kwargs)}
+        shapes: dict[str, Any] = {n: {0: Dim.AUTO, 1: Dim.AUTO} for n in ("ids", *kwargs)}
+        shapes |= {name: own for name, own in _FEATURE_SHAPES.items() if name in shapes}
         if "square_mask" in shapes:
             shapes["square_mask"][2] = Dim.AUTO
     return module, export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -244,6 +260,7 @@ def axes_of(spec: Spec) -> dict[str, dict[int, str]] | None:
     if spec.dynamic or spec.batch != spec.seq:
         return None
     axes = {name: {0: "batch", 1: "seq"} for name in ("ids", *spec.inputs)}
+    axes |= {name: own for name, own in _FEATURE_AXES.items() if name in axes}
     if "square_mask" in axes:
         axes["square_mask"] = {0: "batch", 1: "seq:row", 2: "seq:col"}
     return axes

@@ -63,6 +63,12 @@ def lifted_share(outcomes: Sequence[Outcome]) -> float:
     return sum(outcome.status == VERIFIED for outcome in exported) / max(1, len(exported))
 
 
+def unproven_share(outcomes: Sequence[Outcome]) -> float:
+    """Verified programs with a check whose controls moved nothing, among all verified ones."""
+    verified = [outcome for outcome in outcomes if outcome.status == VERIFIED]
+    return sum(bool(outcome.unproven) for outcome in verified) / max(1, len(verified))
+
+
 def summary(outcomes: Sequence[Outcome]) -> str:
     """How often each class is lifted, the worst first, and what refusals say."""
     total: Counter[str] = Counter()
@@ -84,5 +90,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         lines.append(f"{name:28} {total[name]:8} {cells[0]:6} {cells[1]:7} {cells[2]:6} {cells[3]:13}")
     seconds = sum(outcome.seconds for outcome in outcomes)
     lines.append(f"{seconds / max(1, len(outcomes)):.2f} s of one core per program")
+    ranks = Counter(outcome.ranks for outcome in outcomes if outcome.ranks)
+    lines.append(f"on two ranks: {ranks[VERIFIED]} verified, {ranks[REFUSED]} refused (BL203)")
+    unproven = Counter(name for outcome in outcomes for name in outcome.unproven)
+    lines.append(f"checks that prove nothing: {dict(unproven)}, {unproven_share(outcomes):.1%} of the programs")
     lines += [f"{count:5} x {reason}" for reason, count in reasons.most_common(30)]
     return "\n".join(lines)

@@ -11,12 +11,15 @@ from .spec import (
     DATA_CONSUMERS,
     DISTRACTORS,
     DTYPES,
+    FEATURES,
     HEAD_CONSUMERS,
     INDEXES,
     LAYOUTS,
     LENGTHS,
+    LOSSES,
     MASKS,
     OFFSETS,
+    REGIONS,
     SITES,
     SLICES,
     SQUARE_READS,
@@ -26,6 +29,12 @@ from .spec import (
     Spec,
 )
 
+#: What may be refused, and the codes of it; everything else must lift.
+REFUSALS = {
+    "* at cumsum_ones*, batch = seq": "BL202",
+    "computed from cumsum_ones, batch = seq": "BL202",
+    "chain normalise of a parameter, width = seq": "BL105",
+}
 PLAIN = Row()
 GATHERED = Row(read="index", index="arange")
 COMPUTED = Row(table="computed", read="", index="arange")
@@ -67,6 +76,11 @@ def single_rows() -> Iterator[tuple[str, Row]]:
         yield f"consumer {consumer} of a parameter", replace(PLAIN, consumer=consumer, dtype=dtype, table="parameter")
     for site in SITES:
         yield f"site {site}", replace(PLAIN, site=site)
+    for region in REGIONS:
+        yield f"region {region}", replace(PLAIN, region=region)
+        yield f"region {region} at the root", replace(PLAIN, region=region, site="root")
+        yield f"region {region} of computed heads", replace(COMPUTED, region=region, consumer="rope")
+        yield f"region {region} of a parameter", replace(PLAIN, region=region, table="parameter", consumer="concat")
     for step in REAL:
         yield f"chain {step}", replace(PLAIN, chain=(step,))
         yield f"chain {step} of computed", replace(COMPUTED, chain=(step,))
@@ -104,6 +118,9 @@ def singles() -> Iterator[tuple[str, Spec]]:
     bare += [(name, Spec(mask=mask)) for name, mask in single_masks()]
     bare += [(f"length {how}", Spec(length=how)) for how in LENGTHS]
     bare += [(f"distractor {name}", Spec(distractors=(name,), mask=Mask())) for name in DISTRACTORS]
+    bare += [(f"loss {kind}", Spec(rows=(PLAIN,), loss=kind)) for kind in LOSSES]
+    bare += [(f"loss {kind} alone", Spec(loss=kind)) for kind in LOSSES]
+    bare += [(f"input {name}", Spec(rows=(PLAIN,), mask=Mask("causal"), features=(name,))) for name in FEATURES]
     for name, spec in bare:
         whole = any(row.read == "full" for row in spec.rows) or (spec.mask is not None and spec.mask.read == "full")
         if not whole:

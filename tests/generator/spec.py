@@ -38,6 +38,11 @@ MASKS = (
 )
 SQUARE_READS = ("slice", "narrow", "index", "grid", "right", "full")
 ATTENTIONS = ("sdpa", "masked_fill", "where", "add")
+CLASSES = 3  # of the head
+IGNORED = -100
+REGIONS = ("no_grad", "autocast", "autocast_off", "checkpoint")
+LOSSES = ("mean", "sum", "shifted_mean", "shifted_sum")
+FEATURES = ("sample_features", "global_features")
 LENGTHS = ("divide", "sqrt", "log")
 DISTRACTORS = (
     "zeros_like",
@@ -79,6 +84,7 @@ class Row(Short):
         consumer: what reads the rows.
         site: read once at the root, in each layer from a shared table, or from a table of the layer's own.
         layers: the layers that consume it.
+        region: of ``REGIONS``, or ``""``: what the read, its chain and its consumer stand in.
     """
 
     table: str = "buffer"
@@ -91,6 +97,7 @@ class Row(Short):
     consumer: str = "add"
     site: str = "shared"
     layers: tuple[int, ...] = (0, 1)
+    region: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,6 +136,8 @@ class Spec(Short):
         distractors: values that look positional and are not.
         batch, seq, width: sizes of the example; ``batch == seq`` is exported with ``axes=``.
         dynamic: batch and sequence as ``Dim.AUTO``, or all sizes fixed.
+        loss: of ``LOSSES``, or ``""``: a second output, from labels with -100.
+        features: inputs without a sequence, of ``FEATURES``.
     """
 
     rows: tuple[Row, ...] = ()
@@ -139,6 +148,8 @@ class Spec(Short):
     seq: int = 6
     width: int = 8
     dynamic: bool = True
+    loss: str = ""
+    features: tuple[str, ...] = ()
 
     @property
     def attends(self) -> bool:
@@ -151,14 +162,15 @@ class Spec(Short):
         names = ["position_ids"] if any(row.index == "user" for row in self.rows) else []
         pattern = self.mask.pattern if self.mask else ""
         own = {"padding": "attention_mask", "documents": "document_ids", "user_square": "square_mask"}
-        return (*names, *([own[pattern]] if pattern in own else []))
+        names += [own[pattern]] if pattern in own else []
+        return (*names, *(["labels"] if self.loss else []), *self.features)
 
     @property
     def positional(self) -> bool:
         """Whether it has a read of any kind: without one, nothing may be lifted, whatever the distractors are."""
         pattern = self.mask.pattern if self.mask else "none"
         reads = bool(self.rows) or pattern not in ("none", "ones", "user_square")
-        return reads or bool(self.length) or "token_types_buffer" in self.distractors
+        return reads or bool(self.length) or self.loss.startswith("shifted") or "token_types_buffer" in self.distractors
 
 
 def classes(spec: Spec) -> list[str]:
@@ -169,11 +181,14 @@ def classes(spec: Spec) -> list[str]:
         found |= {f"layout {row.layout}", f"site {row.site}", *(f"chain {op}" for op in row.chain)}
         found |= {f"read {row.read}"} if row.read else set()
         found |= {f"index {row.index}"} if row.index else set()
+        found |= {f"region {row.region}"} if row.region else set()
     if spec.mask:
         found |= {f"mask {spec.mask.pattern}", f"attention {spec.mask.attention}"}
         if spec.mask.pattern == "square":
             found |= {f"square {spec.mask.read}", f"square in {spec.mask.table}"}
     found |= {f"length {spec.length}"} if spec.length else set()
+    found |= {f"loss {spec.loss}"} if spec.loss else set()
+    found |= {f"input {name}" for name in spec.features}
     found |= {f"distractor {name}" for name in spec.distractors}
     found |= {"no position"} if not spec.positional else set()
     return sorted(found)

@@ -10,13 +10,16 @@ from .chains import COMPLEX, REAL
 from .spec import (
     DATA_CONSUMERS,
     DISTRACTORS,
+    FEATURES,
     GATHERS,
     HEAD_CONSUMERS,
     INDEXES,
     LAYOUTS,
     LENGTHS,
+    LOSSES,
     MASKS,
     OFFSETS,
+    REGIONS,
     SITES,
     SLICES,
     SQUARE_READS,
@@ -55,7 +58,8 @@ def rows(draw: st.DrawFn, dynamic: bool) -> Row:
     chain = draw(chains(dtype == "complex64"))
     layers = draw(st.sampled_from([(0, 1), (0,), (1,)]))
     site = draw(st.sampled_from(SITES))
-    return Row(table, read, index, offset, layout, dtype, chain, consumer, site, layers)
+    region = draw(st.sampled_from(REGIONS)) if draw(weighted((4, False), (1, True))) else ""
+    return Row(table, read, index, offset, layout, dtype, chain, consumer, site, layers, region)
 
 
 @st.composite
@@ -104,6 +108,10 @@ def specs(draw: st.DrawFn) -> Spec:
     chosen = draw(masks(dynamic)) if mask == "some" else None
     length = draw(weighted((19, ""), (1, "some")))
     distractors = tuple(draw(st.lists(st.sampled_from(DISTRACTORS), max_size=2, unique=True)))
+    loss = draw(st.sampled_from(LOSSES)) if draw(weighted((4, False), (1, True))) else ""
+    features: tuple[str, ...] = ()
+    if draw(weighted((4, False), (1, True))):
+        features = tuple(draw(st.lists(st.sampled_from(FEATURES), min_size=1, max_size=2, unique=True)))
     return Spec(
         reads,
         chosen,
@@ -113,4 +121,6 @@ def specs(draw: st.DrawFn) -> Spec:
         draw(st.sampled_from([6, 5, 7, 8, 9])),
         8,
         dynamic,
+        loss,
+        features,
     )
