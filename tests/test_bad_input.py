@@ -225,14 +225,14 @@ def test_mixing_is_refused_unless_loose(name: str) -> None:
 def test_name_that_is_taken() -> None:
     x, weight = tokens(), torch.randn(2, 8)
     ep = export(Named(), x, weight)
-    lifted = bl.lift(ep)
+    lifted = bl.lift(ep, axes={"lifted_freqs_cis": {0: "batch", 1: "seq"}})
     assert [item.name for item in lifted.inputs] == ["lifted_freqs_cis_1"]
     assert torch.equal(lifted.program.module()(x, weight, **lifted.feed(2, 8)), ep.module()(x, weight))
 
 
 @pytest.mark.parametrize("model, name", [(Target, "target"), (Losses, "losses")])
 def test_names_that_a_schedule_keeps(model: type[Base], name: str) -> None:
-    lifted = bl.lift(export(model(), tokens(), torch.randn(2, 8)))
+    lifted = bl.lift(export(model(), tokens(), torch.randn(2, 8)), axes={name: {0: "batch", 1: "seq"}})
     words = [name, "schedule", "rename"]
     refused(bl.PartitionError, words, lambda: bl.partition(lifted, split_points=["second"]), lifted.program)
 

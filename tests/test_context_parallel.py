@@ -28,7 +28,7 @@ def lifted_of(name: str) -> tuple[Any, bl.LiftedProgram]:
     return program, bl.lift(program)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_the_ranks_are_the_original(name: str, size: int) -> None:
     """Values, all ranks in lockstep in float64 with every gradient, and the stages, rank by rank."""

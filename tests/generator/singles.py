@@ -34,6 +34,8 @@ REFUSALS = {
     "* at cumsum_ones*, batch = seq": "BL202",
     "computed from cumsum_ones, batch = seq": "BL202",
     "chain normalise of a parameter, width = seq": "BL105",
+    "input sample_features, width = seq": "BL103",
+    "input global_features, width = seq": "BL103",
 }
 PLAIN = Row()
 GATHERED = Row(read="index", index="arange")
