@@ -49,7 +49,7 @@ def broadcast_batch(
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     carriers = _carriers(placeholders, axes)
     last = placeholders[-1]
-    stack = _root_stack(graph)
+    stack = root_stack(graph)
     added: list[tuple[CutKey, LiftedInput, Node]] = []
     for key, output in outputs.items():
         lifted = output.input
@@ -128,7 +128,7 @@ def _fake(lifted: LiftedInput, carriers: dict[tuple[str, str], tuple[Node, int]]
         return torch.empty(sizes, dtype=DTYPES[lifted.dtype], device=value.device)
 
 
-def _root_stack(graph: Graph) -> dict[str, Any]:
+def root_stack(graph: Graph) -> dict[str, Any]:
     """The module stack of the root, as some node states it."""
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")

@@ -22,6 +22,7 @@ from buffer_lifting.graph.sizes import Size, add, multiply, product, rename
 from buffer_lifting.keys import CODE, Gather, KeyPlan
 from buffer_lifting.labels import BATCH, COL, KEYS, ROW, DimLabel, Factor, Labels, has_seq
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
+from buffer_lifting.passes.broadcast_batch import root_stack
 from buffer_lifting.passes.collectives import Emit, gather_dim
 from buffer_lifting.passes.exchange_heads import HeadExchange
 from buffer_lifting.passes.fakes import Fakes, same_layout
@@ -84,9 +85,7 @@ class _Sharding:
         self.canonical: dict[str, Size] = {}
         placeholders = [node for node in state.graph.nodes if node.op == "placeholder"]
         self.last = placeholders[-1]
-        self.stack: dict[str, Any] = next(
-            (n.meta["nn_module_stack"] for n in state.graph.nodes if n.meta.get("nn_module_stack")), {}
-        )
+        self.stack = root_stack(state.graph)
         self._sizes: dict[tuple[str, str], Node] = {}
         for node in placeholders:
             self._note_symbols(node)
