@@ -21,7 +21,7 @@ _SAME = frozenset(
     ]
     for name in line.split()
 )
-_MEAN = 1
+_MEAN, _SUM = 1, 2
 
 
 def not_additive(record: GraphRecord, plan: LiftPlan) -> Iterator[tuple[Node, str, str]]:
@@ -39,11 +39,17 @@ def not_additive(record: GraphRecord, plan: LiftPlan) -> Iterator[tuple[Node, st
                 if node.args.get("weight") is not None and node.args.get("reduction") == _MEAN:
                     yield node, "its mean divides by the class weights of a rank's tokens", "use reduction='sum'"
             continue
-        roots[node.name] = frozenset().union(*(roots[name] for name in parts))
-        if len(roots[node.name]) > 1:
+        divided = node.name in losses and _is_multiple(node, roots)  # by a number of tokens of its own
+        roots[node.name] = frozenset([node.name]) if divided else frozenset().union(*(roots[name] for name in parts))
+        if len(roots[node.name]) > 1 and not all(_is_sum(record.nodes[name]) for name in roots[node.name]):
             yield node, "it adds up losses that count tokens of their own", hint
         elif not _is_multiple(node, roots):
             yield node, "it is computed from a loss, of which a rank has a part", hint
+
+
+def _is_sum(node: Node) -> bool:
+    """Whether a loss is a plain sum over tokens: the sums of the ranks add up, and so do several of them."""
+    return node.base_op in ("aten.sum", "aten.nansum") or node.args.get("reduction") == _SUM
 
 
 def _is_multiple(node: Node, roots: dict[str, frozenset[str]]) -> bool:

@@ -53,6 +53,7 @@ ADDITIVE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sum": lambda logits, hidden, labels: cross_entropy(logits, labels, reduction="sum"),
     "by valid": lambda logits, hidden, labels: cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum(),
     "smooth": lambda logits, hidden, labels: cross_entropy(logits, labels, label_smoothing=0.1),
+    "two sums": lambda logits, hidden, labels: cross_entropy(logits, labels, reduction="sum") + hidden.pow(2).sum(),
     "mean of all": lambda logits, hidden, labels: hidden.pow(2).mean(),
 }
 
@@ -73,6 +74,13 @@ NOT_ADDITIVE: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] 
     "square": (lambda g, h, labels: (lambda x: x * x)(cross_entropy(g, labels)), r"mul.*computed from a loss"),
     "inverse": (lambda g, h, labels: 1 / cross_entropy(g, labels), r"computed from a loss"),
     "two": (lambda g, h, labels: cross_entropy(g, labels) + h.pow(2).mean(), r"adds up losses that count tokens of"),
+    "two means": (
+        lambda g, h, labels: (
+            cross_entropy(g, labels, reduction="sum") / (labels != -100).sum()
+            + cross_entropy(g, labels, reduction="sum") / (labels > 3).sum()
+        ),
+        r"adds up losses that count tokens of",
+    ),
     "penalty": (lambda g, h, labels: cross_entropy(g, labels) + 1.0, r"add.*computed from a loss"),
     "weights": (
         lambda g, h, labels: cross_entropy(g, labels, weight=torch.arange(1.0, VOCAB + 1)),
