@@ -112,6 +112,7 @@ def nothing():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(280)
 def test_a_model_of_the_user_s(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_the_checkpoint_is_that_of_the_original_model(run: tuple[dict[int, float
     assert single(SAVED, None) != pytest.approx(losses[SAVED], rel=1e-3), "the untrained model gives another loss"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(run: tuple[dict[int, float], Path]) -> None:
     losses, directory = run
