@@ -82,20 +82,6 @@ class LiftedProgram:
         pair = self._shard(shard)
         return self._feed(batch_size, seq_len, inputs, order, positions, pair, device)
 
-    def feed_microbatches(
-        self,
-        batch_size: int,
-        seq_len: Lengths,
-        inputs: Mapping[str, torch.Tensor] | None = None,
-        order: Any = None,
-        positions: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
-        shard: Any = (0, 1),
-        device: torch.device | str | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """As :meth:`feed`, for a batch of several microbatches of a program with a static batch."""
-        pair = self._shard(shard)
-        return self._feed(batch_size, seq_len, inputs, order, positions, pair, device, micro=self.axes.batch)
-
     def _shard(self, shard: Any) -> tuple[int, int]:
         pair = parse_shard(shard, self.mesh_dim)
         self._check_shard(pair[1])

@@ -125,7 +125,8 @@ class StagedProgram:
                 f"{n_microbatches} microbatches of a batch of {batch_size} have {batch_size // n_microbatches} samples "
                 f"each, but the program was exported with a static batch of {micro}"
             )
-        return self.lifted.feed_microbatches(batch_size, seq_len, inputs, order, positions, shard, device)
+        pair = self.lifted._shard(shard)
+        return self.lifted._feed(batch_size, seq_len, inputs, order, positions, pair, device, micro=micro)
 
     def shard_inputs(
         self, *, order: Any = None, shard: Any = (0, 1), **inputs: torch.Tensor

@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ from pipeline_worker import (  # noqa: E402
     free_port,
     make_schedule,
     placement,
+    process_group,
     step_arguments,
     work_through,
     worker_environment,
@@ -283,18 +283,8 @@ def gradient_errors(cell: Cell, stages: Sequence[Any]) -> dict[str, float]:
 
 def serve(rank: int, port: int, directory: Path, cells: Sequence[Cell]) -> None:
     """Runs the cells on one rank, in a forked process."""
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
-    work_through(cells, directory, rank, prepare, train)
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(rank, WORLD, port):
+        work_through(cells, directory, rank, prepare, train)
 
 
 def main(port: int, directory: Path) -> int:

@@ -408,22 +408,29 @@ def write_result(directory: Path, cell: Any, rank: int, result: dict[str, Any]) 
     path.with_suffix(".part").rename(path)
 
 
-def work(rank: int, port: int, directory: Path) -> None:
-    """Trains the cells of ``cells.json``."""
+@contextmanager
+def process_group(rank: int, world: int, port: int) -> Any:
+    """One of ``world`` ranks on gloo; all leave together."""
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    cells = [Cell(**entry) for entry in json.loads((directory / "cells.json").read_text())]
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
-        world_size=WORLD,
+        world_size=world,
         timeout=timedelta(seconds=60),
     )
-    work_through(cells, directory, rank, staged_program, train)
+    yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def work(rank: int, port: int, directory: Path) -> None:
+    """Trains the cells of ``cells.json``."""
+    torch.set_num_threads(1)
+    cells = [Cell(**entry) for entry in json.loads((directory / "cells.json").read_text())]
+    with process_group(rank, WORLD, port):
+        work_through(cells, directory, rank, staged_program, train)
 
 
 def work_through(cells: Sequence[Any], directory: Path, rank: int, prepare: Any, run: Any) -> None:

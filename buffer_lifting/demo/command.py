@@ -61,33 +61,28 @@ def _compare(args: argparse.Namespace) -> int:
 
 def add_demo_commands(commands: Any, common: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Adds the two commands; ``positive`` is the type of a count."""
-    raw = argparse.RawDescriptionHelpFormatter
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str, more: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=more,
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
     about = "train a small Llama, or a model of yours, on 2 stages x 2 context-parallel ranks"
-    demo = commands.add_parser(
-        "demo",
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        epilog=DEMO_HELP,
-        parents=[common],
-        formatter_class=raw,
-    )
-    demo.set_defaults(run=_demo)
+    demo = command("demo", _demo, about, DEMO_HELP)
     demo.add_argument("--steps", type=positive, default=4, help="default: 4")
     demo.add_argument("--layers", type=positive, default=4, help="of the demo's own model, a small Llama; default: 4")
     demo.add_argument("--seed", type=int, default=0, help="of weights, text and orders; default: 0")
     demo.add_argument("--model", metavar="CALLABLE", help="package.module:callable, which makes another model")
     demo.add_argument("--learning-rate", type=_rate, metavar="RATE", help="of SGD; default: 0.1")
     demo.add_argument("--losses", metavar="FILE", help="write the losses of all steps to it")
-    about = "compare the losses of two training runs"
-    sub = commands.add_parser(
-        "compare-losses",
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        epilog=COMPARE_HELP,
-        parents=[common],
-        formatter_class=raw,
-    )
-    sub.set_defaults(run=_compare)
+    sub = command("compare-losses", _compare, "compare the losses of two training runs", COMPARE_HELP)
     sub.add_argument("a", metavar="A", help="FILE or FILE:RUN")
     sub.add_argument("b", metavar="B", help="FILE or FILE:RUN")
     sub.add_argument("--rtol", type=_tolerance, default=1e-5, help="default: 1e-5")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.fx import Graph
 
 from buffer_lifting.axes import axes_argument
 from buffer_lifting.errors import LiftingError
@@ -79,33 +78,29 @@ def context_parallel(
         lines = "\n".join(describe(item) for item in lifted.report.refused[:20])
         raise LiftingError(f"the program was lifted with strict=False and is wrong on a shard:\n{lines}")
     normalized = normalize(lifted.program)
-    plan = scan_record(build_record(lifted.program, normalized.graph), lifted_axes(lifted))
-    state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs, lifted_axes(lifted))
+    record = build_record(lifted.program, normalized.graph)
+    plan = scan_record(record, lifted_axes(lifted))
+    state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs)
     modified = FollowSlots()(state).modified
     if size > 1:
-        _shard(lifted, normalized.graph, state.added, size, mesh_dim, strategy)
+        if modified:
+            record = build_record(lifted.program, normalized.graph)
+            plan = scan_record(record, lifted_axes(lifted, tuple(output.input for output in state.added)))
+        keys = plan_keys(record, plan, size, strategy)
+        ShardAttention()(ShardState(normalized.graph, record, plan, keys, size, mesh_dim))
     outputs = (*lifted.feed_program.outputs, *state.added)
     feed = replace(lifted.feed_program, outputs=outputs)
     names = tuple(output.input.name for output in state.added)
     program = lifted.program
     if modified or size > 1:
         examples = _examples(lifted, state.added)
-        keys = [n for n, own in lifted.input_axes.items() if size > 1 and any(r == COL for _, _, r in own.seq_dims)]
-        program = assemble(lifted.program, normalized.graph, normalized.submodules, names, examples, keys)
+        by_key = [n for n, own in lifted.input_axes.items() if size > 1 and any(r == COL for _, _, r in own.seq_dims)]
+        program = assemble(lifted.program, normalized.graph, normalized.submodules, names, examples, by_key)
         columns = {item.name: int(item.batched) for item in (o.input for o in outputs) if item.role == COL}
-        for name in keys:
+        for name in by_key:
             columns[name] = next(dim for dim, _, role in lifted.input_axes[name].seq_dims if role == COL)
         widen_examples(program, columns, size)
     return LiftedProgram(program, tuple(o.input for o in outputs), lifted.report, feed, cp_size=size, mesh_dim=mesh_dim)
-
-
-def _shard(
-    lifted: LiftedProgram, graph: Graph, added: tuple[FeedOutput, ...], size: int, mesh_dim: str, strategy: str
-) -> None:
-    """Gathers the keys of a graph in which every mask follows the slots."""
-    record = build_record(lifted.program, graph)
-    plan = scan_record(record, lifted_axes(lifted, tuple(output.input for output in added)))
-    ShardAttention()(ShardState(graph, record, plan, plan_keys(record, plan, size, strategy), size, mesh_dim))
 
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:

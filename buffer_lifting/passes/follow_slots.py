@@ -17,7 +17,7 @@ from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.broadcast_batch import Broadcast, broadcast_batch, broadcast_nodes
 from buffer_lifting.passes.emitter import Emitter
 from buffer_lifting.plan import Call, CutKey, Lifted, LiftPlan, Plan, Replacement
-from buffer_lifting.program import Axes, FeedOutput, LiftedInput, PositionRead
+from buffer_lifting.program import FeedOutput, LiftedInput, PositionRead
 from buffer_lifting.torch_compat import set_arguments
 
 
@@ -28,7 +28,6 @@ class AttentionState:
     graph: Graph
     plan: LiftPlan
     outputs: tuple[FeedOutput, ...]
-    axes: Axes
     broadcast: Broadcast | None = None
     added: tuple[FeedOutput, ...] = ()
 
