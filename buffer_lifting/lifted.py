@@ -133,7 +133,8 @@ class LiftedProgram:
             order: as in :meth:`feed`: a mapping from axis name if the program has several sequence axes.
             shard: as in :meth:`feed`.
             inputs: whole user inputs by name. A sequence dim of role ``row`` is reordered and cut to this shard,
-                one of role ``col`` is reordered and kept whole.
+                one of role ``col`` is reordered and kept whole. ``target`` is what ``schedule.step`` takes besides,
+                ``[B, S, ...]``: it goes with the tokens.
 
         Raises:
             FeedError: an input that the program does not have, or an order or shard that does not fit.

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from buffer_lifting.errors import FeedError
-from buffer_lifting.labels import COL
+from buffer_lifting.labels import COL, ROW
 from buffer_lifting.program import InputAxes
 from buffer_lifting.streams import Streams, by_axis
+
+#: The name under which :func:`shard_inputs` takes what is no input of the program: see ``schedule.step``.
+TARGET = "target"
 
 
 def shard_inputs(
@@ -19,13 +22,16 @@ def shard_inputs(
     """Each input reordered along its sequence dims, and cut to the shard where its role is ``row``.
 
     ``order`` may be a mapping from axis name to order, and has to be one if ``axes`` has several sequence axes. An
-    order is checked once, not once an input, and of each input only the rows of the result are read.
+    order is checked once, not once an input, and of each input only the rows of the result are read. ``target`` is
+    no input, but what ``schedule.step`` takes besides: ``[B, S, ...]`` (flat tokens: ``[S, ...]``).
 
     Raises:
         FeedError: an unknown input, one whose sizes are not those of the others, or an order or shard that does
-            not fit.
+            not fit; a ``target`` of a program with several sequence axes.
     """
     names = list(dict.fromkeys(axis for own in axes.values() for _, axis, _ in own.seq_dims))
+    if TARGET in inputs and TARGET not in axes:
+        axes = {**axes, TARGET: _target_axes(axes, names, inputs[TARGET])}
     orders = by_axis("order", order, names)
     batch, lengths = _sizes(axes, inputs)
     if batch is None:
@@ -35,6 +41,20 @@ def shard_inputs(
         for axis, length in lengths.items()
     }
     return {name: _sharded(name, value, axes[name], streams) for name, value in inputs.items()}
+
+
+def _target_axes(axes: Mapping[str, InputAxes], names: list[str], target: torch.Tensor) -> InputAxes:
+    """A target goes with the tokens: batch first, if there is one, then the sequence."""
+    if len(names) != 1:
+        raise FeedError(
+            f"the program has {len(names)} sequence axes ({', '.join(names)}), so that target has no axis of its own; "
+            "give it under the name of the input whose tokens it goes with, in a call of its own"
+        )
+    batch_dim = 0 if any(own.batch_dim is not None for own in axes.values()) else None
+    seq_dim = 0 if batch_dim is None else 1
+    if target.ndim <= seq_dim:
+        raise FeedError(f"target {tuple(target.shape)} has no sequence dim {seq_dim}")
+    return InputAxes(TARGET, batch_dim, ((seq_dim, names[0], ROW),), target.ndim)
 
 
 def _check_shared(orders: Mapping[str, Any], axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor]) -> None:

@@ -118,9 +118,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             dcp.save(state_of(stage, optimizer), checkpoint_id=args.checkpoint)
         tokens, labels, positions, lengths = packed_documents(step)
         order = _PerDocumentHeadTailLoadBalancer(lengths, cp.size(), "cpu")
-        inputs = staged.shard_inputs(order=order, shard=cp, input_ids=tokens)
-        # labels lie like the tokens: batch, sequence
-        target = staged.shard_inputs(order=order, shard=cp, input_ids=labels)["input_ids"].to(device)
+        inputs = staged.shard_inputs(order=order, shard=cp, input_ids=tokens, target=labels)
+        target = inputs.pop("target").to(device)
         feed = staged.feed(
             BATCH, LENGTH, order=order, positions=positions, shard=cp, device=device, n_microbatches=MICROBATCHES
         )

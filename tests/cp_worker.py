@@ -10,6 +10,7 @@ something else on the same mesh, for ``test_cp_ranks.py``.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -283,6 +284,7 @@ def gradient_errors(cell: Cell, stages: Sequence[Any]) -> dict[str, float]:
 
 def serve(rank: int, port: int, directory: Path, cells: Sequence[Cell]) -> None:
     """Runs the cells on one rank, in a forked process."""
+    faulthandler.enable()
     with process_group(rank, WORLD, port):
         work_through(cells, directory, rank, prepare, train)
 
@@ -320,7 +322,9 @@ def main(port: int, directory: Path) -> int:
     failed = False
     while children:
         child, status = os.wait()
-        children.pop(child, None)
+        rank = children.pop(child)
+        if status:
+            print(f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}", flush=True)
         if status and not failed:  # its peers have little time to notice
             failed = True
             signal.signal(signal.SIGALRM, lambda *_: [os.kill(peer, signal.SIGKILL) for peer in children])

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -511,27 +512,38 @@ def run_cells(
 
     ``start(cells, directory, timeout)`` runs the workers and returns what they printed; default: :func:`launch`.
 
-    A pair that ends early has left at least one cell without a full result: that one has failed, and the next
-    pair starts behind it.
+    A set of workers that ends early has left at least one cell without a full result: that one has failed, and the next
+    set starts behind it. A cell in which no rank reports an error of its own, but ranks lost a peer, gets one more set
+    of processes, and what the first one printed becomes a warning.
     """
     start = start or launch
     results: dict[Any, list[dict[str, Any]] | str] = {}
     pending = list(cells)
+    lost: set[Any] = set()
     end = time.monotonic() + budget
     while pending and time.monotonic() < end:
         log = start(pending, directory, end - time.monotonic())
         while pending:
-            paths = [result_path(directory, pending[0], rank) for rank in range(world)]
+            cell = pending[0]
+            paths = [result_path(directory, cell, rank) for rank in range(world)]
             ranks = [torch.load(path, weights_only=False) for path in paths if path.exists()]
             errors = [str(result["error"]) for result in ranks if result["error"]]
-            errors.sort(key=lambda error: "gloo" in error)  # the cause first, then the peer that lost it
-            complete = len(ranks) == world and not errors
-            results[pending[0]] = (
-                ranks if complete else "\n".join(errors) or f"no result; the workers said:\n{log[-3000:]}"
-            )
+            if len(ranks) == world and not errors:
+                results[cell] = ranks
+                pending.pop(0)
+                continue
+            if all("gloo" in error for error in errors):
+                said = f"{cell.name}: {len(ranks)} of {world} ranks have a result; the workers said:\n{log[-6000:]}"
+                if cell not in lost:
+                    lost.add(cell)
+                    warnings.warn(said, stacklevel=2)
+                    for path in paths:
+                        path.unlink(missing_ok=True)
+                    break
+                errors.insert(0, said)
+            results[cell] = "\n".join(sorted(errors, key=lambda error: "gloo" in error))  # the cause first
             pending.pop(0)
-            if not complete:
-                break
+            break
     return results
 
 

@@ -167,3 +167,19 @@ def test_shard_inputs() -> None:
         half = order[:, rank * 8 : rank * 8 + 8]
         assert torch.equal(got["tokens"], ids.gather(1, half))
         assert torch.equal(got["attention_mask"], mask.gather(1, order))  # keys want the whole sequence
+
+
+def test_targets_are_sharded_like_the_tokens() -> None:
+    """``target`` is no input of the program: its rows are those of the tokens, with or without further dims."""
+    lifted, order = bl.lift(export_case("llama_masked")[1]), orders(BATCH)
+    (ids, mask), _ = make_inputs("llama_masked", BATCH, SEQ)
+    soft = torch.rand(BATCH, SEQ, 5)
+    for rank in range(2):
+        half = order[:, rank * 8 : rank * 8 + 8]
+        got = lifted.shard_inputs(order=order, shard=(rank, 2), tokens=ids, target=ids + 1)
+        assert torch.equal(got["target"], got["tokens"] + 1)
+        alone = lifted.shard_inputs(order=order, shard=(rank, 2), target=soft)["target"]
+        assert torch.equal(alone, soft.gather(1, half[..., None].expand(-1, -1, 5)))
+    for target, words in ((ids[:, :-1], "a length of axis 'seq'"), (ids[0], "no sequence dim 1")):
+        with pytest.raises(bl.FeedError, match=words):
+            lifted.shard_inputs(order=order, shard=(0, 2), tokens=ids, attention_mask=mask, target=target)

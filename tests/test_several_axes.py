@@ -311,6 +311,8 @@ def test_shard_inputs_refuses() -> None:
         with pytest.raises(bl.FeedError) as raised:
             lifted.shard_inputs(order=order, src=src)
         assert all(word in str(raised.value) for word in words), str(raised.value)
+    with pytest.raises(bl.FeedError, match="target has no axis of its own"):
+        lifted.shard_inputs(order=None, src=src, target=src)
 
 
 def test_one_axis_takes_a_mapping_too() -> None:

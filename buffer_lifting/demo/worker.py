@@ -106,9 +106,8 @@ def train(rank: int, directory: Path) -> None:
     for number in range(job.steps):
         step = _wait_for(step_path(directory, number), job.timeout)
         batch, length = step.labels.shape
-        user = loaded.shard_inputs(order=step.order, shard=mesh["cp"], **step.inputs)
-        whole = step.labels.gather(1, step.order.expand(batch, -1))
-        target = whole.chunk(RANKS, 1)[mesh["cp"].get_local_rank()]
+        user = loaded.shard_inputs(order=step.order, shard=mesh["cp"], **step.inputs, target=step.labels)
+        target = user.pop("target")
         feeds = {"lifted": loaded.feed(batch, length, step.inputs, order=step.order, shard=mesh["cp"])}
         if step.measure:  # first: the optimizer steps with the last one's gradients
             control = unlifted_feed(loaded.lifted, step, mesh["cp"].get_local_rank(), RANKS)
