@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 
 def operand_of(planner: Planner, node: Node, key: str = "self") -> tuple[Node, tuple[Size, ...]]:
-    """A tensor operand and its shape; refuses anything else."""
+    """A tensor operand and its shape (``"tensors.1"``: of a list); refuses anything else."""
+    key, _, place = key.partition(".")
     arg = node.args.get(key)
+    if place and isinstance(arg, tuple):
+        arg = arg[int(place)]
     if not isinstance(arg, Ref):
         raise Refuse(f"operand {key!r} of {node.op} is not a value", node.name)
     source = planner.record.nodes[arg.name]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind
+from buffer_lifting.loss_chain import LOSSES
 from buffer_lifting.ops import ASSERTIONS, content_operands
 from buffer_lifting.plan import LiftPlan
 
@@ -36,7 +37,7 @@ def not_additive(record: GraphRecord, plan: LiftPlan) -> Iterator[tuple[Node, st
         if not parts:
             if node.name in losses:
                 roots[node.name] = frozenset([node.name])
-                if node.args.get("weight") is not None and node.args.get("reduction") == _MEAN:
+                if node.base_op in LOSSES and node.args.get("weight") is not None and node.args["reduction"] == _MEAN:
                     yield node, "its mean divides by the class weights of a rank's tokens", "use reduction='sum'"
             continue
         divided = node.name in losses and _is_multiple(node, roots)  # by a number of tokens of its own

@@ -55,6 +55,21 @@ ADDITIVE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "smooth": lambda logits, hidden, labels: cross_entropy(logits, labels, label_smoothing=0.1),
     "two sums": lambda logits, hidden, labels: cross_entropy(logits, labels, reduction="sum") + hidden.pow(2).sum(),
     "mean of all": lambda logits, hidden, labels: hidden.pow(2).mean(),
+    "squared error": lambda logits, hidden, labels: F.mse_loss(hidden, hidden.detach() * 2 + labels[..., None]),
+    "absolute error": lambda logits, hidden, labels: F.l1_loss(logits[..., 0], labels.float(), reduction="sum"),
+    "smooth error": lambda logits, hidden, labels: F.smooth_l1_loss(labels.float(), logits.mean(-1)),
+    "yes or no": lambda logits, hidden, labels: F.binary_cross_entropy_with_logits(
+        logits, (labels[..., None] > torch.arange(VOCAB)).float(), pos_weight=torch.linspace(0.5, 2, VOCAB)
+    ),
+    "weighed": lambda logits, hidden, labels: F.binary_cross_entropy(
+        logits.sigmoid(), (logits > labels[..., None]).float(), weight=torch.linspace(0.5, 2, VOCAB)
+    ),
+    "divergence": lambda logits, hidden, labels: F.kl_div(
+        logits.log_softmax(-1), logits.roll(1, -1).softmax(-1).detach(), reduction="batchmean"
+    ),
+    "errors of tokens": lambda logits, hidden, labels: F.mse_loss(
+        logits[..., 0], labels.float(), reduction="none"
+    ).sum(),
 }
 
 

@@ -240,6 +240,11 @@ def _reduce(view: OpView) -> AxisResult:
     return AxisResult((tuple(out),) * len(view.shapes_out()), {}, mixing, handled)
 
 
+@rule("broadcast_tensors")
+def _broadcast_tensors(view: OpView) -> AxisResult:
+    return pointwise(view)  # every output has the shape and the axes of them all
+
+
 @rule("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d")
 def _loss(view: OpView) -> AxisResult:
     labels = view.labels("self")
@@ -256,6 +261,25 @@ def _loss(view: OpView) -> AxisResult:
         return AxisResult(None, operands, "the classes of a loss run along the sequence")
     if view.node.args.get("reduction") == 0:
         return AxisResult((rest,), operands)
+    return AxisResult(((),), operands, "a loss: a reduction over all tokens", True)
+
+
+@rule(
+    *"mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss kl_div poisson_nll_loss".split(),
+    *"binary_cross_entropy binary_cross_entropy_with_logits".split(),
+)
+def _elementwise_loss(view: OpView) -> AxisResult:
+    if view.node.args.get("reduction") == 0:
+        return pointwise(view)
+    tensors = view.tensors()
+    shape = max((own for _, own in tensors), key=len)
+    known = [labels for path, own in tensors if len(own) == len(shape) and (labels := view.labels(path)) is not None]
+    whole = broadcast(known, shape) if known else None
+    if whole is None:
+        return AxisResult(None, mixing="elements at different sequence positions meet")
+    operands = {path: align(whole, own) for path, own in tensors}
+    if not any(has_seq(dim) for dim in whole):
+        return AxisResult(((),), operands)
     return AxisResult(((),), operands, "a loss: a reduction over all tokens", True)
 
 

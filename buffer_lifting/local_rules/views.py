@@ -20,9 +20,12 @@ _SPLITS = ("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_spl
 
 @local_rule("getitem")
 def _getitem(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    """One part of a value that was split along a dim other than the sequence."""
+    """One part of a value that was split along a dim other than the sequence, or one of several broadcast ones."""
     parts, index = node.args.get("0"), node.args.get("1")
     split = planner.record.nodes[parts.name] if isinstance(parts, Ref) else None
+    if split is not None and split.base_op == "aten.broadcast_tensors" and isinstance(index, int):
+        source, shape = operand_of(planner, split, f"tensors.{index}")
+        return _spread(planner, node, source, shape, labels, context)
     metas = split.meta if split is not None and isinstance(split.meta, tuple) else ()
     if split is None or not isinstance(index, int) or split.base_op not in _SPLITS:
         raise Refuse(f"a result of {split.op if split else 'an op'} is not known to be local", node.name)
@@ -147,7 +150,13 @@ def _with_sizes(labels: Labels, shape: tuple[Size, ...]) -> Labels:
 
 @local_rule("expand", "expand_as", "broadcast_to")
 def _expand(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
-    source, shape = operand_of(planner, node)
+    return _spread(planner, node, *operand_of(planner, node), labels, context)
+
+
+def _spread(
+    planner: Planner, node: Node, source: Node, shape: tuple[Size, ...], labels: Labels, context: Context
+) -> Value:
+    """``source``, of ``shape``, expanded to the shape of ``node``."""
     assert node.tensor is not None
     missing = len(labels) - len(shape)
     own = tuple(() if size == 1 else dim for size, dim in zip(shape, labels[missing:], strict=True))

@@ -57,7 +57,9 @@ def loss_shares(losses: Losses, captured: list[dict[str, Any]]) -> list[float]:
     if "target" in args:
         if args.get("reduction") != _MEAN:
             return [1.0] * ranks
-        counts = [float((own[args["target"].name] != args["ignore_index"]).sum()) for own in captured]
+        targets = [own[args["target"].name] for own in captured]
+        ignored = args.get("ignore_index")  # losses of single elements have none
+        counts = [1.0 if ignored is None else float((target != ignored).sum()) for target in targets]
     elif isinstance(args.get("other"), Node) and args["other"].name in losses.needed:
         counts = [float(torch.as_tensor(own[args["other"].name]).sum()) for own in captured]
     elif "mean" in str(node.target):
