@@ -265,8 +265,8 @@ def _loss(view: OpView) -> AxisResult:
 
 
 @rule(
-    *"mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss kl_div poisson_nll_loss".split(),
-    *"binary_cross_entropy binary_cross_entropy_with_logits".split(),
+    *["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div", "poisson_nll_loss"],
+    *["binary_cross_entropy", "binary_cross_entropy_with_logits"],
 )
 def _elementwise_loss(view: OpView) -> AxisResult:
     if view.node.args.get("reduction") == 0:
