@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from cp_worker import Cell, mesh_of, order_of, slots_of
-from parity_models import BATCH, MICROBATCHES, PROBED, SEQ, VOCAB, Model, cross_entropy_sum, step_data
+from parity_models import BATCH, IGNORED, MICROBATCHES, PROBED, SEQ, VOCAB, Model, cross_entropy_sum, step_data
 from pipeline_worker import make_schedule
 from torch import Tensor
 
@@ -115,6 +115,51 @@ def one_wrong_feed(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
     schedule = make_schedule("Schedule1F1B", [stage], MICROBATCHES, cross_entropy_sum, spec)
     schedule.step(target=target[:, : SEQ // cell.cp], **own, **feed)
     return {}
+
+
+#: Batch and length of each step of :func:`lengths`: they grow, shrink and come back.
+SIZES = ((4, 16), (8, 32), (4, 32), (4, 16))
+
+
+def sized_step(number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(tokens, target, order)`` of a step, ``[B, S]`` each: another order and other ignored targets a sample."""
+    (batch, seq), generator = SIZES[number], torch.Generator().manual_seed(400 + number)
+    tokens = torch.randint(3, VOCAB, (batch, seq), generator=generator)
+    target = torch.randint(3, VOCAB, (batch, seq), generator=generator)
+    target[torch.rand(batch, seq, generator=generator) < 0.3] = IGNORED
+    return tokens, target, torch.stack([torch.randperm(seq, generator=generator) for _ in range(batch)])
+
+
+def lengths(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
+    """Steps of other sizes on one runner: the loss of each, and this rank's gradients by the eager model's names."""
+    from torch.distributed.pipelining import Schedule1F1B
+
+    import buffer_lifting as bl
+
+    mesh = mesh_of(cell.pp, cell.cp)
+    shard = mesh["cp"]
+    loss_fn = bl.TokenLoss(shard, MICROBATCHES, loss=cross_entropy_sum)
+    runner = bl.StepRunner(staged, Schedule1F1B, "cpu", n_microbatches=MICROBATCHES, loss_fn=loss_fn, mesh=mesh, keep=2)
+    steps = []
+    for number, (batch, seq) in enumerate(SIZES):
+        tokens, target, order = sized_step(number)
+        own = staged.shard_inputs(order=order, shard=shard, tokens=tokens, target=target)
+        feed = staged.feed(batch, seq, order=order, shard=shard)
+        if runner.has_last:
+            loss_fn.begin(own["target"])
+        losses: list[Tensor] = []
+        runner.step(**own, **feed, losses=losses, seq_len=seq)
+        loss_fn.reduce_gradients(runner.parameters())
+        modules = runner.modules.values()
+        steps.append(
+            {
+                "loss": float(loss_fn.total(losses)) if runner.has_last else None,
+                "gradients": {fqn: p.grad for module in modules for fqn, p in module.named_parameters()},
+            }
+        )
+        for parameter in runner.parameters():
+            parameter.grad = None
+    return {"steps": steps}
 
 
 def _model(cell: Cell) -> Model:

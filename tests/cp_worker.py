@@ -61,7 +61,7 @@ from pipeline_worker import (  # noqa: E402
 
 WORLD = 4
 #: Cells that train nothing, by what stands in place of the schedule: see ``cp_probes``.
-OTHERS = ("probe", "failures", "one wrong feed")
+OTHERS = ("probe", "failures", "one wrong feed", "lengths")
 ORDERS = ("contiguous", "head-tail", "per-document", "random")
 SCHEDULES = ("Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleZBVZeroBubble")
 LAYOUTS = ((2, 2), (1, 4))
@@ -212,8 +212,8 @@ def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
     if cell.schedule in OTHERS:
         import cp_probes
 
-        run = {"probe": cp_probes.probe, "failures": cp_probes.failures, "one wrong feed": cp_probes.one_wrong_feed}
-        return run[cell.schedule](cell, staged, rank)
+        run = (cp_probes.probe, cp_probes.failures, cp_probes.one_wrong_feed, cp_probes.lengths)
+        return run[OTHERS.index(cell.schedule)](cell, staged, rank)
 
     mesh = mesh_of(cell.pp, cell.cp)
     pp_rank, cp_rank = rank // cell.cp, rank % cell.cp

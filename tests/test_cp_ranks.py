@@ -13,9 +13,21 @@ from typing import Any
 import cp_worker
 import pytest
 import torch
-from cp_probes import PERTURBED, moved, probe_inputs
+from cp_probes import PERTURBED, SIZES, moved, probe_inputs, sized_step
 from cp_worker import ORDERS, WORLD, Cell, cp_program, order_of, slots_of, unlifted_feed
-from parity_models import BATCH, DOCUMENTS, PROBED, SEQ, WINDOW, build
+from parity_cells import TOLERANCE
+from parity_models import (
+    BATCH,
+    DOCUMENTS,
+    IGNORED,
+    MODELS,
+    PROBED,
+    SEQ,
+    WINDOW,
+    Reference,
+    build,
+    cross_entropy_sum,
+)
 from pipeline_worker import run_cells
 from zoo import export_case
 
@@ -100,13 +112,14 @@ def test_with_the_lift_disabled_a_token_reaches_others(model: str) -> None:
 PROBES = tuple(Cell(model, "probe", 1, 4, order) for model in PROBED for order in ("head-tail", "per-document"))
 FAILURES = Cell("llama_pr1797", "failures", 1, 4)
 ONE_WRONG = Cell("llama_pr1797", "one wrong feed", 1, 4)
+LENGTHS = Cell("llama_pr1797", "lengths", 2, 2)
 
 
 @pytest.fixture(scope="module")
 def on_gloo(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, Any]:
     """What the ranks recorded, all in one set of four processes."""
     directory = tmp_path_factory.mktemp("ranks")
-    return run_cells((*PROBES, FAILURES), directory, BUDGET, cp_worker.launch, WORLD)
+    return run_cells((*PROBES, FAILURES, LENGTHS), directory, BUDGET, cp_worker.launch, WORLD)
 
 
 def ranks_of(cell: Cell, results: dict[Cell, Any]) -> list[dict[str, Any]]:
@@ -173,6 +186,30 @@ def test_a_runner_that_compares_ranks_refuses_the_step_on_all(on_gloo: dict[Cell
         assert raised["type"] == "FeedError", raised
         assert ("'lifted_freqs_cis'" if rank == WORLD - 1 else "another rank refused") in raised["message"], raised
         assert raised["seconds"] < 10
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(BUDGET + 60)
+def test_steps_of_other_sizes_on_a_mesh(on_gloo: dict[Cell, Any]) -> None:
+    """A runner on pp 2 x cp 2: each step has the loss and every gradient of the eager model in one process."""
+    ranks = ranks_of(LENGTHS, on_gloo)
+    module = build(MODELS[LENGTHS.model])
+    for number in range(len(SIZES)):
+        tokens, target, _ = sized_step(number)
+        module.zero_grad()
+        loss = cross_entropy_sum(module(tokens), target) / (target != IGNORED).sum()
+        loss.backward()
+        expected = Reference(float(loss.detach()), {fqn: p.grad for fqn, p in module.named_parameters()})
+        seen = set()
+        for record in ranks:
+            step = record["steps"][number]
+            seen |= step["gradients"].keys()
+            for fqn, gradient in step["gradients"].items():
+                assert expected.error(fqn, gradient) <= TOLERANCE["float32"], (number, fqn)
+        assert seen == expected.gradients.keys()
+        losses = [record["steps"][number]["loss"] for record in ranks]
+        assert losses[:2] == [None, None]
+        assert losses[2:] == pytest.approx([expected.loss] * 2, rel=1e-6)
 
 
 def test_a_stage_refuses_inputs_that_disagree() -> None:
