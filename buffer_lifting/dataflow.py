@@ -67,11 +67,15 @@ def _length(record: GraphRecord, node: Node, deps: dict[str, Dep], lengths: froz
     numbers = (name for _, name in length_operands(node) if isinstance(record.nodes[name].meta, ScalarMeta))
     if any(Dep.LENGTH in deps[name] for name in numbers):
         return Dep.LENGTH
-    if node.tensor is None or any(atoms(size) & lengths for size in node.tensor.shape):
+    results = node.meta if isinstance(node.meta, tuple) else (node.meta,)
+    if any(_runs_along(meta, lengths) for meta in results):
         return Dep.NONE
-    operands = (record.nodes[name] for name in content_operands(node))
-    reduced = any(n.tensor and any(atoms(size) & lengths for size in n.tensor.shape) for n in operands)
+    reduced = any(_runs_along(record.nodes[name].meta, lengths) for name in content_operands(node))
     return Dep.LENGTH if reduced else Dep.NONE
+
+
+def _runs_along(meta: object, lengths: frozenset[str]) -> bool:
+    return isinstance(meta, TensorMeta) and any(atoms(size) & lengths for size in meta.shape)
 
 
 def _differentiable(node: Node, labels: Labels | None) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from buffer_lifting.axis_rules import AxisResult
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
-from buffer_lifting.labels import Labels
+from buffer_lifting.labels import BATCH, Labels, has_seq
 from buffer_lifting.ops import ATTENTION, content_operands
 from buffer_lifting.plan import Refuse
 from buffer_lifting.program import Finding
@@ -49,6 +49,16 @@ def _same_shape(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:
     return None
 
 
+#: Why a value that lifting makes one of each sample has no reader.
+NO_BATCH = "the data that is computed from it has no batch dim, so that there is no place for values per sample"
+
+
+def lacks_batch(result: tuple[Labels, ...] | None) -> bool:
+    """Whether data runs along the sequence and not along the batch: one value for all samples."""
+    axes = {f.axis for own in result or () for dim in own for f in dim}
+    return any(has_seq(dim) for own in result or () for dim in own) and BATCH not in axes
+
+
 def report_returned(scan: _Scan, node: Node) -> None:
     """A position value that the program returns stays in natural order."""
     lengths = set(scan.inputs.lengths.values())
@@ -63,7 +73,13 @@ def report_returned(scan: _Scan, node: Node) -> None:
             why = "it is returned, and computed from user inputs by an op that mixes the sequence"
             scan.reports.refused(node, path, value, (), Refuse(why, name, hint="compute it outside the model"))
             continue
-        if dep & (Dep.USER | Dep.DATA) or value.kind is NodeKind.STATE or not lengths & set(shape):
+        of_length = Dep.LENGTH in dep and not lengths & set(shape)
+        if dep & (Dep.USER | Dep.DATA) or value.kind is NodeKind.STATE or not (of_length or lengths & set(shape)):
+            continue
+        if of_length:
+            why = "it is returned, and made from the sequence length: a shard's is another"
+            refusal = Refuse(why, name, "BL104", "do not return it from the model's forward")
+            scan.reports.refused(node, path, value, (), refusal)
             continue
         why = "it is returned: the caller gets it in natural order, whatever the order of the tokens"
         scan.reports.refused(node, path, value, (), Refuse(why, name, hint="do not return it from the model's forward"))

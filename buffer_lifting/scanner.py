@@ -53,7 +53,7 @@ from buffer_lifting.program import (
 from buffer_lifting.reporting import Edge, Reports, written_state
 from buffer_lifting.routing import Routing
 from buffer_lifting.routing.facts import has_routed
-from buffer_lifting.scan_users import label_user_value, no_axis, report_returned, under_vmap
+from buffer_lifting.scan_users import NO_BATCH, label_user_value, lacks_batch, no_axis, report_returned, under_vmap
 
 FormOption = str | Mapping[str, str]
 
@@ -340,7 +340,9 @@ class _Scan:
         if vmapped is not None:
             self.reports.refused(edge.consumer, edge.path, value, labels, vmapped)
             return
-        if seq_axes(labels) and Dep.WRITTEN not in dep and not self.planner.varies_along(value.name, labels):
+        of_length = Dep.LENGTH in dep and Dep.USER not in dep  # the same at every position, and another on a shard
+        same = Dep.WRITTEN not in dep and not of_length and not self.planner.varies_along(value.name, labels)
+        if seq_axes(labels) and same:
             return
         two_axis = len(seq_axes(labels)) > 1
         context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
@@ -358,12 +360,17 @@ class _Scan:
         used = list(dict.fromkeys(self.planner.trail))
         if not used or not rebuilt.changed:
             return
-        if rebuilt.lane and batch_is_a_matrix_dim(edge.consumer, self.labels.get(edge.consumer.name)):
+        result = self.labels.get(edge.consumer.name)
+        if rebuilt.lane and batch_is_a_matrix_dim(edge.consumer, result):
             why = "a product whose matrix rows or columns are the batch has no place for values per sample"
             self.reports.refused(edge.consumer, edge.path, value, labels, Refuse(why, edge.consumer.name))
             return
+        if rebuilt.lane and lacks_batch(result):
+            refusal = Refuse(NO_BATCH, edge.consumer.name, hint="compute it for each sample: [batch, seq], not [seq]")
+            self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
+            return
         try:
-            rebuilt, landing = onto_folded_batch(edge, rebuilt, self.labels.get(edge.consumer.name))
+            rebuilt, landing = onto_folded_batch(edge, rebuilt, result)
         except Refuse as refusal:
             self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
             return

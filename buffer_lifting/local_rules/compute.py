@@ -8,7 +8,7 @@ from buffer_lifting.gathering import operand_of
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.graph.sizes import product
 from buffer_lifting.labels import BATCH, DimLabel, Factor, Labels, is_labelled
-from buffer_lifting.local_rules.core import local_rule, spread, unchanged, widened
+from buffer_lifting.local_rules.core import check_summed, local_rule, spread, unchanged, widened
 from buffer_lifting.plan import Call, Context, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 @local_rule("linear")
 def _linear(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """A projection of each row: the weight has no rows of its own."""
-    source, _ = operand_of(planner, node, "input")
+    source, shape = operand_of(planner, node, "input")
     if is_labelled(labels[-1]):
         raise Refuse("a projection whose features run along the sequence", node.name)
+    check_summed(planner, node, [shape[-1]])
     value = planner.rebuild(source.name, (*labels[:-1], ()), context)
     return unchanged(node, value) or Value(Reapply(node.name, (("input", value.plan),)), value.lane, len(labels))
 
@@ -43,6 +44,7 @@ def _matmul(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     right, right_shape = operand_of(planner, node, right_key)
     if len(left_shape) < 2 or len(right_shape) < 2:
         raise Refuse("a product of a matrix and a vector", node.name)
+    check_summed(planner, node, [left_shape[-1]])
     rank = len(labels)
     values = []
     for source, shape, matrix in (
@@ -82,6 +84,8 @@ def _einsum(planner: Planner, node: Node, labels: Labels, context: Context) -> V
             raise Refuse("an einsum of something that is no tensor", node.name)
         own_outer = len(shape.shape) - len(part.replace("...", "")) if "..." in part else 0
         own_letters = _spelled(part, broadcast[outer - own_outer :])
+        sizes = zip(own_letters, shape.shape, strict=True)
+        check_summed(planner, node, [size for letter, size in sizes if letter not in by_letter])
         own: list[DimLabel] = [
             () if size == 1 else by_letter.get(letter, ())
             for letter, size in zip(own_letters, shape.shape, strict=True)

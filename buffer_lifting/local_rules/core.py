@@ -6,14 +6,14 @@ raises :class:`Refuse`. A new pattern is one entry in a module of this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import operand_of
-from buffer_lifting.graph.record import Node, Ref, TensorMeta
-from buffer_lifting.graph.sizes import Size
+from buffer_lifting.graph.record import Node, NodeKind, Ref, TensorMeta
+from buffer_lifting.graph.sizes import Size, atoms
 from buffer_lifting.labels import BATCH, COL, DimLabel, Factor, Labels, has_seq, is_labelled
 from buffer_lifting.ops import FILLS, ORDER_FREE, is_mutating, is_pointwise
 from buffer_lifting.plan import AxisSize, Call, Context, Existing, Plan, Reapply, Refuse, Value
@@ -54,6 +54,11 @@ def local(planner: Planner, node: Node, labels: Labels, context: Context) -> Val
         rule = _fill
     if rule is None and is_pointwise(node):
         rule = _pointwise
+    dep = planner.deps[node.name]
+    of_whole = Dep.LENGTH in dep and not dep & (Dep.USER | Dep.RANDOM) and not has_batch_or_seq(labels)
+    if of_whole and (rule is None or node.base_op in _SUMS):  # nothing is left of the sequences that it is made from
+        operands = (planner.record.nodes[name].tensor for name in node.refs())
+        return at_full_length(planner, node, [size for meta in operands if meta for size in meta.shape])
     if rule is None:
         raise Refuse(f"{node.op or node.kind.value} is not known to be local along the sequence", node.name)
     return rule(planner, node, labels, context)
@@ -172,6 +177,79 @@ def _scalar_tensor(planner: Planner, node: Node, labels: Labels, context: Contex
     return Value(Reapply(node.name, (("s", planner.scalar(number.name)),)), False, 0)
 
 
+def at_full_length(planner: Planner, node: Node, sizes: Sequence[Size]) -> Value:
+    """A value without sequence dims that is made from whole sequences; ``sizes`` are the dims that it has lost."""
+    for axis in {axis for size in sizes for axis in _axes_of(planner, size)}:
+        keys = Factor(axis, COL, planner.inputs.lengths[axis])
+        planner.iota(keys, Context("slots", "positions"))  # its length is read, also where the plan is known
+    assert node.tensor is not None
+    return Value(planner.at_full_length(node.name), False, len(node.tensor.shape))
+
+
+#: Products that sum over a dim of their operands.
+_SUMS = frozenset(f"aten.{name}" for name in ["matmul", "bmm", "mm", "mv", "dot", "einsum", "linear", "addmm"])
+
+
+def _axes_of(planner: Planner, size: Size) -> set[str]:
+    """The sequence axes whose length is the size, or of which it is made."""
+    lengths = planner.inputs.lengths.items()
+    return {axis for axis, length in lengths if size == length or atoms(size) & atoms(length)}
+
+
+def check_summed(planner: Planner, node: Node, sizes: Iterable[Size]) -> None:
+    """Refuses a sum over dims one of which runs along the sequence: a rank has a part of it.
+
+    (Of a static program, whose sizes are numbers, the one rank has the whole.)
+    """
+    if any(not isinstance(size, int) and _axes_of(planner, size) for size in sizes):
+        raise Refuse("a sum over the sequence", node.name)
+
+
+def part_of_whole(
+    planner: Planner, node: Node, source: Node, size: Size, labels: Labels, from_front: bool
+) -> Value | None:
+    """The part that a select or slice takes of the whole sequence, where a shard's own would be another one.
+
+    ``None`` where it is the same: the dim of ``size`` is no sequence, or the part counts from the front
+    (``from_front``) of a value whose elements do not depend on the length.
+
+    Raises:
+        Refuse: the rest of the value still runs along the batch or a sequence.
+    """
+    if not _axes_of(planner, size) or Dep.USER in planner.deps[source.name]:
+        return None
+    if from_front and is_prefix(planner, source.name):
+        return None
+    if has_batch_or_seq(labels):
+        raise Refuse("a part at a fixed place of the sequence", node.name)
+    return at_full_length(planner, node, [size])
+
+
+_KEPT = ("aten.unsqueeze", "aten.expand", "aten.alias", "aten.clone", "aten.to", "aten._to_copy", "aten.detach")
+
+
+def is_prefix(planner: Planner, name: str) -> bool:
+    """Whether a value of a longer sequence begins with the value: rows of a table from the front, an index."""
+    stack, seen = [name], set()
+    while stack:
+        node = planner.record.nodes[stack.pop()]
+        if node.name in seen or node.kind is not NodeKind.OP:
+            continue
+        seen.add(node.name)
+        if not isinstance(node.meta, TensorMeta):
+            continue
+        numbers = [node.args.get(key) for key in ("start", "step")]
+        plain = all(number is None or isinstance(number, int) for number in numbers)
+        front = plain and (not isinstance(numbers[0], int) or numbers[0] >= 0)
+        kept = is_pointwise(node) or node.base_op in _KEPT or node.base_op in FILLS
+        if Dep.LENGTH in planner.deps[node.name] or not (
+            kept or (front and node.base_op in ("aten.slice", "aten.arange"))
+        ):
+            return False
+        stack.extend(node.refs())
+    return True
+
+
 @local_rule("max", "min", "amax", "amin", "any", "all", "sum", "mean")
 def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """A reduction over a sequence axis is taken over the keys, which are the whole sequence on every rank.
@@ -193,10 +271,7 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
     if chosen and not any(planner.axis_of(shape[dim]) for dim in over):
         return over_features(planner, node, labels, context)
     if not exact and Dep.USER not in planner.deps[node.name] and not has_batch_or_seq(labels):
-        for axis in {planner.axis_of(shape[dim]) for dim in over} - {None}:
-            keys = Factor(str(axis), COL, planner.inputs.lengths[str(axis)])
-            planner.iota(keys, Context("slots", "positions"))  # its length is read, also where the plan is known
-        return Value(planner.at_full_length(node.name), False, len(labels))
+        return at_full_length(planner, node, [shape[dim] for dim in over])
     if not exact and (node.args.get("dtype") is not None or not context.rounded):
         raise Refuse(f"{node.op} is not known to be local along the sequence", node.name)
     own: list[DimLabel] = []

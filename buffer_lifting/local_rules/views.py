@@ -9,7 +9,7 @@ from buffer_lifting.gathering import gather_rows, operand_of
 from buffer_lifting.graph.record import Node, Ref, TensorMeta
 from buffer_lifting.graph.sizes import Size, product
 from buffer_lifting.labels import BATCH, DimLabel, Factor, Labels, has_seq, is_labelled, regroup
-from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, spread, unchanged
+from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, part_of_whole, spread, unchanged
 from buffer_lifting.plan import AxisSize, Call, Context, Existing, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -193,6 +193,9 @@ def _select(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     dim, index = int(node.args["dim"]) % len(shape), node.args["index"]  # type: ignore[arg-type]
     if not isinstance(index, int):
         raise Refuse("an element picked at a computed index", node.name)
+    whole = part_of_whole(planner, node, source, shape[dim], labels, index >= 0)
+    if whole is not None:
+        return whole
     value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim:]), context, picked=dim)
     return unchanged(node, value) or Value(
         Call("aten.select.int", (value.plan, dim + value.lane, index), node.name), value.lane, len(labels)
@@ -213,6 +216,11 @@ def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
         ):
             hint = "slice by sizes (tensor.shape) rather than .item(), or export with static shapes"
             raise Refuse("a slice with computed bounds", node.name, hint=hint)
+        ends = [node.args.get(key) for key in ("start", "end")]
+        front = all(end is None or (isinstance(end, int) and end >= 0) for end in ends)
+        whole = part_of_whole(planner, node, source, shape[dim], labels, front)
+        if whole is not None:
+            return whole
         value = planner.rebuild(source.name, labels, context, picked=dim)
         bounds = tuple(node.args.get(key) for key in ("start", "end", "step"))
         return unchanged(node, value) or Value(

@@ -242,6 +242,8 @@ class _Values:
                 return moved.reshape(moved.shape[0], *_factors(labels, kept, size))
             result = moved.unsqueeze(at + 1)
             return result.reshape(result.shape[0], *_factors(labels, result.shape[1:], size))
+        if value.ndim == len(labels) and value.shape[own] == 1 and len(labels[own]) == 1:  # one value for all samples
+            value = value.expand(*(case.batch if dim == own else -1 for dim in range(value.ndim)))
         shape: list[int] = []
         where = 0
         for dim, (label, length) in enumerate(zip(labels, value.shape, strict=True)):
