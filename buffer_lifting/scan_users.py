@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from buffer_lifting.axis_rules import AxisResult
+from buffer_lifting.axis_rules import OVER_KEYS, AxisResult
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.labels import BATCH, Labels, has_seq
@@ -32,10 +32,15 @@ def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None
     mixes = result is not None and bool(result.mixing) and not result.handled
     if any(name in scan.mixed for name in operands) or (labelled and (lost or mixes)):
         scan.mixed.add(node.name)
-    elif any(name in scan.counts for name in operands) or (labelled and result is not None and result.mixing):
+    elif any(name in scan.counts for name in operands) or (labelled and result is not None and _of_a_part(result)):
         scan.counts.add(node.name)
     outputs = result.outputs if result else None
     scan.labels[node.name] = scan.completion.complete(node, outputs) or _same_shape(scan, node)
+
+
+def _of_a_part(result: AxisResult) -> bool:
+    """Whether a reduction is over tokens of which a rank has a part: keys are whole on every rank."""
+    return bool(result.mixing) and result.mixing != OVER_KEYS
 
 
 def _same_shape(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:

@@ -25,6 +25,10 @@ def _first_dynamic() -> dict[str, str]:
     return found
 
 
+#: What a check of the parallel program finds although it is right: a length that is counted over the keys of all ranks.
+FALSE_FINDINGS = {"hf_xlm": {"BL005"}}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("name", "export"), sorted(_first_dynamic().items()))
@@ -43,7 +47,7 @@ def test_two_ranks_are_the_original(name: str, export: str) -> None:
     assert program.example_inputs is not None
     report = bl.verify(program, parallel, inputs=[program.example_inputs], checks=("shards",))
     assert report["shards"].worst < 1e-9 and report["shards"].compared > 5
-    assert bl.check(parallel) == ()
+    assert {item.code for item in bl.check(parallel)} == FALSE_FINDINGS.get(name, set())
 
 
 def test_most_models_run_on_two_ranks() -> None:

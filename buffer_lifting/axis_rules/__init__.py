@@ -5,10 +5,11 @@ rule is unknown, never assumed to be local.
 """
 
 from buffer_lifting.axis_rules import collectives, compute, convolution, flex, moves, views
-from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, apply_rule, ruled_ops
+from buffer_lifting.axis_rules.core import OVER_KEYS, Alignment, AxisResult, OpView, align, apply_rule, ruled_ops
 from buffer_lifting.axis_rules.views import permutation
 
 __all__ = [
+    "OVER_KEYS",
     "Alignment",
     "AxisResult",
     "OpView",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from buffer_lifting.axis_rules.core import (
+    OVER_KEYS,
     Alignment,
     AxisResult,
     OpView,
@@ -225,7 +226,7 @@ def _reduce(view: OpView) -> AxisResult:
         if has_seq(dim) and view.node.base_op in ("aten.argmax", "aten.argmin"):
             mixing, handled = "a reduction over the sequence: an index along it is taken from the data", False
         elif has_seq(dim) and all(f.role in KEYS for f in dim if f.is_seq):
-            mixing, handled = "attention: a reduction over keys", True
+            mixing, handled = OVER_KEYS, True
         elif has_seq(dim):
             handled = len(over) == rank and view.node.base_op in (
                 "aten.sum",

@@ -25,6 +25,9 @@ from buffer_lifting.labels import (
 )
 from buffer_lifting.ops import ASSERTIONS, content_operands, is_pointwise
 
+#: What a sum, maximum, ... over keys is reported as.
+OVER_KEYS = "attention: a reduction over keys"
+
 
 @dataclass(frozen=True, slots=True)
 class Alignment:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, rule
 from buffer_lifting.graph.record import Node, Ref
-from buffer_lifting.graph.sizes import Size
+from buffer_lifting.graph.sizes import Size, divide
 from buffer_lifting.labels import (
     COL,
     SINKS,
@@ -99,8 +99,8 @@ def _slice(view: OpView) -> AxisResult:
         return AxisResult((labels,))
     if len(labels[dim]) == 1 and labels[dim][0].role == SINKS and not view.node.args.get("start"):
         length = view.length(labels[dim][0].axis)
-        if shape[dim] == length:
-            return AxisResult(((*labels[:dim], (Factor(labels[dim][0].axis, COL, length),), *labels[dim + 1 :]),))
+        if length is not None and isinstance(divide(shape[dim], length), int):  # of this rank, or of all ranks
+            return AxisResult(((*labels[:dim], (Factor(labels[dim][0].axis, COL, shape[dim]),), *labels[dim + 1 :]),))
     if is_labelled(labels[dim]):
         what = "sequence" if has_seq(labels[dim]) else "batch"
         return AxisResult(None, mixing=f"a part of the {what} is cut out")
