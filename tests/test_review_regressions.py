@@ -312,3 +312,26 @@ def test_a_write_through_a_view_that_cannot_be_inverted_is_refused(dynamic: bool
     ep = export(Written(DIAGONALS["eye"]), (), inputs, dynamic_shapes=shapes)
     with pytest.raises(bl.UnsupportedReadError, match=r"BL102 .*written in place"):
         bl.lift(ep)
+
+
+class RestartingPositions(nn.Module):
+    """Learned positions that begin again at each separator, computed from the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(23, 8), nn.Embedding(64, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        slots = torch.arange(ids.shape[1])[None]
+        start = torch.where(ids == 5, slots, 0).cummax(1).values
+        return self.embed(ids) + self.positions(slots - start)
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_a_control_may_leave_its_table(size: int | None) -> None:
+    """Perturbing the start of a document makes an index negative: the control has moved something."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 12, (3, 12))
+    program = export(RestartingPositions(), (ids,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+    lifted = bl.lift(program)
+    assert bl.verify(program, lifted if size is None else bl.context_parallel(lifted, size=size)).passed
