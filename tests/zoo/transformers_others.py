@@ -193,7 +193,7 @@ _ENCODERS = (
         "deberta",
         "Deberta",
         (EAGER,),
-        ("relative", "slice", "learned", "position_ids_buffer", "length", "distractor"),
+        ("relative", "slice", "learned", "position_ids_buffer", "length", "distractor", "written"),
         "deberta.encoder.layer.1",
         **_DEBERTA_SIZES,
     ),

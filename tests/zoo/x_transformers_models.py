@@ -152,7 +152,7 @@ _ENCODERS = (
     ),
     _entry("encoder_absolute", "Encoder", (_EAGER_DYNAMIC,), ("learned",), absolute=True),
     _entry("encoder_alibi", "Encoder", (_FLASH_DYNAMIC,), ("alibi", "offset"), options={"alibi_pos_bias": True}),
-    _entry("encoder_t5_bias", "Encoder", (_EAGER_STATIC,), ("relative",), options={"rel_pos_bias": True}),
+    _entry("encoder_t5_bias", "Encoder", (_EAGER_STATIC,), ("relative", "written"), options={"rel_pos_bias": True}),
 )
 
 
