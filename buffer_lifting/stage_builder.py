@@ -12,7 +12,7 @@ from torch.nn import Module
 from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.record import GraphRecord, NodeKind, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import product
-from buffer_lifting.torch_compat import returns_alias, size_of
+from buffer_lifting.torch_compat import LazyGraphModule, returns_alias, size_of
 
 
 @dataclass
@@ -138,7 +138,7 @@ class StageBuilder:
                     _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
         results = [self._fresh(graph, env[name], name, last) for name in self.sent]
         graph.output(results[0] if len(results) == 1 else tuple(results))
-        module = GraphModule(root, graph)
+        module = LazyGraphModule(root, graph)
         return StageGraph(module, tuple(arguments), tuple(keywords), tuple(self.sent), tuple(states))
 
     def _fresh(self, graph: Graph, node: Node, name: str, last: bool) -> Node:
