@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def uncollected(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs a function with the cyclic collector off, if it was on: what it makes is kept, and little of it is cyclic."""
+    """Runs a function with the cyclic collector off, if it was on: what it makes is kept, not cyclic garbage."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

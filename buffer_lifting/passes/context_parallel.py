@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from buffer_lifting.axes import axes_argument
-from buffer_lifting.errors import LiftingError
 from buffer_lifting.collecting import uncollected
+from buffer_lifting.errors import LiftingError
 from buffer_lifting.examples import example_sizes, examples_without_values, widen_examples
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.keys import plan_keys
