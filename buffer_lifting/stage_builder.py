@@ -13,6 +13,7 @@ from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.graph.record import GraphRecord, NodeKind, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import product
+from buffer_lifting.tables import keep_transient
 from buffer_lifting.torch_compat import LazyGraphModule, returns_alias, size_of
 
 
@@ -140,6 +141,7 @@ class StageBuilder:
         results = [self._fresh(graph, env[name], name, last) for name in self.sent]
         graph.output(results[0] if len(results) == 1 else tuple(results))
         module = LazyGraphModule(root, graph)
+        keep_transient(root, module)
         return StageGraph(module, tuple(arguments), tuple(keywords), tuple(self.sent), tuple(states))
 
     def _fresh(self, graph: Graph, node: Node, name: str, last: bool) -> Node:

@@ -354,6 +354,13 @@ def call_operator(name: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(getattr(torch.ops.aten, packet), overload))
 
 
+def registered_operator(name: str) -> Callable[..., Any] | None:
+    """The op for ``"library.name.overload"``, if a library has registered it."""
+    namespace, packet, overload = name.split(".")
+    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    return found if isinstance(found, OpOverload) else None
+
+
 def _functional_collectives() -> tuple[Any, Any, Any]:
     import torch.distributed._functional_collectives  # registers the autograd formula of wait_tensor
 
