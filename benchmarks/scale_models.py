@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-LENGTHS = {"batch": 2, "seq": 128}
+LENGTHS = {"batch": 2, "seq": 32}
 
 
 def llama_405b(layers: int = 126, **sizes: Any) -> nn.Module:
@@ -50,5 +50,36 @@ def deepseek_v3(layers: int = 61, dense: int = 3, experts: int = 256) -> nn.Modu
 def export(model: nn.Module) -> ExportedProgram:
     """``torch.export.export`` with dynamic batch and sequence; the example input is on the meta device."""
     tokens = torch.zeros(LENGTHS["batch"], LENGTHS["seq"], dtype=torch.long, device="meta")
-    shapes = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}
-    return torch.export.export(model, (), {"input_ids": tokens}, dynamic_shapes=shapes)
+    return torch.export.export(model, (tokens,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+
+
+class Layer(nn.Module):
+    """A small decoder layer with a read by position: some 15 nodes, so that 1,000 layers can be exported."""
+
+    WIDTH = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.out = (nn.Linear(self.WIDTH, self.WIDTH, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        query = (self.query(x) + table[: x.shape[1]]).unsqueeze(1)
+        keys = x.unsqueeze(1)
+        mixed = nn.functional.scaled_dot_product_attention(query, keys, keys, is_causal=True)
+        return x + self.out(mixed.squeeze(1))
+
+
+class Deep(nn.Module):
+    """Many such layers over ``[batch, seq]`` tokens."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, Layer.WIDTH)
+        self.register_buffer("table", torch.zeros(256, Layer.WIDTH), persistent=False)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, self.table)
+        return x

@@ -91,6 +91,12 @@ def analyse_program(
     return normalized, record, plan
 
 
+def forget() -> None:
+    """Drops what is kept: the next scan is that of a program that was never analysed."""
+    global _last
+    _last = None
+
+
 def _forget(dead: Any) -> None:
     global _last
     if _last is not None and _last.program is dead:
