@@ -22,7 +22,7 @@ from buffer_lifting.tables import has_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import models, scale_models
+from benchmarks import models, scale, scale_models
 
 LARGE = 4096  # elements: more than any index or table row that a test feeds, far fewer than a weight
 
@@ -239,3 +239,50 @@ def test_the_collector_is_on_again_after_an_error() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def entry(model: str, nodes: int, ours: float) -> dict[str, Any]:
+    steps = dict.fromkeys(scale.STEPS, ours / 3)
+    sizes = {"layers": nodes // 10, "stages": 16, "parameters": 10**9, "nodes": nodes, "megabytes": 12.0}
+    return {"model": model, **sizes, "export": 10.0, **steps, "ours": ours}
+
+
+def test_report_of_the_benchmark(tmp_path: Path) -> None:
+    beside = {"layers": 4, "stages": 4, "export": 2.0, "ours": 0.1, "pipeline_outside_export": 1.6, "failure": None}
+    linear = [entry("m", nodes, nodes / 1e4) for nodes in (100, 1000)]
+    good = scale.record([entry("m", 100, 0.4)], linear, beside, "python benchmarks/scale.py")
+    assert scale.missed(good) == []
+    assert good["exponents"]["scan"] == pytest.approx(1)
+    assert "`pipeline()` adds 0.80 of export, ours 0.05" in scale.text(good)
+    square = [entry("m", nodes, nodes**2 / 1e6) for nodes in (100, 1000)]
+    bad = scale.record([entry("m", 100, 0.6) | {"megabytes": 2000.0}], square, None, "")
+    assert len(scale.missed(bad)) == 2 + len(scale.STEPS)
+    page = tmp_path / "SCALE.md"
+    page.write_text("a\n<!-- benchmark-scale:begin -->\n<!-- benchmark-scale:end -->\nb\n")
+    scale.write_block(page, scale.TOPIC, scale.block(good))
+    assert "| m | 10 | 1 B | 100 | **0.040** |" in page.read_text()
+
+
+def test_a_small_measurement_has_every_step() -> None:
+    with torch.device("meta"):
+        model = scale_models.Deep(4)
+    found = scale.measure(model, 4, 2, repeats=1)
+    assert found["nodes"] > 40 and all(found[name] > 0 for name in (*scale.STEPS, "export"))
+    assert found["ours"] == pytest.approx(sum(found[name] for name in scale.OURS))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", list(scale.MODELS))
+def test_full_size_costs_at_most_a_twentieth_of_export(name: str) -> None:
+    found = scale.alone(scale.measure_model, name, scale.MODELS[name][0], scale.STAGES, 3)
+    assert found["ours"] / found["export"] <= scale.MAX_SHARE
+    assert found["megabytes"] <= scale.MAX_MEGABYTES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_growth_to_a_thousand_layers() -> None:
+    found = [scale.alone(scale.measure_growth, layers, scale.STAGES, 3) for layers in scale.GROWTH_LAYERS]
+    exponents = {name: scale.exponent(found, name) for name in scale.STEPS}
+    assert all(value is not None and value <= scale.MAX_GROWTH for value in exponents.values()), exponents
