@@ -198,17 +198,31 @@ def replacements(value: torch.SymInt) -> int:
     return len(value.node.shape_env.replacements)  # private: no public view of a ShapeEnv's replacements
 
 
+class _AtFirstUse:
+    """The ``forward`` of a module whose code is not written yet: to ask for it writes the code."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        module.real_recompile()
+        return type(module).forward.__get__(module)
+
+
 class LazyGraphModule(_LazyGraphModule):
     """A GraphModule whose code is written when it is first called or shown: of 16 stages a rank runs one.
 
-    Private: the base class. Its first call goes through ``__call__`` again, so that hooks would run twice.
+    Private: the base class. Its own first call goes through ``__call__`` again, so that hooks would run twice.
     """
 
-    def _lazy_forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.real_recompile()
-        return type(self).forward(self, *args, **kwargs)
+    forward = _AtFirstUse()
 
-    forward = _lazy_forward
+    @classmethod
+    def _needs_recompile(cls) -> bool:
+        return isinstance(cls.forward, _AtFirstUse)
+
+    @classmethod
+    def recompile(cls) -> None:  # type: ignore[override]
+        cls.forward = _AtFirstUse()
 
 
 def generate_code(module: GraphModule) -> None:

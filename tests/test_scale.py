@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import sys
@@ -225,6 +226,17 @@ def test_code_is_written_at_the_first_call_and_hooks_run_once() -> None:
     assert torch.equal(first, module(models.tokens(), **feed))
     assert len(calls) == 2
     assert "sdpa" in bl.lift(program).program.graph_module.code or "scaled_dot" in module.code
+
+
+def test_a_stage_is_compiled_before_its_code_is_written() -> None:
+    program = torch.export.export(
+        models.build(2), (models.tokens(),), dynamic_shapes={"tokens": {0: Dim.AUTO, 1: Dim.AUTO}}
+    )
+    stage = bl.partition(bl.lift(program), num_stages=2).stages[0].module
+    other = copy.deepcopy(stage)
+    feed = bl.lift(program).feed(2, 16)
+    compiled = torch.compile(stage, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(models.tokens(), **feed), other(models.tokens(), **feed))
 
 
 def test_the_collector_is_on_again_after_an_error() -> None:
