@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import functools
 import gc
+import pstats
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import buffer_lifting as bl
+from buffer_lifting.analysis import forget
 from buffer_lifting.tables import has_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -281,6 +284,39 @@ def test_a_small_measurement_has_every_step() -> None:
     found = scale.measure(model, 4, 2, repeats=1)
     assert found["nodes"] > 40 and all(found[name] > 0 for name in (*scale.STEPS, "export"))
     assert found["ours"] == pytest.approx(sum(found[name] for name in scale.OURS))
+
+
+def calls_of(function: Callable[[], Any]) -> dict[Any, int]:
+    """How often each Python function was called."""
+    profile = cProfile.Profile()
+    profile.enable()
+    function()
+    profile.disable()
+    return {key: value[1] for key, value in pstats.Stats(profile).stats.items()}  # type: ignore[attr-defined]
+
+
+def test_four_times_the_layers_take_four_times_the_calls() -> None:
+    counts = {}
+    for layers in (10, 40):
+        with torch.device("meta"):
+            model = scale_models.Deep(layers)
+        program = scale_models.export(model)
+        lifted = bl.lift(program)
+        points = [f"layers.{layers * stage // 4}" for stage in range(1, 4)]
+        bl.partition(bl.context_parallel(lifted), split_points=points)
+        forget()
+        steps = {
+            "scan": lambda program=program: bl.scan(program),
+            "lift": lambda program=program: bl.lift(program),
+            "context_parallel": lambda lifted=lifted: bl.context_parallel(lifted),
+            "partition": lambda lifted=lifted, points=points: bl.partition(lifted, split_points=points),
+        }
+        counts[layers] = {name: calls_of(step) for name, step in steps.items()}
+    for name, few in counts[10].items():
+        many = counts[40][name]
+        assert sum(many.values()) <= 4.1 * sum(few.values()), name
+        grown = {key: (few.get(key, 0), n) for key, n in many.items() if n > 5 * few.get(key, 0) + 100}
+        assert not grown, f"{name}: {grown}"
 
 
 @pytest.mark.slow
