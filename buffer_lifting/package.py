@@ -33,7 +33,8 @@ from buffer_lifting.graph_json import decode_graph, decode_record, encode_graph,
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.runtime import Shapes, make_stage
 from buffer_lifting.stage_builder import _register
-from buffer_lifting.stages import Stage, StagedProgram, boundary_tensors
+from buffer_lifting.stages import Stage, StagedProgram, bind_tables, boundary_tensors
+from buffer_lifting.tables import TableSource
 from buffer_lifting.tensor_file import read_tensors, write_tensors
 
 VERSION = 1
@@ -239,6 +240,10 @@ class LoadedStage:
     def kwargs_chunk_spec(self, kwargs: Iterable[str] | None = None) -> dict[str, Any]:
         """Along which dim a schedule cuts each keyword: see :meth:`StagedProgram.kwargs_chunk_spec`."""
         return self._feeder.kwargs_chunk_spec(kwargs)
+
+    def bind_tables(self, source: TableSource) -> None:
+        """Gives values to the tables that the stage is fed from and keeps: see :meth:`StagedProgram.bind_tables`."""
+        bind_tables(self.lifted, [self.stage], source)
 
     def build_stage(
         self,

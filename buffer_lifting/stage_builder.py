@@ -10,9 +10,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from buffer_lifting.graph.bodies import attribute_of
+from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.graph.record import GraphRecord, NodeKind, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import product
-from buffer_lifting.torch_compat import returns_alias, size_of
+from buffer_lifting.tables import keep_transient
+from buffer_lifting.torch_compat import LazyGraphModule, returns_alias, size_of
 
 
 @dataclass
@@ -133,12 +135,13 @@ class StageBuilder:
                 env[name] = graph.call_function(torch.ops.aten.sym_size.int, (env[place[0]], place[1]))
                 env[name].meta = dict(self.nodes[name].meta)
             else:
-                env[name] = graph.node_copy(self.nodes[name], lambda n: env[n.name])
+                env[name] = copy_node(graph, self.nodes[name], lambda n: env[n.name])
                 if env[name].op == "get_attr":
                     _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
         results = [self._fresh(graph, env[name], name, last) for name in self.sent]
         graph.output(results[0] if len(results) == 1 else tuple(results))
-        module = GraphModule(root, graph)
+        module = LazyGraphModule(root, graph)
+        keep_transient(root, module)
         return StageGraph(module, tuple(arguments), tuple(keywords), tuple(self.sent), tuple(states))
 
     def _fresh(self, graph: Graph, node: Node, name: str, last: bool) -> Node:

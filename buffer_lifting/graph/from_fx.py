@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import defaultdict
 from typing import Any
@@ -30,6 +31,7 @@ from buffer_lifting.graph.record import (
     TensorMeta,
 )
 from buffer_lifting.graph.sizes import Ranges, is_symbol
+from buffer_lifting.tables import has_values
 from buffer_lifting.torch_compat import HigherOrderOperator, OpOverload, Symbolic, schema_args, size_of, tree_flatten
 
 _STATE_KINDS = {
@@ -40,7 +42,7 @@ _STATE_KINDS = {
 _OPERATORS = {"getitem": "getitem", "add": "sym.add", "sub": "sym.sub", "mul": "sym.mul"}
 
 
-def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphRecord:
+def build_record(program: ExportedProgram, graph: Graph | None = None, states: StateTable | None = None) -> GraphRecord:
     """The record of ``graph`` (default: the program's own), with state and signature taken from the program.
 
     Linear in the number of nodes. Tensor data is read only to find buffers and constants of equal content, and
@@ -48,7 +50,7 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
     """
     graph = program.graph if graph is None else graph
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
-    states = _StateTable(program)
+    states = StateTable(program) if states is None else states
     mutated = set(program.graph_signature.buffers_to_mutate.values())
     locations: dict[str, Location | None] = {}
     names = _user_names(program)
@@ -136,12 +138,20 @@ def _class_name(value: Any) -> str:
 
 
 def _op_name(node: FxNode) -> str:
-    if node.op == "get_attr":
-        return "get_attr"
-    if isinstance(node.target, OpOverload):
-        return str(node.target)
-    name = getattr(node.target, "__name__", str(node.target))
-    return f"hop.{name}" if isinstance(node.target, HigherOrderOperator) else _OPERATORS.get(name, f"sym.{name}")
+    return "get_attr" if node.op == "get_attr" else _name_of(node.target)
+
+
+@functools.cache
+def _name_of(target: Any) -> str:
+    if isinstance(target, OpOverload):
+        return str(target)
+    name = getattr(target, "__name__", str(target))
+    return f"hop.{name}" if isinstance(target, HigherOrderOperator) else _OPERATORS.get(name, f"sym.{name}")
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _user_names(program: ExportedProgram) -> dict[str, str]:
@@ -161,7 +171,7 @@ def _arg(value: Any) -> Arg:
 
 def _meta(value: Any, ranges: Ranges) -> Meta:
     if isinstance(value, torch.Tensor):
-        return TensorMeta(tuple(size_of(size, ranges) for size in value.shape), str(value.dtype).removeprefix("torch."))
+        return TensorMeta(tuple([size_of(size, ranges) for size in value.shape]), _dtype_name(value.dtype))
     if isinstance(value, Symbolic):
         return ScalarMeta(size_of(value, ranges) if isinstance(value, torch.SymInt) else None)
     if isinstance(value, tuple | list):
@@ -171,7 +181,7 @@ def _meta(value: Any, ranges: Ranges) -> Meta:
     return None
 
 
-class _StateTable:
+class StateTable:
     """Which states are the same storage, and which hold equal values."""
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -205,6 +215,15 @@ class _StateTable:
                     contents[fqn] = str(_storage_key(value, fqn))
         return contents
 
+    def summary(self) -> dict[str, tuple[str, bool, tuple[str, ...]]]:
+        """All that a record says of values: what each equals, whether all elements do, what shares its storage."""
+        result = {}
+        for fqn, value in self.tensors.items():
+            tensor = isinstance(value, torch.Tensor)
+            same = tuple(self.aliases[_storage_key(value, fqn)]) if tensor else ()
+            result[fqn] = (self.contents.get(fqn, ""), tensor and fqn in self.contents and _is_uniform(value), same)
+        return result
+
     def fill(self, node: Node, spec: InputSpec, mutated: set[str]) -> None:
         fqn = str(spec.target)
         value = self.tensors.get(fqn)
@@ -231,6 +250,8 @@ def _is_uniform(value: torch.Tensor) -> bool:
 
 
 def _storage_key(value: torch.Tensor, fqn: str) -> Any:
+    if not has_values(value):
+        return ("object", id(value))  # tied, if it is one tensor under two names
     if not _has_data(value) or value.layout != torch.strided or not value.numel():
         return fqn
     return (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride())
