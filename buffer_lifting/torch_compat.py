@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree  # torch.utils.pytree has no TreeSpec 
 from buffer_lifting.graph import sizes
 
 Symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
+#: What torch.export calls a graph that can be trained.
+TRAINING_DIALECT = TrainingIRVerifier.dialect
 AUTOCAST_HOP = wrap_with_autocast
 GRAD_MODE_HOP = wrap_with_set_grad_enabled
 TreeSpec = pytree.TreeSpec
@@ -318,14 +320,15 @@ def guards_on(program: ExportedProgram, names: Collection[str]) -> list[str]:
     ]
 
 
-def guards_of(program: ExportedProgram) -> list[str]:
-    """The guards of a program. Private: ``_guards_code``, as above."""
-    return list(program._guards_code)
-
-
 def max_operator_version() -> int:
     """The version of aten's operators, which every archive states. Private: torch has no public name for it."""
     return int(torch._C._get_max_operator_version())
+
+
+def raw_expression(value: Any) -> sympy.Expr:
+    """The expression of a symbolic size as it was made, to look it up. Private: ``SymNode._expr`` (``expr`` asks the
+    shape environment each time)."""
+    return value.node._expr
 
 
 def symbolic_expression(value: Any) -> tuple[str, Any] | None:

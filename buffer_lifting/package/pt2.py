@@ -14,24 +14,23 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.graph.archive import ARCHIVE_VERSION
 from buffer_lifting.package.pt2_graph import model_json, tensor_meta
+from buffer_lifting.stage_program import StageParts
 from buffer_lifting.tensor_file import bytes_of, describe_tensor, empty_tensor, fill, stored_form
 
 _META = torch.device("meta")
 _ZIP_VERSION = b"6\n"  # what torch's writer of archives states as the version of its own zip
 
 
-def write_pt2(path: Path, program: ExportedProgram, weights: bool) -> tuple[list[dict[str, Any]], str]:
+def write_pt2(path: Path, parts: StageParts, weights: bool) -> tuple[list[dict[str, Any]], str]:
     """Writes a program and its tensors.
 
     Args:
         path: the file; it must not exist.
-        program: of a stage, as :func:`buffer_lifting.stage_program.exported_stage` makes it.
+        parts: of the program of a stage.
         weights: without them, parameters and persistent buffers are on the meta device in the file.
 
     Returns:
@@ -48,12 +47,9 @@ def write_pt2(path: Path, program: ExportedProgram, weights: bool) -> tuple[list
         sink = _Sink(stream)
         with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
             root = path.stem
-            for spec in program.graph_signature.input_specs:
-                if spec.kind is InputKind.USER_INPUT or spec.target is None:
-                    continue
-                fqn = spec.target
-                kept = fqn in program.state_dict
-                tensor = program.state_dict[fqn] if kept else program.constants[fqn]
+            for item in parts.state:
+                fqn, tensor = item.fqn, item.value
+                kept = item.in_state_dict
                 folder = "weights" if kept else "constants"
                 config = folders[folder]
                 earlier = first.setdefault((id(tensor), folder), fqn)
@@ -82,7 +78,7 @@ def write_pt2(path: Path, program: ExportedProgram, weights: bool) -> tuple[list
                 text = json.dumps({"config": config})
                 archive.writestr(_member(f"{root}/data/{folder}/model_{folder}_config.json"), text)
             for name, data in (
-                ("models/model.json", model_json(program)),
+                ("models/model.json", model_json(parts)),
                 ("data/sample_inputs/model.pt", b""),  # none: they would be a pickle
                 ("archive_format", b"pt2"),
                 ("archive_version", ARCHIVE_VERSION.encode()),

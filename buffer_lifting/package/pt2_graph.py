@@ -15,18 +15,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.graph.archive import SCHEMA_VERSION
 from buffer_lifting.graph.archive_schema import DTYPES, LAYOUTS, MEMORY_FORMATS
+from buffer_lifting.stage_program import StageParts
 from buffer_lifting.torch_compat import (
-    guards_of,
+    TRAINING_DIALECT,
     max_operator_version,
     operator_name,
-    root_spec,
+    raw_expression,
     spec_text,
     symbolic_expression,
 )
@@ -42,22 +42,20 @@ _SPECS = {
 }
 
 
-def model_json(program: ExportedProgram) -> bytes:
-    """The document of a program.
+def model_json(parts: StageParts) -> bytes:
+    """The document of a stage's program.
 
     Raises:
         LiftingError: a node that has no form in it.
     """
-    in_spec, out_spec = root_spec(program)
-    names = program.module_call_graph[0].signature
+    graph = _Graph(parts)
     call: dict[str, Any] = {
         "inputs": [],
         "outputs": [],
-        "in_spec": spec_text(in_spec),
-        "out_spec": spec_text(out_spec),
-        "forward_arg_names": names.forward_arg_names if names is not None else None,
+        "in_spec": spec_text(parts.in_spec),
+        "out_spec": spec_text(parts.out_spec),
+        "forward_arg_names": parts.arguments,
     }
-    graph = _Graph(program)
     document = {
         "graph_module": {
             "graph": graph.document(),
@@ -69,12 +67,12 @@ def model_json(program: ExportedProgram) -> bytes:
         "opset_version": {"aten": max_operator_version()},
         "range_constraints": {
             str(symbol): {"min_val": _bound(limits.lower), "max_val": _bound(limits.upper)}
-            for symbol, limits in program.range_constraints.items()
+            for symbol, limits in parts.ranges.items()
         },
         "schema_version": {"major": SCHEMA_VERSION[0], "minor": SCHEMA_VERSION[1]},
-        "verifiers": [verifier.dialect for verifier in program.verifiers],
+        "verifiers": [TRAINING_DIALECT],
         "torch_version": str(torch.__version__),
-        "guards_code": guards_of(program),
+        "guards_code": parts.guards,
     }
     return json.dumps(document, allow_nan=False).encode()
 
@@ -118,30 +116,34 @@ def _float(value: float) -> Any:
 class _Graph:
     """Collects the nodes and values of a program's graph."""
 
-    def __init__(self, program: ExportedProgram) -> None:
-        self.program = program
+    def __init__(self, parts: StageParts) -> None:
+        self.parts = parts
         self.values: dict[str, dict[str, Any]] = {
             key: {} for key in ("tensor_values", "sym_int_values", "sym_float_values", "sym_bool_values")
         }
-        self.same: dict[str, str] = {}  # a getitem -> an earlier one of the same value
+        names = {item.fqn: item.name for item in parts.state}
+        reads = [node for node in parts.graph.nodes if node.op == "get_attr"]
+        #: What a node is called where that is not its own name: state, and an item of a result that is read twice.
+        self.names = {node.name: names[str(node.target)] for node in reads if str(node.target) in names}
         self.metas: dict[Any, dict[str, Any]] = {}
-        self.stacks: dict[int, str] = {}
+        self.sizes: dict[Any, Any] = {}
 
     def document(self) -> dict[str, Any]:
-        inputs, outputs, nodes = [], [], []
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder":
-                inputs.append(self._value(node.name, node.meta["val"]))
-            elif node.op == "output":
-                outputs = [self._argument(result, node) for result in node.args[0]]
-            elif node.op == "call_function":
+        """The graph: inputs are the state and then what the stage is given."""
+        inputs = [self._value(item.name, item.reader.meta["val"]) for item in self.parts.state if item.reader]
+        inputs += [self._value(node.name, node.meta["val"]) for node in self.parts.inputs]
+        nodes = []
+        for node in self.parts.graph.nodes:
+            if node.op == "call_function":
                 if node.target is not operator.getitem:
                     nodes.append(self._call(node))
-            else:
-                raise LiftingError(f"node {node.name!r} has the op {node.op!r}, which a stage's program cannot hold")
+            elif node.op == "get_attr" and node.name not in self.names:
+                raise LiftingError(
+                    f"node {node.name!r} reads {node.target!r}, which is no tensor: a .pt2 cannot hold it"
+                )
         return {
             "inputs": inputs,
-            "outputs": outputs,
+            "outputs": [self._argument(result, result) for result in self.parts.results],
             "nodes": nodes,
             **self.values,
             "is_single_tensor_return": False,
@@ -149,23 +151,19 @@ class _Graph:
         }
 
     def input_specs(self) -> list[dict[str, Any]]:
+        """What each input is."""
         specs: list[dict[str, Any]] = []
-        nodes = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
-        for spec in self.program.graph_signature.input_specs:
-            name = spec.arg.name
-            if spec.kind is InputKind.USER_INPUT:
-                specs.append({"user_input": {"arg": self._argument(nodes[name], nodes[name])}})
-                continue
-            kind, key = _SPECS[spec.kind]
-            entry: dict[str, Any] = {"arg": {"name": name}, key: spec.target}
-            if spec.kind is InputKind.BUFFER:
-                entry["persistent"] = bool(spec.persistent)
+        for item in self.parts.state:
+            kind, key = _SPECS[item.kind]
+            entry: dict[str, Any] = {"arg": {"name": item.name}, key: item.fqn}
+            if item.kind is InputKind.BUFFER:
+                entry["persistent"] = item.in_state_dict
             specs.append({kind: entry})
-        return specs
+        return specs + [{"user_input": {"arg": self._argument(node, node)}} for node in self.parts.inputs]
 
     def output_specs(self) -> list[dict[str, Any]]:
-        (output,) = (node for node in self.program.graph.nodes if node.op == "output")
-        return [{"user_output": {"arg": self._argument(result, output)}} for result in output.args[0]]
+        """What each output is."""
+        return [{"user_output": {"arg": self._argument(result, result)}} for result in self.parts.results]
 
     def _call(self, node: Node) -> dict[str, Any]:
         return {
@@ -212,7 +210,7 @@ class _Graph:
             if user.target is operator.getitem:
                 first = names.setdefault(user.args[1], user.name)  # type: ignore[arg-type]
                 if first != user.name:
-                    self.same[user.name] = first
+                    self.names[user.name] = first
         return [names.get(index, f"{node.name}_unused_{index}") for index in range(count)]
 
     def _value(self, name: str, value: Any) -> dict[str, Any]:
@@ -238,15 +236,24 @@ class _Graph:
             tensor.device,
             tensor.requires_grad,
             tensor.layout,
-            tuple(_hashable(size) for size in (*tensor.shape, *tensor.stride(), tensor.storage_offset())),
+            tuple(self._key(size) for size in (*tensor.shape, *tensor.stride(), tensor.storage_offset())),
         )
         if key not in self.metas:
             self.metas[key] = tensor_meta(tensor)
         return self.metas[key]
 
+    def _key(self, size: Any) -> Any:
+        """A size as something that can be looked up; what is symbolic is asked for its expression once."""
+        if isinstance(size, int):
+            return size
+        raw = raw_expression(size)
+        if raw not in self.sizes:
+            self.sizes[raw] = symbolic_expression(size) or int(size)
+        return self.sizes[raw]
+
     def _argument(self, value: Any, node: Node, schema: Any = None) -> dict[str, Any]:
         if isinstance(value, Node):
-            name = self.same.get(value.name, value.name)
+            name = self.names.get(value.name, value.name)
             for kind in ("int", "float", "bool"):
                 if name in self.values[f"sym_{kind}_values"]:
                     return {f"as_sym_{kind}": {"as_name": name}}
@@ -287,13 +294,7 @@ class _Graph:
         if trace := node.meta.get("stack_trace"):
             metadata["stack_trace"] = trace
         if stack := node.meta.get("nn_module_stack"):
-            text = self.stacks.get(id(stack))
-            if text is None:
-                text = self.stacks[id(stack)] = ";".join(
-                    f"{key},{path},{kind if isinstance(kind, str) else f'{kind.__module__}.{kind.__qualname__}'}"
-                    for key, (path, kind) in stack.items()
-                )
-            metadata["nn_module_stack"] = text
+            metadata["nn_module_stack"] = ";".join(f"{key},{path},{kind}" for key, (path, kind) in stack.items())
         if function := node.meta.get("torch_fn"):
             metadata["torch_fn"] = ";".join(function)
         return metadata
@@ -304,10 +305,6 @@ _LISTS = {
     **{f"as_{kind}": f"as_{kind}s" for kind in ("int", "float", "bool", "string", "tensor")},
     **{f"as_sym_{kind}": f"as_sym_{kind}s" for kind in ("int", "float", "bool")},
 }
-
-
-def _hashable(size: Any) -> Any:
-    return symbolic_expression(size) or int(size)
 
 
 def _plain(value: Any) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ from buffer_lifting.package.lifted_file import check_savable
 from buffer_lifting.package.loaded_stage import LoadedStage
 from buffer_lifting.package.pt2 import read_pt2_tensors, write_pt2
 from buffer_lifting.stage_builder import _register
-from buffer_lifting.stage_program import exported_stage, stage_state
+from buffer_lifting.stage_program import stage_parts, stage_state
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tensor_file import read_tensors
 
@@ -79,16 +79,17 @@ def save_staged(staged: StagedProgram, directory: str | os.PathLike[str], weight
 
 def _save_stage(stage: Stage, whole: ExportedProgram, package: Path, weights: bool) -> dict[str, str]:
     """Writes the two files of a stage; returns their checksums."""
-    state = stage_state(stage.module)
+    state = {item.fqn: item for item in stage_state(stage.module)}
     for node in stage.module.graph.nodes:
         if node.op == "get_attr" and str(node.target) not in state:
             raise LiftingError(f"stage {stage.index} has {node.target!r}, which is no tensor; a package cannot hold it")
     graph = encode_graph(stage.module.graph)
     program = package / f"stage_{stage.index}.pt2"
-    index, checksum = write_pt2(program, exported_stage(stage, whole), weights)
+    index, checksum = write_pt2(program, stage_parts(stage, whole), weights)
     for entry in index:
-        kind, persistent, value = state[entry["name"]]
-        entry.update(kind=_KINDS[kind].value, persistent=bool(persistent), requires_grad=value.requires_grad)
+        item = state[entry["name"]]
+        persistent = item.kind is InputKind.BUFFER and item.in_state_dict
+        entry.update(kind=_KINDS[item.kind].value, persistent=persistent, requires_grad=item.value.requires_grad)
     record = {field.name: encode_record(getattr(stage, field.name)) for field in _record_fields()}
     manifest = package / f"stage_{stage.index}.json"
     manifest.write_bytes(dumps({**record, "state": index, "graph": graph}))
