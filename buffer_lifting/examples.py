@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-from buffer_lifting.program import InputAxes
+from buffer_lifting.graph_json import dtype_of
+from buffer_lifting.program import InputAxes, LiftedInput
+from buffer_lifting.tables import has_values
 from buffer_lifting.torch_compat import tree_flatten, tree_map
 
 
@@ -25,10 +28,27 @@ def example_sizes(
         return None
     named = named_inputs(program, *program.example_inputs)
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-    if any(type(value) is not torch.Tensor or value.device.type == "meta" for value in tensors.values()):
+    if any(type(value) is not torch.Tensor or not has_values(value) for value in tensors.values()):
         return None
     batch, lengths = sizes_of(tensors, axes)
     return batch, lengths, tensors
+
+
+def examples_without_values(
+    program: ExportedProgram, axes: dict[str, InputAxes], inputs: Sequence[LiftedInput]
+) -> dict[str, torch.Tensor] | None:
+    """Lifted inputs on the meta device, ``[batch, seq, *row]``, of the sizes of the example inputs, if there are any."""
+    if program.example_inputs is None:
+        return None
+    named = named_inputs(program, *program.example_inputs)
+    batch, lengths = sizes_of({n: value for n, value in named.items() if isinstance(value, torch.Tensor)}, axes)
+    made = {}
+    for item in inputs:
+        if item.axis not in lengths or not all(isinstance(size, int) for size in item.row_shape):
+            return None
+        shape = (*([batch] if item.batched else []), lengths[item.axis], *item.row_shape)
+        made[item.name] = torch.empty(shape, dtype=dtype_of(item.dtype), device="meta")
+    return made
 
 
 def widen_examples(program: ExportedProgram, dims: dict[str, int], ranks: int) -> None:

@@ -22,6 +22,7 @@ from buffer_lifting.errors import AxesError, FeedError
 from buffer_lifting.feed_graph import FeedGraph
 from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes
 from buffer_lifting.streams import Streams
+from buffer_lifting.tables import lack_values
 
 Lengths = int | Mapping[str, int]
 #: For how many lengths tables are kept.
@@ -133,11 +134,11 @@ class FeedProgram:
         self._rows.clear()
 
     def _check_state(self, graph: FeedGraph) -> None:
-        missing = sorted(fqn for fqn in graph.states.values() if self.state[fqn].device.type == "meta")
+        missing = sorted(lack_values({fqn: self.state[fqn] for fqn in graph.states.values()}))
         if missing:
             raise FeedError(
-                f"the tables {', '.join(missing)} have no values (the program was exported on the meta device); "
-                "give them with lifted.bind_tables(module_or_dict)"
+                f"the tables {', '.join(map(repr, missing))} have no values: the program was exported on the meta "
+                "device or with fake tensors; give them with bind_tables(module_or_mapping)"
             )
 
     def _probe(self) -> int:
@@ -251,6 +252,7 @@ class FeedProgram:
                 f"{', '.join(repr(name) for name in missing)}"
             )
         assert inputs is not None
+        self._check_state(graph)
         for name in needed:
             self._check_input(name, inputs[name], batch_size, lengths)
         micro = batch_size if self.axes.batch is None else self.axes.batch

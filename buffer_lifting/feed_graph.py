@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from buffer_lifting.tables import use_device
+
 
 @dataclass
 class FeedGraph:
@@ -42,8 +44,17 @@ def above(nodes: Mapping[str, Node], targets: Iterable[str], known: Container[st
     return found
 
 
-def extract(graph: Graph, targets: list[str], states: Mapping[str, str], iotas: Mapping[str, str]) -> FeedGraph | None:
-    """The part of ``graph`` above ``targets``. ``iotas`` (by name, with their axis) become placeholders."""
+def extract(
+    graph: Graph,
+    targets: list[str],
+    states: Mapping[str, str],
+    iotas: Mapping[str, str],
+    device: torch.device | None = None,
+) -> FeedGraph | None:
+    """The part of ``graph`` above ``targets``. ``iotas`` (by name, with their axis) become placeholders.
+
+    ``device``: where it runs; default: where the program was exported.
+    """
     if not targets:
         return None
     nodes = {node.name: node for node in graph.nodes}
@@ -75,6 +86,8 @@ def extract(graph: Graph, targets: list[str], states: Mapping[str, str], iotas: 
         if node.op == "placeholder" and first is not None and node > first:
             first.prepend(node)
     new.output(tuple(env[nodes[name]] for name in targets))
+    if device is not None:
+        use_device(new, device)
     module = GraphModule(torch.nn.Module(), new)
     module.meta["contents"] = contents
     return FeedGraph(module, found_states, tuple(carriers), tuple(targets), found_iotas)

@@ -20,6 +20,7 @@ from buffer_lifting.graph_json import (
 )
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes, LiftedInput, ScanReport
+from buffer_lifting.tables import has_values
 from buffer_lifting.tensor_file import write_tensors
 
 GRAPHS = ("natural", "substituted", "hoisted")
@@ -62,7 +63,7 @@ def encode_feed(feed: FeedProgram, stream: IO[bytes], known: Mapping[str, Any]) 
 
 
 def _same_memory(table: torch.Tensor, other: Any) -> bool:
-    if not isinstance(other, torch.Tensor) or table.device.type == "meta" or table.device != other.device:
+    if not isinstance(other, torch.Tensor) or not has_values(table) or table.device != other.device:
         return False
     same = (table.data_ptr(), table.dtype, table.shape) == (other.data_ptr(), other.dtype, other.shape)
     return same and table.stride() == other.stride()

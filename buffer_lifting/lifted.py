@@ -14,6 +14,7 @@ from buffer_lifting.feed import FeedProgram, Lengths, check_lengths
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
 from buffer_lifting.sharding import shard_inputs
 from buffer_lifting.streams import axis_streams, parse_shard
+from buffer_lifting.tables import TableSource, find_values, has_values, lack_values
 
 
 @dataclass
@@ -145,29 +146,35 @@ class LiftedProgram:
         """The axes of each user input, by name."""
         return self.feed_program.input_axes
 
-    def bind_tables(self, source: torch.nn.Module | Mapping[str, torch.Tensor]) -> None:
-        """Gives values to tables of a program that was exported on the meta device or with fake tensors.
+    def bind_tables(self, source: TableSource) -> None:
+        """Gives values to the tables of a program that was exported on the meta device or with fake tensors.
+
+        Such a program is fed from the CPU. Tables that have values keep them unless ``source`` has others.
 
         Args:
-            source: a module that has the tables by FQN, or a mapping from FQN to tensor.
+            source: a module that has the tables by FQN (the model, after its own initialiser has computed them), or
+                a mapping from FQN to tensor, or from the FQN of a module to that module:
+                ``{"model.rotary_emb": LlamaRotaryEmbedding(config)}``.
 
         Raises:
-            FeedError: a table that ``source`` lacks, or one of another shape or dtype; nothing is bound then.
+            FeedError: tables that ``source`` has no values for, or one of another shape or dtype; nothing is bound
+                then.
         """
-        bound = {}
-        for fqn, current in self.feed_program.state.items():
-            value = _lookup(source, fqn)
-            if value is None:
-                if current.device.type != "meta":
-                    continue
-                raise FeedError(f"bind_tables: {fqn!r} is not given")
-            if value.shape != current.shape or value.dtype != current.dtype:
-                raise FeedError(
-                    f"bind_tables: {fqn!r} is {value.dtype} {tuple(value.shape)}, the program has {current.dtype} "
-                    f"{tuple(current.shape)}"
-                )
-            bound[fqn] = value.detach()
-        self.feed_program.state.update(bound)
+        self._bind(find_values(source, self._tables(), lack_values(self.feed_program.state)))
+
+    def _tables(self) -> dict[str, torch.Tensor]:
+        """What :meth:`bind_tables` gives values to: what the feed reads, and what is in no checkpoint."""
+        constants = {} if self.program is None else self.program.constants  # a loaded stage has no program
+        tensors = {fqn: value for fqn, value in constants.items() if isinstance(value, torch.Tensor)}
+        return {**tensors, **self.feed_program.state}
+
+    def _bind(self, values: Mapping[str, torch.Tensor]) -> None:
+        state, constants = self.feed_program.state, {} if self.program is None else self.program.constants
+        for fqn, value in values.items():
+            if fqn in state:
+                state[fqn] = value.to(state[fqn].device if has_values(state[fqn]) else "cpu")
+            if fqn in constants:
+                constants[fqn] = value.to(constants[fqn].device if has_values(constants[fqn]) else value.device)
         self.feed_program.clear_tables()
 
     def save(self, path: Any) -> None:
@@ -175,12 +182,3 @@ class LiftedProgram:
         from buffer_lifting.package import save_lifted
 
         save_lifted(self, path)
-
-
-def _lookup(source: torch.nn.Module | Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:
-    if isinstance(source, Mapping):
-        return source.get(fqn)
-    holder: Any = source
-    for part in fqn.split("."):
-        holder = getattr(holder, part, None)
-    return holder if isinstance(holder, torch.Tensor) else None

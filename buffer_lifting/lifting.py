@@ -24,6 +24,7 @@ from buffer_lifting.passes.undo_shift import undo_shifts_in
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes, Finding, PositionRead, ScanReport, SequenceMixing
 from buffer_lifting.scanner import FormOption, scan_record
+from buffer_lifting.tables import lack_values, on_meta
 
 
 def scan(program: ExportedProgram | GraphModule, axes: Axes | None = None) -> ScanReport:
@@ -126,13 +127,14 @@ def feed_program(
     for output in outputs:
         if output.program != "iota" and output.node not in by_kind[output.program]:
             by_kind[output.program].append(output.node)
+    tensors: dict[str, Any] = {**program.constants, **program.state_dict}
+    device = torch.device("cpu") if lack_values(tensors) else None
     graphs = {
-        "natural": extract(normalized.graph, by_kind["natural"], states, {}),
-        "substituted": extract(normalized.graph, by_kind["substituted"], states, plan.substituted),
-        "hoisted": extract(normalized.graph, by_kind["hoisted"], states, plan.substituted),
+        "natural": extract(normalized.graph, by_kind["natural"], states, {}, device),
+        "substituted": extract(normalized.graph, by_kind["substituted"], states, plan.substituted, device),
+        "hoisted": extract(normalized.graph, by_kind["hoisted"], states, plan.substituted, device),
     }
     used = {fqn for graph in graphs.values() if graph for fqn in graph.states.values()}
-    tensors: dict[str, Any] = {**program.constants, **program.state_dict}
     labels = label_inputs(record, axes)
     info = labels.info()
     shapes: dict[str, tuple[tuple[int | None, ...], torch.dtype]] = {}
@@ -149,7 +151,7 @@ def feed_program(
         axes=info,
         input_axes=plan.input_axes,
         input_shapes=shapes,
-        state={fqn: tensors[fqn].detach() for fqn in sorted(used)},
+        state={fqn: on_meta(tensors[fqn], {}).detach() for fqn in sorted(used)},
         natural=graphs["natural"],
         substituted=graphs["substituted"],
         hoisted=graphs["hoisted"],
@@ -167,12 +169,12 @@ def _max_lengths(record: GraphRecord, lengths: Mapping[str, Any]) -> dict[str, i
 
 
 def _example_feed(program: ExportedProgram, feed: FeedProgram, plan: LiftPlan) -> dict[str, torch.Tensor] | None:
-    """Tensors for the lifted inputs that go with the program's example inputs, if those have data."""
-    from buffer_lifting.examples import example_sizes
+    """Tensors for the lifted inputs that go with the program's example inputs: without values if those have none."""
+    from buffer_lifting.examples import example_sizes, examples_without_values
 
     sizes = example_sizes(program, plan.input_axes)
-    if sizes is None or any(value.device.type == "meta" for value in feed.state.values()):
-        return None
+    if sizes is None or lack_values(feed.state):
+        return examples_without_values(program, plan.input_axes, [output.input for output in plan.outputs.values()])
     from buffer_lifting.streams import axis_streams
 
     batch, lengths, inputs = sizes

@@ -12,6 +12,7 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.collectives import bind_group
 from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import Stage, StagedProgram
+from buffer_lifting.tables import lack_values, move_to, stage_tables
 
 #: A stage's positional inputs, and its outputs, on the meta device.
 Shapes = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
@@ -40,6 +41,8 @@ def make_stage(
     bind_ranks(lifted, stage.module, mesh)
     check_inputs_of(lifted, stage)
     place = torch.device(device)
+    _check_values(stage, place)
+    move_to(stage.module, place)
     inputs, outputs = shapes or (None, None)
     return PipelineStage(
         stage.module.to(place),
@@ -49,6 +52,21 @@ def make_stage(
         input_args=inputs,
         output_args=outputs,
         group=pp_group(group, mesh),
+    )
+
+
+def _check_values(stage: Stage, place: torch.device) -> None:
+    """Refuses a stage that has no values to move to ``place``."""
+    state = dict([*stage.module.named_parameters(), *stage.module.named_buffers()])
+    tables = lack_values(stage_tables(stage.module))
+    weights = [fqn for fqn in lack_values(state) if fqn not in tables]
+    if place.type == "meta" or not (weights or tables):
+        return
+    raise PartitionError(
+        f"stage {stage.index} has no values for {', '.join(map(repr, [*tables, *weights][:4]))}"
+        f"{', ...' if len(tables) + len(weights) > 4 else ''}: the program was exported on the meta device or with "
+        "fake tensors; load the weights with stage.module.load_state_dict(weights, assign=True) and the tables with "
+        "bind_tables(module_or_mapping)"
     )
 
 

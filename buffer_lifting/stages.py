@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from buffer_lifting.labels import BATCH
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.naming import RESERVED
 from buffer_lifting.program import InputAxes
+from buffer_lifting.tables import TableSource, find_values, lack_values, set_tables, stage_tables
 from buffer_lifting.torch_compat import TreeSpec, tree_flatten, tree_unflatten
 
 
@@ -217,6 +218,22 @@ class StagedProgram:
         check_index(index, len(self.stages))
         return boundary_tensors(self.lifted, self.stages[index], microbatch_size, seq_len, activation_dtype)
 
+    def bind_tables(self, source: TableSource) -> None:
+        """Gives values to the tables that the stages are fed from, and to those that the stages keep.
+
+        For a program that was exported on the meta device or with fake tensors. Its parameters come from a
+        checkpoint: ``stage.module.load_state_dict(weights, assign=True)``, or ``stage.module.to_empty(device=...)``
+        and then loading; call this behind ``to_empty``, which forgets the tables' values.
+
+        Args:
+            source: as in :meth:`LiftedProgram.bind_tables`.
+
+        Raises:
+            FeedError: tables that ``source`` has no values for, or one of another shape or dtype; nothing is bound
+                then.
+        """
+        bind_tables(self.lifted, self.stages, source)
+
     def exported(self, index: int) -> ExportedProgram:
         """A stage as a program of its own: ``exported(1).module()(activation, **kwargs)`` gives its outputs.
 
@@ -307,6 +324,19 @@ def check_index(index: Any, count: int) -> None:
     """Refuses the index of no stage."""
     if not isinstance(index, int) or not 0 <= index < count:
         raise PartitionError(f"there is no stage {index!r}; the program has {count} stages")
+
+
+def bind_tables(lifted: LiftedProgram, stages: Sequence[Stage], source: TableSource) -> None:
+    """See :meth:`StagedProgram.bind_tables`."""
+    own = lifted._tables()
+    fed = find_values(source, own, lack_values(lifted.feed_program.state))
+    kept = []
+    for stage in stages:
+        tables = stage_tables(stage.module)
+        kept.append(find_values(source, tables, lack_values(tables)))
+    lifted._bind(fed)
+    for stage, values in zip(stages, kept, strict=True):
+        set_tables(stage.module, values)
 
 
 def boundary_tensors(

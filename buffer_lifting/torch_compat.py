@@ -15,6 +15,7 @@ from torch._higher_order_ops.flex_attention import flex_attention as FLEX_HOP  #
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled  # operators, no alias
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # the class of an op, as the next
 from torch._ops import OpOverload as OpOverload  # the class of an op; torch.ops has only its instances
+from torch._subclasses.fake_tensor import FakeTensor  # no public name
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Graph, Node
@@ -159,6 +160,11 @@ def schema_names(node: Node) -> set[str]:
 def fake_mode_of(value: Any) -> Any:
     """The fake mode of a fake tensor. Private: FakeTensor and its ``fake_mode`` have no public name."""
     return value.fake_mode
+
+
+def is_fake(value: torch.Tensor) -> bool:
+    """Whether a tensor is a fake tensor. Private: FakeTensor has no public name."""
+    return isinstance(value, FakeTensor)
 
 
 def symbolic_kernels() -> Any:

@@ -30,6 +30,7 @@ from buffer_lifting.graph.record import (
     TensorMeta,
 )
 from buffer_lifting.graph.sizes import Ranges, is_symbol
+from buffer_lifting.tables import has_values
 from buffer_lifting.torch_compat import HigherOrderOperator, OpOverload, Symbolic, schema_args, size_of, tree_flatten
 
 _STATE_KINDS = {
@@ -231,6 +232,8 @@ def _is_uniform(value: torch.Tensor) -> bool:
 
 
 def _storage_key(value: torch.Tensor, fqn: str) -> Any:
+    if not has_values(value):
+        return ("object", id(value))  # tied, if it is one tensor under two names
     if not _has_data(value) or value.layout != torch.strided or not value.numel():
         return fqn
     return (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride())

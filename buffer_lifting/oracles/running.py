@@ -17,6 +17,7 @@ from buffer_lifting.feed_graph import FeedGraph, above
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.grouped import grouped_product
 from buffer_lifting.passes.normalize import Normalized, normalize
+from buffer_lifting.tables import has_values, lack_values
 from buffer_lifting.torch_compat import schema_names, set_arguments, tree_flatten
 
 _DOUBLE = {
@@ -249,8 +250,14 @@ def example_cases(program: ExportedProgram, lifted: LiftedProgram, inputs: Any, 
             raise LiftingError("the program has no example inputs; give verify(inputs=[(args, kwargs), ...])")
         calls = [program.example_inputs]
     cases = [_case(program, lifted, args, kwargs) for args, kwargs in calls]
-    if any(t.device.type == "meta" for case in cases for t in case.tensors().values()):
+    if any(not has_values(t) for case in cases for t in case.tensors().values()):
         raise LiftingError("the example inputs have no data; give verify(inputs=[(args, kwargs), ...])")
+    missing = lack_values({**program.constants, **program.state_dict})
+    if missing:
+        raise LiftingError(
+            f"the program has no values for {missing[0]!r} and {len(missing) - 1} more: it was exported on the meta "
+            "device or with fake tensors; verify an export of a small configuration of the model"
+        )
     if inputs is None:
         resized = _resized(program, lifted, cases[0], seed)
         if resized is not None:

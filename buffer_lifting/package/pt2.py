@@ -19,6 +19,7 @@ from buffer_lifting.errors import LiftingError
 from buffer_lifting.graph.archive import ARCHIVE_VERSION
 from buffer_lifting.package.pt2_graph import model_json, tensor_meta
 from buffer_lifting.stage_program import StageParts
+from buffer_lifting.tables import has_values
 from buffer_lifting.tensor_file import bytes_of, describe_tensor, empty_tensor, fill, stored_form
 
 _META = torch.device("meta")
@@ -60,7 +61,7 @@ def write_pt2(path: Path, parts: StageParts, weights: bool) -> tuple[list[dict[s
                 entry = describe_tensor(fqn, tensor)
                 entries.append(entry)
                 path_name = f"{'weight' if kept else 'tensor'}_{len(config)}"
-                stored = tensor.device != _META and (weights or not kept)
+                stored = has_values(tensor) and (weights or not kept)
                 info = _member(f"{root}/data/{folder}/{path_name}")
                 info.file_size = tensor.numel() * tensor.element_size() if stored else 0
                 with archive.open(info, "w") as member:

@@ -72,9 +72,19 @@ def save_staged(staged: StagedProgram, directory: str | os.PathLike[str], weight
             "positional": staged.positional,
             "keywords": staged.keywords,
             "tied": encode_record(dict(staged.tied)),
+            "state_dict": _state_dict_of(staged),
             "sha256": checksums,
         }
         (package / MANIFEST).write_bytes(dumps(manifest))
+
+
+def _state_dict_of(staged: StagedProgram) -> dict[str, list[int]]:
+    """FQN -> the stages that have it, for all that a checkpoint of the model has; what no stage reads is in none."""
+    holders: dict[str, list[int]] = {fqn: [] for fqn in staged.lifted.program.state_dict}
+    for stage in staged.stages:
+        for fqn in stage.module.state_dict():
+            holders.setdefault(fqn, []).append(stage.index)
+    return holders
 
 
 def _save_stage(stage: Stage, whole: ExportedProgram, package: Path, weights: bool) -> dict[str, str]:
@@ -118,6 +128,7 @@ def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
         if not isinstance(index, int) or not 0 <= index < count:
             raise PartitionError(f"there is no stage {index!r}; the program has {count} stages")
         tied = decode_record(dict[str, tuple[int, ...]], manifest["tied"])
+        holders = decode_record(dict[str, tuple[int, ...]], manifest["state_dict"])
         document = read_json(directory / _FEED, checksums)
         with (directory / _TABLES).open("rb") as stream:
             tables, checksum = read_tensors(stream, document["tables"], own_device=True)
@@ -134,7 +145,7 @@ def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
         raise LiftingError(
             f"{directory} is no staged package, or damaged: {type(error).__name__}: {error}{hint}"
         ) from error
-    return LoadedStage(index, stage, count, tied, feeder)
+    return LoadedStage(index, stage, count, tied, holders, feeder)
 
 
 def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stage:

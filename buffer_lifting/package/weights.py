@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.package.checkpoints import WeightSource, open_source
+from buffer_lifting.tables import move_to
 
 _SHOWN = 8
 
@@ -47,7 +48,7 @@ def load_stage_weights(
         groups.setdefault(id(value), []).append(fqn)
     sources = {names[0]: [prefix + name for name in found[names[0]]] for names in groups.values()}
     values = checkpoint.read(dict.fromkeys(name for names in sources.values() for name in names), device)
-    for fqn, names in sources.items():
+    for names in sources.values():
         if any(not _same(values[names[0]], values[other]) for other in names[1:]):
             raise LiftingError(
                 f"{_listed(names)} are one parameter in the program, but {checkpoint.what} has different values for "
@@ -57,31 +58,12 @@ def load_stage_weights(
         for names in groups.values():
             first = names[0]
             _assign(module, names, wanted[first], values[sources[first][0]].to(wanted[first].dtype))
-        move_rest(module, device)
+    move_to(module, device)
 
 
 def weights_of(module: GraphModule) -> dict[str, torch.Tensor]:
     """FQN -> what a checkpoint of the model has of a stage: parameters and persistent buffers, under all names."""
     return dict(module.state_dict(keep_vars=True))
-
-
-def move_rest(module: GraphModule, device: torch.device) -> None:
-    """Puts the tables of a stage that have values on a device."""
-    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
-        if buffer.device.type != "meta" and buffer.device != device:
-            _holder(module, name)._buffers[name.rpartition(".")[2]] = buffer.to(device)
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            holder, leaf = _holder(module, str(node.target)), str(node.target).rpartition(".")[2]
-            value = holder.__dict__.get(leaf)
-            if isinstance(value, torch.Tensor) and value.device.type != "meta" and value.device != device:
-                setattr(holder, leaf, value.to(device))
-
-
-def without_values(module: GraphModule) -> list[str]:
-    """The FQNs of tensors of a stage on the meta device."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return [name for name, value in named if value.device.type == "meta"]
 
 
 def _holder(module: torch.nn.Module, name: str) -> torch.nn.Module:

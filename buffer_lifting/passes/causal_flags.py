@@ -20,6 +20,7 @@ from buffer_lifting.passes.lift_buffers import drop_dead
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.program import Axes
 from buffer_lifting.scanner import scan_record
+from buffer_lifting.tables import has_values
 from buffer_lifting.torch_compat import schema_args, set_arguments
 
 _MOST_STEPS = 4
@@ -144,7 +145,7 @@ class _Tables:
         if fqn not in self.known:
             value = self.program.state_dict.get(fqn, self.program.constants.get(fqn))
             plain = type(value) in (torch.Tensor, torch.nn.Buffer) and value.layout == torch.strided
-            if not plain or value.device.type == "meta" or not value.numel():
+            if not plain or not has_values(value) or not value.numel():
                 self.known[fqn] = Unknown(f"the values of {fqn!r} are not at hand")
             else:
                 self.known[fqn] = _of_tensor(value.detach(), fqn)

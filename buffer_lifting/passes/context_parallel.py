@@ -8,7 +8,7 @@ import torch
 
 from buffer_lifting.axes import axes_argument
 from buffer_lifting.errors import LiftingError
-from buffer_lifting.examples import example_sizes, widen_examples
+from buffer_lifting.examples import example_sizes, examples_without_values, widen_examples
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.keys import plan_keys
 from buffer_lifting.labels import COL
@@ -108,7 +108,7 @@ def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str,
 
     sizes = example_sizes(lifted.program, lifted.input_axes)
     if sizes is None:
-        return None
+        return examples_without_values(lifted.program, lifted.input_axes, [output.input for output in added])
     batch, lengths, _ = sizes
     feed = replace(lifted.feed_program, outputs=added).feed(batch, lengths, None, axis_streams(batch, lengths), None)
     return {name: value.contiguous() for name, value in feed.items()}
