@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -188,8 +189,10 @@ class _DistributedSource(WeightSource):
             name: torch.empty(meta.size, dtype=meta.properties.dtype, device=device) for name, meta in infos.items()
         }
         try:
-            # ranks load different stages, so they do not plan together
-            dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+                # ranks load different stages, so they do not plan together
+                dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
         except Exception as error:
             raise LiftingError(f"{self.path} cannot be read: {type(error).__name__}: {error}") from error
         return tensors

@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 #: What a damaged document raises where it is taken for a sound one.
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 _SUFFIX, _LOCK, _NEW, _OLD = ".saving", "lock", "new", "old"
+_CHECKSUM = "checksum"
 _FRESH = 60.0  # seconds
 
 
@@ -82,6 +83,21 @@ def checked_manifest(data: bytes, kind: str, where: str) -> dict[str, Any]:
         )
         raise LiftingError(f"{where} has version {version!r} of the format; this buffer_lifting reads {known}: {hint}")
     return manifest
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """A manifest with its own checksum."""
+    return dumps({**document, _CHECKSUM: hashlib.sha256(dumps(document)).hexdigest()})
+
+
+def check_seal(data: bytes, manifest: Mapping[str, Any], where: str) -> None:
+    """Refuses a manifest that is not byte for byte what :func:`sealed` made.
+
+    Raises:
+        LiftingError: it was changed.
+    """
+    if data != sealed({key: value for key, value in manifest.items() if key != _CHECKSUM}):
+        raise LiftingError(f"{where} has a manifest that was changed or damaged; save the package again")
 
 
 def read_json(path: Path, checksums: Mapping[str, str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from buffer_lifting.package.files import (
     DAMAGED,
     MANIFEST,
     STAGED,
+    check_seal,
     checked_manifest,
     compare,
     digest,
@@ -33,6 +34,7 @@ from buffer_lifting.package.files import (
     header,
     read_json,
     replacing,
+    sealed,
 )
 from buffer_lifting.package.lifted_file import check_savable
 from buffer_lifting.package.loaded_stage import LoadedStage
@@ -75,7 +77,7 @@ def save_staged(staged: StagedProgram, directory: str | os.PathLike[str], weight
             "state_dict": _state_dict_of(staged),
             "sha256": checksums,
         }
-        (package / MANIFEST).write_bytes(dumps(manifest))
+        (package / MANIFEST).write_bytes(sealed(manifest))
 
 
 def _state_dict_of(staged: StagedProgram) -> dict[str, list[int]]:
@@ -123,7 +125,9 @@ def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
     """
     directory = Path(directory)
     try:
-        manifest = checked_manifest((directory / MANIFEST).read_bytes(), STAGED, str(directory))
+        data = (directory / MANIFEST).read_bytes()
+        manifest = checked_manifest(data, STAGED, str(directory))
+        check_seal(data, manifest, str(directory))
         count, checksums = manifest["num_stages"], manifest["sha256"]
         if not isinstance(index, int) or not 0 <= index < count:
             raise PartitionError(f"there is no stage {index!r}; the program has {count} stages")

@@ -66,10 +66,6 @@ def weights_of(module: GraphModule) -> dict[str, torch.Tensor]:
     return dict(module.state_dict(keep_vars=True))
 
 
-def _holder(module: torch.nn.Module, name: str) -> torch.nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])
-
-
 def _aliases(tied: Sequence[Sequence[str]], wanted: Iterable[str]) -> dict[str, list[str]]:
     aliases: dict[str, list[str]] = {fqn: [] for fqn in wanted}
     for group in tied:
@@ -128,9 +124,8 @@ def _assign(module: GraphModule, names: Sequence[str], old: torch.Tensor, value:
         return
     new = torch.nn.Parameter(value, old.requires_grad) if isinstance(old, torch.nn.Parameter) else value
     for name in names:
-        holder, leaf = _holder(module, name), name.rpartition(".")[2]
-        table = holder._parameters if leaf in holder._parameters else holder._buffers
-        table[leaf] = new
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, new)
 
 
 def _prefix_hint(checkpoint: WeightSource, fqn: str, prefix: str) -> str:
