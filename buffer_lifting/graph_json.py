@@ -127,8 +127,12 @@ def _encode(value: Any, node: Node) -> Any:
     )
 
 
-def decode_graph(nodes: Any, root: torch.nn.Module) -> GraphModule:
-    """The module of :func:`encode_graph`; ``root`` holds its state.
+def decode_graph(
+    nodes: Any,
+    root: torch.nn.Module,
+    make: Callable[[torch.nn.Module, Graph], GraphModule] = GraphModule,
+) -> GraphModule:
+    """The module of :func:`encode_graph`, as ``make`` makes it; ``root`` holds its state.
 
     Raises:
         LiftingError: no such document, a call of something that is neither an aten op nor size arithmetic.
@@ -154,7 +158,7 @@ def decode_graph(nodes: Any, root: torch.nn.Module) -> GraphModule:
                 raise LiftingError(f"node {name!r} has the op {op!r}")
             env[name] = graph.create_node(op, resolved, args, kwargs, name=name)
         graph.lint()
-        return GraphModule(root, graph)
+        return make(root, graph)
     except LiftingError:
         raise
     except Exception as error:

@@ -138,7 +138,7 @@ class StageBuilder:
                     _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
         results = [self._fresh(graph, env[name], name, last) for name in self.sent]
         graph.output(results[0] if len(results) == 1 else tuple(results))
-        module = GraphModule(root, graph)
+        module = stage_module(root, graph)
         return StageGraph(module, tuple(arguments), tuple(keywords), tuple(self.sent), tuple(states))
 
     def _fresh(self, graph: Graph, node: Node, name: str, last: bool) -> Node:
@@ -157,6 +157,16 @@ class StageBuilder:
         clone = graph.call_function(torch.ops.aten.clone.default, (node,), layout)
         clone.meta = dict(node.meta)
         return clone
+
+
+def stage_module(root: Module, graph: Graph) -> GraphModule:
+    """The module of a stage. ``GraphModule`` itself makes every buffer of ``root`` persistent."""
+    module = GraphModule(root, graph)
+    for prefix, holder in root.named_modules():
+        for leaf in holder._non_persistent_buffers_set:
+            fqn = f"{prefix}.{leaf}" if prefix else leaf
+            _register(module, fqn, holder._buffers[leaf], StateKind.BUFFER, persistent=False)
+    return module
 
 
 def _is_contiguous(value: Any) -> bool:
