@@ -192,6 +192,8 @@ def _same(one: Size, other: Size, hints: dict[str, int]) -> bool:
 
 def _block_inputs(record: GraphRecord) -> set[str]:
     """The inputs that only block masks of ``flex_attention`` read: leaves of a BlockMask that the user gives."""
+    if not any(node.base_op == FLEX_ATTENTION for node in record.nodes.values()):
+        return set()
     inside: set[str] = set()
     elsewhere: set[str] = set()
     for node in record.nodes.values():

@@ -24,6 +24,11 @@ class Dep(Flag):
     LENGTH = auto()  # contents made from the length of a sequence, as a number or by a reduction over it
 
 
+_DEPS = [Dep(value) for value in range(2 * Dep.LENGTH.value)]
+_USER, _PARAM, _STATE, _IOTA, _DATA = (flag.value for flag in (Dep.USER, Dep.PARAM, Dep.STATE, Dep.IOTA, Dep.DATA))
+_RANDOM, _WRITTEN, _LENGTH = Dep.RANDOM.value, Dep.WRITTEN.value, Dep.LENGTH.value
+
+
 def analyse(
     record: GraphRecord, input_labels: dict[str, Labels], positional: frozenset[str] = frozenset()
 ) -> dict[str, Dep]:
@@ -32,46 +37,54 @@ def analyse(
     lengths = frozenset(
         atom for labels in input_labels.values() for dim in labels for f in dim if f.is_seq for atom in atoms(f.size)
     )
-    deps: dict[str, Dep] = {}
-    for node in record.nodes.values():
-        dep = Dep.NONE
+    nodes = record.nodes
+    sized = {name for name, node in nodes.items() if _has_length(node, lengths)} if lengths else set()
+    deps: dict[str, int] = {}  # flags as numbers: arithmetic on the flags themselves is most of the work otherwise
+    for node in nodes.values():
+        dep = 0
         if node.kind is NodeKind.STATE:
-            dep = Dep.PARAM if node.state_kind is StateKind.PARAMETER else Dep.STATE
+            dep = _PARAM if node.state_kind is StateKind.PARAMETER else _STATE
             if node.mutated:
-                dep |= Dep.WRITTEN
+                dep |= _WRITTEN
         elif node.kind is NodeKind.INPUT:
-            dep = Dep.STATE if node.name in positional else Dep.USER
-            if Dep.USER in dep and _differentiable(node, input_labels.get(node.name)):
-                dep |= Dep.DATA
+            dep = _STATE if node.name in positional else _USER
+            if dep & _USER and _differentiable(node, input_labels.get(node.name)):
+                dep |= _DATA
         else:
-            for name in content_operands(node):
-                dep |= deps[name] & ~Dep.LENGTH if isinstance(record.nodes[name].meta, ScalarMeta) else deps[name]
-            dep |= _length(record, node, deps, lengths)
+            contents = content_operands(node)
+            for name in contents:
+                dep |= deps[name] & ~_LENGTH if isinstance(nodes[name].meta, ScalarMeta) else deps[name]
+            if _counts(node, nodes, contents, deps, sized):
+                dep |= _LENGTH
             if node.base_op == "aten.sym_size" or node.base_op in INDICES:
-                dep |= Dep.IOTA
+                dep |= _IOTA
             if is_random(node):
-                dep |= Dep.RANDOM
-            if Dep.USER in dep and Dep.PARAM in dep:
-                dep |= Dep.DATA
-        if node.name in written and Dep.DATA not in dep:
-            dep |= Dep.WRITTEN
+                dep |= _RANDOM
+            if dep & _USER and dep & _PARAM:
+                dep |= _DATA
+        if node.name in written and not dep & _DATA:
+            dep |= _WRITTEN
         deps[node.name] = dep
-    return deps
+    return {name: _DEPS[dep] for name, dep in deps.items()}
 
 
-def _length(record: GraphRecord, node: Node, deps: dict[str, Dep], lengths: frozenset[str]) -> Dep:
+def _has_length(node: Node, lengths: frozenset[str]) -> bool:
+    """Whether a dim of a tensor, or a number, is made from the length of a sequence."""
+    if isinstance(node.meta, ScalarMeta):
+        return node.meta.size is not None and not lengths.isdisjoint(atoms(node.meta.size))
+    shape = node.tensor.shape if node.tensor is not None else ()
+    return any([type(size) is not int and not lengths.isdisjoint(atoms(size)) for size in shape])
+
+
+def _counts(node: Node, nodes: dict[str, Node], contents: list[str], deps: dict[str, int], sized: set[str]) -> bool:
     """Whether a number, or a value without a sequence dim of its own, is made from the length of a sequence."""
     if isinstance(node.meta, ScalarMeta):
-        own = node.meta.size is not None and bool(atoms(node.meta.size) & lengths)
-        return Dep.LENGTH if own or any(Dep.LENGTH in deps[name] for name in node.refs()) else Dep.NONE
-    numbers = (name for _, name in length_operands(node) if isinstance(record.nodes[name].meta, ScalarMeta))
-    if any(Dep.LENGTH in deps[name] for name in numbers):
-        return Dep.LENGTH
-    if node.tensor is None or any(atoms(size) & lengths for size in node.tensor.shape):
-        return Dep.NONE
-    operands = (record.nodes[name] for name in content_operands(node))
-    reduced = any(n.tensor and any(atoms(size) & lengths for size in n.tensor.shape) for n in operands)
-    return Dep.LENGTH if reduced else Dep.NONE
+        return node.name in sized or any([deps[name] & _LENGTH for name in node.refs()])
+    if any([deps[name] & _LENGTH and isinstance(nodes[name].meta, ScalarMeta) for _, name in length_operands(node)]):
+        return True
+    if node.tensor is None or node.name in sized:
+        return False
+    return any([name in sized and nodes[name].tensor is not None for name in contents])
 
 
 def _differentiable(node: Node, labels: Labels | None) -> bool:
@@ -88,6 +101,8 @@ def written_storage(record: GraphRecord) -> set[str]:
     """The nodes whose storage some op of the graph writes to: the base of each written view, and all its views."""
     base: dict[str, str] = {}
     written: set[str] = set()
+    if not any(is_mutating(node) for node in record.nodes.values()):
+        return written
     for node in record.nodes.values():
         first = next((arg for arg in node.args.values() if isinstance(arg, Ref)), None)
         if first is None or not isinstance(node.meta, TensorMeta | tuple):

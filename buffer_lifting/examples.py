@@ -37,7 +37,7 @@ def example_sizes(
 def examples_without_values(
     program: ExportedProgram, axes: dict[str, InputAxes], inputs: Sequence[LiftedInput]
 ) -> dict[str, torch.Tensor] | None:
-    """Lifted inputs on the meta device, ``[batch, seq, *row]``, of the sizes of the example inputs, if there are any."""
+    """Lifted inputs on the meta device, ``[batch, seq, *row]``, of the sizes of the example inputs, if any."""
     if program.example_inputs is None:
         return None
     named = named_inputs(program, *program.example_inputs)

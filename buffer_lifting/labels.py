@@ -46,22 +46,22 @@ def features(shape: tuple[Size, ...]) -> Labels:
 
 def is_labelled(dim: DimLabel) -> bool:
     """Whether a dim has a batch or sequence factor."""
-    return any(factor.axis for factor in dim)
+    return any([factor.axis for factor in dim])
 
 
 def has_seq(dim: DimLabel) -> bool:
     """Whether a dim has a sequence factor."""
-    return any(factor.is_seq for factor in dim)
+    return any([factor.axis and factor.axis != BATCH for factor in dim])
 
 
 def has_batch(dim: DimLabel) -> bool:
     """Whether a dim has a batch factor."""
-    return any(factor.axis == BATCH for factor in dim)
+    return any([factor.axis == BATCH for factor in dim])
 
 
 def seq_axes(labels: Labels) -> set[tuple[str, str]]:
     """The (axis, role) pairs that occur."""
-    return {(factor.axis, factor.role) for dim in labels for factor in dim if factor.is_seq}
+    return {(factor.axis, factor.role) for dim in labels for factor in dim if factor.axis and factor.axis != BATCH}
 
 
 def batch_dim(labels: Labels) -> int | None:

@@ -10,23 +10,25 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from buffer_lifting.adapter import as_program
+from buffer_lifting.analysis import analyse_program
 from buffer_lifting.axes import label_inputs
+from buffer_lifting.collecting import uncollected
 from buffer_lifting.errors import AxesError, FeedError, UnsupportedReadError
 from buffer_lifting.feed import FeedProgram
 from buffer_lifting.feed_graph import extract
-from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.record import GraphRecord, NodeKind
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.assemble import assemble
 from buffer_lifting.passes.lift_buffers import LiftBuffers, LiftState
-from buffer_lifting.passes.normalize import Normalized, normalize
+from buffer_lifting.passes.normalize import Normalized
 from buffer_lifting.passes.undo_shift import undo_shifts_in
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes, Finding, PositionRead, ScanReport, SequenceMixing
-from buffer_lifting.scanner import FormOption, scan_record
+from buffer_lifting.scanner import FormOption
 from buffer_lifting.tables import lack_values, on_meta
 
 
+@uncollected
 def scan(program: ExportedProgram | GraphModule, axes: Axes | None = None) -> ScanReport:
     """Finds every read by sequence position, every op that mixes the sequence, and the axes of the user inputs.
 
@@ -48,10 +50,10 @@ def scan(program: ExportedProgram | GraphModule, axes: Axes | None = None) -> Sc
         TypeError: not a program.
     """
     program = as_program(program)
-    normalized = normalize(program, read_only=True)
-    return scan_record(build_record(program, normalized.graph), axes).report
+    return analyse_program(program, axes)[2].report
 
 
+@uncollected
 def lift(
     program: ExportedProgram | GraphModule,
     axes: Axes | None = None,
@@ -75,9 +77,7 @@ def lift(
         TypeError: not a program.
     """
     program = as_program(program)
-    normalized = normalize(program)
-    record = build_record(program, normalized.graph)
-    plan = scan_record(record, axes, form)
+    normalized, record, plan = analyse_program(program, axes, form, read_only=False)
     _check(plan.report, strict)
     undo_shifts_in(normalized.graph, plan.shifts)
     feed = feed_program(program, normalized, record, plan, axes)

@@ -286,15 +286,15 @@ def _apply(record: GraphRecord, shift: LossShift) -> None:
             continue
         if name == shift.target_cut:
             nodes[shift.pad] = _padding(record, shift, node)
-            node = replace(node, args={**node.args, "self": Ref(shift.pad), "end": LAST}, _refs=None)
+            node = replace(node, args={**node.args, "self": Ref(shift.pad), "end": LAST}, _refs=None, _by_path=None)
         elif shift.cut in node.refs():
             args = {key: _redirected(arg, shift.cut, shift.data) for key, arg in node.args.items()}
-            node = replace(node, args=args, _refs=None)
+            node = replace(node, args=args, _refs=None, _by_path=None)
         if name in shift.shapes and isinstance(node.meta, TensorMeta):
             node = replace(node, meta=TensorMeta(shift.shapes[name], node.meta.dtype))
         if name in shift.sizes:
             key, sizes = shift.sizes[name]
-            node = replace(node, args={**node.args, key: sizes}, _refs=None)
+            node = replace(node, args={**node.args, key: sizes}, _refs=None, _by_path=None)
         nodes[name] = node
     record.nodes = nodes
 

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from buffer_lifting.axes import label_inputs
 from buffer_lifting.boundaries import BoundaryTensor, axis_names, describe
+from buffer_lifting.collecting import uncollected
 from buffer_lifting.cost import tensor_bytes
 from buffer_lifting.cuts import balanced_cuts, cuts_at
 from buffer_lifting.dataflow import Dep, analyse
@@ -33,6 +34,7 @@ from buffer_lifting.stages import Stage, StagedProgram, check_names
 from buffer_lifting.torch_compat import flat_names, root_spec
 
 
+@uncollected
 def partition(
     lifted: LiftedProgram, num_stages: int | None = None, split_points: Sequence[str] | None = None
 ) -> StagedProgram:

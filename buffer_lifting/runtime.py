@@ -13,6 +13,7 @@ from buffer_lifting.passes.collectives import bind_group
 from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tables import lack_values, move_to, stage_tables
+from buffer_lifting.torch_compat import generate_code
 
 #: A stage's positional inputs, and its outputs, on the meta device.
 Shapes = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
@@ -43,6 +44,7 @@ def make_stage(
     place = torch.device(device)
     _check_values(stage, place)
     move_to(stage.module, place)
+    generate_code(stage.module)
     inputs, outputs = shapes or (None, None)
     return PipelineStage(
         stage.module.to(place),

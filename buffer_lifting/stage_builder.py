@@ -10,9 +10,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from buffer_lifting.graph.bodies import attribute_of
+from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.graph.record import GraphRecord, NodeKind, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import product
-from buffer_lifting.torch_compat import returns_alias, size_of
+from buffer_lifting.torch_compat import LazyGraphModule, returns_alias, size_of
 
 
 @dataclass
@@ -133,7 +134,7 @@ class StageBuilder:
                 env[name] = graph.call_function(torch.ops.aten.sym_size.int, (env[place[0]], place[1]))
                 env[name].meta = dict(self.nodes[name].meta)
             else:
-                env[name] = graph.node_copy(self.nodes[name], lambda n: env[n.name])
+                env[name] = copy_node(graph, self.nodes[name], lambda n: env[n.name])
                 if env[name].op == "get_attr":
                     _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
         results = [self._fresh(graph, env[name], name, last) for name in self.sent]
@@ -160,8 +161,8 @@ class StageBuilder:
 
 
 def stage_module(root: Module, graph: Graph) -> GraphModule:
-    """The module of a stage. ``GraphModule`` itself makes every buffer of ``root`` persistent."""
-    module = GraphModule(root, graph)
+    """The module of a stage. fx itself makes every buffer of ``root`` persistent."""
+    module = LazyGraphModule(root, graph)
     for prefix, holder in root.named_modules():
         for leaf in holder._non_persistent_buffers_set:
             fqn = f"{prefix}.{leaf}" if prefix else leaf

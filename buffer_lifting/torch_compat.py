@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from torch._ops import OpOverload as OpOverload  # the class of an op; torch.ops
 from torch._subclasses.fake_tensor import FakeTensor  # no public name
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule  # GraphModule writes and compiles its code at once
 from torch.utils import _pytree as pytree  # torch.utils.pytree has no TreeSpec for module_call_graph
 
 from buffer_lifting.graph import sizes
@@ -55,6 +57,8 @@ def size_of(value: int | torch.SymInt, ranges: sizes.Ranges | None = None) -> si
 
     ``Max`` and ``Min`` are resolved where the ranges of their symbols tell which side it is.
     """
+    if type(value) is int:
+        return value
     if isinstance(value, torch.SymInt):
         return _convert(value.node.expr, ranges or {})
     return int(value)
@@ -102,15 +106,25 @@ def schema_args(node: Node) -> dict[str, Any]:
     if schema is None:
         names = FLEX_ARGUMENTS if node.target is FLEX_HOP else tuple(str(i) for i in range(len(node.args)))
         return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given, named = node.args, node.kwargs
     result = {}
-    for index, argument in enumerate(schema.arguments):
-        if index < len(node.args) and not argument.kwarg_only:
-            result[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            result[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            result[argument.name] = argument.default_value
+    for index, (name, keyword, has_default, default) in enumerate(_parameters(node.target)):
+        if index < len(given) and not keyword:
+            result[name] = given[index]
+        elif name in named:
+            result[name] = named[name]
+        elif has_default:
+            result[name] = default
     return result
+
+
+@functools.cache
+def _parameters(target: Any) -> tuple[tuple[str, bool, bool, Any], ...]:
+    """Name, whether it is a keyword only, whether it has a default, and the default, of each argument of an op."""
+    return tuple(
+        (argument.name, argument.kwarg_only, argument.has_default_value(), argument.default_value)
+        for argument in target._schema.arguments
+    )
 
 
 def replace_operands(node: Node, replace: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -188,6 +202,45 @@ def replacements(value: torch.SymInt) -> int:
     return len(value.node.shape_env.replacements)  # private: no public view of a ShapeEnv's replacements
 
 
+class LazyGraphModule(_LazyGraphModule):
+    """A GraphModule whose code is written when it is first called or shown: of 16 stages a rank runs one.
+
+    Private: the base class. Its first call goes through ``__call__`` again, so that hooks would run twice.
+    """
+
+    def _lazy_forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.real_recompile()
+        return type(self).forward(self, *args, **kwargs)
+
+    forward = _lazy_forward
+
+
+def generate_code(module: GraphModule) -> None:
+    """Writes the code of a module whose code was put off."""
+    if isinstance(module, LazyGraphModule):
+        module.real_recompile()
+
+
+@contextlib.contextmanager
+def _lazy_programs() -> Iterator[None]:
+    """Lets ExportedProgram's constructor make a module whose code is written when it is needed.
+
+    Private: the function that makes it. Without one of that name the constructor does as it always does.
+    """
+    from torch.export import exported_program
+
+    name = "_create_graph_module_for_export"
+    original = getattr(exported_program, name, None)
+    if original is None:
+        yield
+        return
+    setattr(exported_program, name, LazyGraphModule)
+    try:
+        yield
+    finally:
+        setattr(exported_program, name, original)
+
+
 def rebuild_program(
     program: ExportedProgram,
     graph: Graph,
@@ -220,17 +273,18 @@ def rebuild_program(
     if root.signature is not None:
         call = dataclasses.replace(root.signature, in_spec=in_spec, out_spec=out_spec, forward_arg_names=arg_names)
     entries = [dataclasses.replace(root, signature=call), *(copy.copy(entry) for entry in entries[1:])]
-    result = ExportedProgram(
-        root=dict(submodules),
-        graph=graph,
-        graph_signature=signature,
-        state_dict=dict(state_dict),
-        range_constraints=dict(program.range_constraints),
-        module_call_graph=entries,
-        example_inputs=example_inputs,
-        constants=dict(constants),
-        verifiers=list(program.verifiers),
-    )
+    with _lazy_programs():
+        result = ExportedProgram(
+            root=dict(submodules),
+            graph=graph,
+            graph_signature=signature,
+            state_dict=dict(state_dict),
+            range_constraints=dict(program.range_constraints),
+            module_call_graph=entries,
+            example_inputs=example_inputs,
+            constants=dict(constants),
+            verifiers=list(program.verifiers),
+        )
     if resized:
         kept = [guard for guard in result._guards_code if not any(f"['{name}']" in guard for name in resized)]
         result._guards_code = kept

@@ -69,6 +69,7 @@ class OpView:
         self._data, self._varies = data, varies
         self.record, self.node, self.known, self._positional = record, node, known, positional
         self._lengths = lengths or {}
+        self._tensors: list[tuple[str, tuple[Size, ...]]] | None = None
 
     def length(self, axis: str) -> Size | None:
         """The length of a sequence axis."""
@@ -76,12 +77,12 @@ class OpView:
 
     def positional(self, path: str) -> Labels | None:
         """The labels of an operand without user contents, by its sizes; ``None`` for anything else."""
-        name = dict(self.node.named_refs()).get(path)
+        name = self.node.ref(path)
         return self._positional(name) if name and self.known.get(name) is None else None
 
     def by_sizes(self, path: str) -> Labels | None:
         """The same, of a value of user contents as well: what it is made of has to bear it out."""
-        name = dict(self.node.named_refs()).get(path)
+        name = self.node.ref(path)
         return self._positional(name, True) if name and not self._data(name) else None
 
     def shape(self, path: str) -> tuple[Size, ...] | None:
@@ -97,29 +98,29 @@ class OpView:
         return [meta.shape for meta in metas if isinstance(meta, TensorMeta)]
 
     def _meta(self, path: str) -> object:
-        name = dict(self.node.named_refs()).get(path)
+        name = self.node.ref(path)
         return self.record.nodes[name].meta if name else None
 
     def labels(self, path: str) -> Labels | None:
         """The labels of a data operand; ``None`` for anything else."""
-        name = dict(self.node.named_refs()).get(path)
+        name = self.node.ref(path)
         known = self.known.get(name) if name else None
         return known[0] if known else None
 
     def is_data(self, path: str) -> bool:
         """Whether an operand carries activations, rather than positions or user contents alone."""
-        name = dict(self.node.named_refs()).get(path)
+        name = self.node.ref(path)
         return name is not None and self._data(name)
 
     def varies(self, path: str) -> tuple[bool, ...]:
         """For each dim of a tensor operand, whether two elements along it can differ."""
         if self._varies is None:
             return tuple(size != 1 for size in self.shape(path) or ())
-        return self._varies(dict(self.node.named_refs())[path])
+        return self._varies(self.node.ref(path) or path)
 
     def is_lost(self, path: str) -> bool:
         """Whether an operand is data whose labels an earlier op has lost."""
-        name = dict(self.node.named_refs()).get(path)
+        name = self.node.ref(path)
         return name in self.known and not self.known[name]
 
     def dim(self, key: str, rank: int, default: int = 0) -> int:
@@ -129,12 +130,11 @@ class OpView:
 
     def tensors(self) -> list[tuple[str, tuple[Size, ...]]]:
         """Path and shape of every tensor operand."""
-        pairs = []
-        for path, name in self.node.named_refs():
-            meta = self.record.nodes[name].meta
-            if isinstance(meta, TensorMeta):
-                pairs.append((path, meta.shape))
-        return pairs
+        if self._tensors is None:
+            nodes = self.record.nodes
+            metas = [(path, nodes[name].meta) for path, name in self.node.named_refs()]
+            self._tensors = [(path, meta.shape) for path, meta in metas if isinstance(meta, TensorMeta)]
+        return self._tensors
 
 
 Rule = Callable[[OpView], AxisResult | None]
@@ -270,11 +270,14 @@ def by_keys(labels: Labels, scores: Labels) -> Labels | None:
 
 def _born(view: OpView, out: Labels) -> Labels:
     """An axis that only an index brings: ``arange(S) < lengths[:, None]``, a user's mask where a bias is read."""
+    indices = [(path, labels) for path, _ in view.tensors() if (labels := view.positional(path))]
+    if not indices:
+        return out
     present = {(f.axis, f.role) for dim in out for f in dim}
     data = [shape for path, shape in view.tensors() if view.is_data(path)]
     result = list(out)
-    for path, _ in view.tensors():
-        for offset, dim in enumerate(reversed(view.positional(path) or ()), 1):
+    for _, labels in indices:
+        for offset, dim in enumerate(reversed(labels), 1):
             of_data = any(offset <= len(shape) and shape[-offset] != 1 for shape in data)
             free = not is_labelled(result[-offset]) and not present & {(f.axis, f.role) for f in dim}
             if has_seq(dim) and free and not of_data:

@@ -24,7 +24,7 @@ def resolve_choices(record: GraphRecord) -> None:
                 continue
             for offset in range(1, min(len(meta.shape), len(shape)) + 1):
                 own, out = meta.shape[-offset], shape[-offset]
-                if own == out or own == 1:
+                if own is out or own == out or own == 1 or (type(own) is int and type(out) is int):
                     continue
                 for left, right in ((own, out), (out, own)):
                     if not any(is_choice(a) for a in atoms(left)):

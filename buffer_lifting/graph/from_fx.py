@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import defaultdict
 from typing import Any
@@ -137,12 +138,20 @@ def _class_name(value: Any) -> str:
 
 
 def _op_name(node: FxNode) -> str:
-    if node.op == "get_attr":
-        return "get_attr"
-    if isinstance(node.target, OpOverload):
-        return str(node.target)
-    name = getattr(node.target, "__name__", str(node.target))
-    return f"hop.{name}" if isinstance(node.target, HigherOrderOperator) else _OPERATORS.get(name, f"sym.{name}")
+    return "get_attr" if node.op == "get_attr" else _name_of(node.target)
+
+
+@functools.cache
+def _name_of(target: Any) -> str:
+    if isinstance(target, OpOverload):
+        return str(target)
+    name = getattr(target, "__name__", str(target))
+    return f"hop.{name}" if isinstance(target, HigherOrderOperator) else _OPERATORS.get(name, f"sym.{name}")
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _user_names(program: ExportedProgram) -> dict[str, str]:
@@ -162,7 +171,7 @@ def _arg(value: Any) -> Arg:
 
 def _meta(value: Any, ranges: Ranges) -> Meta:
     if isinstance(value, torch.Tensor):
-        return TensorMeta(tuple(size_of(size, ranges) for size in value.shape), str(value.dtype).removeprefix("torch."))
+        return TensorMeta(tuple([size_of(size, ranges) for size in value.shape]), _dtype_name(value.dtype))
     if isinstance(value, Symbolic):
         return ScalarMeta(size_of(value, ranges) if isinstance(value, torch.SymInt) else None)
     if isinstance(value, tuple | list):
@@ -219,6 +228,17 @@ class _StateTable:
             node.uniform = not (spec.kind is InputKind.BUFFER and node.persistent) and _is_uniform(value)
             group = self.aliases[_storage_key(value, fqn)]
             node.aliases = tuple(name for name in group if name != fqn)
+
+
+def state_contents(program: ExportedProgram) -> dict[str, tuple[str, bool, tuple[str, ...]]]:
+    """What a record says of each state's values: what it equals, whether all elements do, what shares its storage."""
+    states = _StateTable(program)
+    result = {}
+    for fqn, value in states.tensors.items():
+        tensor = isinstance(value, torch.Tensor)
+        same = tuple(states.aliases[_storage_key(value, fqn)]) if tensor else ()
+        result[fqn] = (states.contents.get(fqn, ""), tensor and fqn in states.contents and _is_uniform(value), same)
+    return result
 
 
 def _has_data(value: torch.Tensor) -> bool:

@@ -102,6 +102,7 @@ class Node:
     uniform: bool = False  # of a state node: an integer tensor that is in no checkpoint, with all elements equal
     mutated: bool = False
     _refs: tuple[tuple[str, str], ...] | None = None
+    _by_path: dict[str, str] | None = None
     _base_op: str | None = None
 
     @property
@@ -128,8 +129,22 @@ class Node:
     def named_refs(self) -> tuple[tuple[str, str], ...]:
         """Pairs of argument path (``"input"``, ``"tensors.1"``) and node name."""
         if self._refs is None:
-            self._refs = tuple(pair for key, arg in self.args.items() for pair in _walk(key, arg))
+            pairs: list[tuple[str, str]] = []
+            for key, arg in self.args.items():
+                if type(arg) is Ref:
+                    pairs.append((key, arg.name))
+                elif type(arg) is tuple and arg:
+                    pairs.extend(_walk(key, arg))
+            self._refs, self._by_path = tuple(pairs), dict(pairs)
         return self._refs
+
+    def ref(self, path: str) -> str | None:
+        """The name of the node that an argument refers to, by its path."""
+        if self._refs is None or self._by_path is None:
+            self._refs = None
+            self.named_refs()
+        assert self._by_path is not None
+        return self._by_path.get(path)
 
 
 def renamed_meta(meta: Meta, names: dict[str, str] | dict[str, Size]) -> Meta:

@@ -19,6 +19,9 @@ class Expr:
 
     terms: tuple[tuple[Monomial, int], ...]
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(other) is Expr and self.terms == other.terms)
+
     def __str__(self) -> str:
         parts = []
         for monomial, coefficient in self.terms:

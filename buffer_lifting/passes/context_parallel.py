@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from buffer_lifting.axes import axes_argument
+from buffer_lifting.collecting import uncollected
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.examples import example_sizes, examples_without_values, widen_examples
 from buffer_lifting.graph.from_fx import build_record
@@ -39,6 +40,7 @@ def lifted_axes(lifted: LiftedProgram, added: tuple[LiftedInput, ...] = ()) -> A
     return axes_argument(lifted.input_axes, (*lifted.inputs, *added))
 
 
+@uncollected
 def context_parallel(
     lifted: LiftedProgram, size: int = 1, mesh_dim: str = "cp", strategy: str = "auto"
 ) -> LiftedProgram:

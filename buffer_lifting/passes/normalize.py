@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from buffer_lifting.graph.bodies import attribute_of
+from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.passes.autocast import with_casts
 from buffer_lifting.passes.functionalize import functionalize, writes_in_place
 from buffer_lifting.torch_compat import AUTOCAST_HOP, GRAD_MODE_HOP, tree_flatten, tree_unflatten
@@ -113,7 +114,7 @@ class _Inliner:
                 copied = new.call_function(node.target, args, kwargs)
                 copied.meta = dict(node.meta)
             else:
-                copied = new.node_copy(node, lambda n: env[n])
+                copied = copy_node(new, node, lambda n: env[n])
             copied.name = node.name if not prefix else f"{prefix}_{node.name}"
             if node.op == "get_attr":
                 copied.meta["body"] = attribute_of(node, module)

@@ -13,6 +13,8 @@ def stale_names(record: GraphRecord) -> frozenset[str]:
     value, as in a functional graph. Where it does not (a write through a view, then a read of the base), the names of
     that storage say nothing.
     """
+    if not any(is_mutating(node) for node in record.nodes.values()):
+        return frozenset()
     base: dict[str, str] = {}
     last_write: dict[str, str] = {}  # base -> the name of the latest write
     current: dict[str, set[str]] = {}  # base -> the names that show what the latest write left

@@ -1,0 +1,23 @@
+"""Copies nodes from one graph to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+
+def copy_node(graph: Graph, node: Node, transform: Callable[[Node], Any]) -> Node:
+    """What ``Graph.node_copy`` does, for arguments that are known to be good.
+
+    ``Graph.create_node`` walks the arguments that it is given to find raw symbolic sizes, which costs as much as the
+    rest of it; a node that was taken from a graph has none.
+    """
+    copied = graph.create_node(node.op, node.target, (), {}, node.name, node.type)
+    copied.args = map_arg(node.args, transform)
+    if node.kwargs:
+        copied.kwargs = map_arg(node.kwargs, transform)
+    copied.meta = dict(node.meta)
+    return copied
