@@ -358,6 +358,16 @@ def program_from_graph_module(
     return result
 
 
+def with_state_dict(program: ExportedProgram, state_dict: Mapping[str, Any]) -> ExportedProgram:
+    """A program with other parameters and persistent buffers. Private: ``_state_dict`` (the constructor would check and
+    compile the graph again)."""
+    import copy
+
+    result = copy.copy(program)
+    result._state_dict = dict(state_dict)
+    return result
+
+
 def ranges_of(program: ExportedProgram, graph: Graph) -> dict[sympy.Symbol, Any]:
     """The range constraints of a program on the size symbols that a part of its graph has."""
     expressions = {size.node.expr for node in graph.nodes for size in _symbolic_sizes(node.meta.get("val"))}

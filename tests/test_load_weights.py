@@ -327,3 +327,28 @@ def test_tables_and_buffers(tmp_path: Path) -> None:
         stage.load_weights({**model.state_dict(), "table": model.table})
     with pytest.raises(bl.LiftingError, match="'scale'"):
         stage.load_weights({fqn: value for fqn, value in model.state_dict().items() if fqn != "scale"})
+
+
+def test_a_lifted_program_without_weights(tied: Case, tmp_path: Path) -> None:
+    """Saved small, split somewhere else for another number of stages, and given its weights there."""
+    tokens = torch.zeros(4, 16, dtype=torch.long)
+    sizes = {"input_ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    program = torch.export.export(tied.model, (), {"input_ids": tokens}, dynamic_shapes=sizes)
+    lifted = bl.lift(program)
+    lifted.save(tmp_path / "with")
+    lifted.save(tmp_path / "without", weights=False)
+    data = (tmp_path / "without").read_bytes()
+    for fqn, value in tied.model.named_parameters():
+        part = value.detach().flatten()[:16].numpy().tobytes()
+        assert part in (tmp_path / "with").read_bytes()
+        assert part not in data or len(set(part)) < 9, fqn
+    again = bl.load(tmp_path / "without")
+    assert lifted.program.state_dict and all(v.device.type == "cpu" for v in lifted.program.state_dict.values())
+    assert {fqn: (value.shape, value.dtype, value.device.type) for fqn, value in again.program.state_dict.items()} == {
+        fqn: (value.shape, value.dtype, "meta") for fqn, value in lifted.program.state_dict.items()
+    }
+    bl.partition(again, num_stages=3).save(tmp_path / "stages", weights=False)
+    stages = [bl.load_stage(tmp_path / "stages", index) for index in range(3)]
+    for stage in stages:
+        stage.load_weights(tied.path / "one")
+    tied.check(stages)

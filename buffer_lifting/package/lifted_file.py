@@ -23,25 +23,21 @@ from buffer_lifting.graph.bodies import flex_nodes
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.package.files import DAMAGED, LIFTED, MANIFEST, checked_manifest, dumps, header, replacing
 from buffer_lifting.tensor_file import read_tensors
+from buffer_lifting.torch_compat import with_state_dict
 
 _PROGRAM, _FEED, _TABLES = "program.pt2", "feed.json", "feed.bin"
 
 
-def save_lifted(lifted: LiftedProgram, path: str | os.PathLike[str]) -> None:
-    """Writes a lifted program to one file. The file appears whole or not at all.
-
-    Raises:
-        LiftingError: ``path`` exists and is no lifted package, or the program has something that a package
-            cannot hold.
-    """
+def save_lifted(lifted: LiftedProgram, path: str | os.PathLike[str], weights: bool = True) -> None:
+    """Writes a lifted program to one file: see :meth:`LiftedProgram.save`."""
     path = Path(path)
     if path.exists() and _kind_of_file(path) != LIFTED:
         raise LiftingError(f"{path} exists and is no lifted package; it is not overwritten")
     check_savable(lifted)
     with replacing(path) as new:
         program = new.with_name(_PROGRAM)
-        torch.export.save(lifted.program, program)
-        known = {**lifted.program.constants, **lifted.program.state_dict}
+        torch.export.save(lifted.program if weights else _without_weights(lifted.program), program)
+        known = {**lifted.program.constants, **(lifted.program.state_dict if weights else {})}
         with zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as archive:
             manifest = {**header(LIFTED), **encode_records(lifted), "tied": _tied(lifted.program)}
             archive.writestr(MANIFEST, dumps(manifest))
@@ -51,6 +47,16 @@ def save_lifted(lifted: LiftedProgram, path: str | os.PathLike[str]) -> None:
                 feed = encode_feed(lifted.feed_program, stream, known)
             archive.write(tables, _TABLES)
             archive.writestr(_FEED, dumps(feed))
+
+
+def _without_weights(program: ExportedProgram) -> ExportedProgram:
+    """The same program with parameters and persistent buffers on the meta device; what was tied is tied."""
+    made: dict[int, torch.Tensor] = {}
+    for value in program.state_dict.values():
+        empty = value.detach().to("meta")
+        parameter = isinstance(value, torch.nn.Parameter)
+        made[id(value)] = torch.nn.Parameter(empty, value.requires_grad) if parameter else empty
+    return with_state_dict(program, {fqn: made[id(value)] for fqn, value in program.state_dict.items()})
 
 
 def check_savable(lifted: LiftedProgram) -> None:
