@@ -161,12 +161,12 @@ class StageBuilder:
 
 
 def stage_module(root: Module, graph: Graph) -> GraphModule:
-    """The module of a stage. fx itself makes every buffer of ``root`` persistent."""
+    """The module of a stage. fx itself makes persistent buffers of constants and of all buffers of ``root``."""
     module = LazyGraphModule(root, graph)
-    for prefix, holder in root.named_modules():
-        for leaf in holder._non_persistent_buffers_set:
-            fqn = f"{prefix}.{leaf}" if prefix else leaf
-            _register(module, fqn, holder._buffers[leaf], StateKind.BUFFER, persistent=False)
+    kept = root.state_dict().keys()
+    for fqn, value in list(module.named_buffers(remove_duplicate=False)):
+        if fqn not in kept:
+            _register(module, fqn, value, StateKind.BUFFER, persistent=False)
     return module
 
 

@@ -188,6 +188,59 @@ def _as_graph_module(program: torch.export.ExportedProgram) -> torch.fx.GraphMod
     return torch.fx.GraphModule(root, graph)
 
 
+class OddTensors(torch.nn.Module):
+    """State of every layout and dtype that a stage can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(3, 5, generator=generator)
+        self.turned = torch.nn.Parameter(random.t())
+        self.frozen = torch.nn.Parameter(random.bfloat16(), requires_grad=False)
+        self.register_buffer("scalar", torch.tensor(3.5))
+        self.register_buffer("empty", torch.ones(0, 4))
+        self.register_buffer("conjugate", torch.complex(random, random + 1).conj())
+        self.register_buffer("expanded", torch.tensor([[1.0, 2.0, 3.0]]).expand(4, 3), persistent=False)
+        self.register_buffer("part", torch.arange(40)[3:30:3], persistent=False)
+        self.flags = torch.tensor([True, False, True])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (
+            (x @ self.turned @ self.frozen.float())[..., :3] * self.scalar
+            + self.empty.sum()
+            + self.conjugate.real.sum()
+        )
+        return x + self.expanded.sum() + self.part[2] + self.flags
+
+
+@pytest.mark.parametrize("weights", (True, False))
+def test_tensors_of_every_kind_come_back(weights: bool, tmp_path: Path) -> None:
+    model = OddTensors()
+    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    program = torch.export.export(model, (torch.randn(2, 6, 5),), dynamic_shapes=sizes)
+    staged = bl.partition(bl.lift(program), num_stages=1)
+    staged.save(tmp_path / "stages", weights=weights)
+    loaded = bl.load_stage(tmp_path / "stages", 0)
+    by_torch = torch.export.load(tmp_path / "stages" / "stage_0.pt2")
+    theirs = {**by_torch.constants, **by_torch.state_dict}
+    kept = set(model.state_dict())
+    for item in stage_state(loaded.stage.module):
+        found = theirs[item.fqn]
+        assert found.shape == item.value.shape and found.dtype == item.value.dtype, item.fqn
+        assert item.in_state_dict == (item.fqn in kept)
+        if weights or item.fqn not in kept:
+            expected = next(other.value for other in stage_state(staged.stages[0].module) if other.fqn == item.fqn)
+            assert torch.equal(item.value, expected) and torch.equal(found, expected), item.fqn
+        else:
+            assert item.value.device == found.device == META
+    if not weights:
+        loaded.load_weights(model.state_dict())
+    x = torch.randn(3, 4, 5)
+    assert torch.equal(loaded.stage.module(x), model(x))
+    if weights:
+        assert torch.equal(by_torch.module()(x), model(x))
+
+
 # What a rank reads ---------------------------------------------------------------------------------------
 
 _OPENED: list[str] | None = None
