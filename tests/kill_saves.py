@@ -22,7 +22,7 @@ from zoo import export_case
 import buffer_lifting as bl
 from buffer_lifting.package import files
 
-ROUNDS = 40
+ROUNDS = 25
 
 
 def main(work: Path, exchange: str) -> None:
@@ -32,7 +32,7 @@ def main(work: Path, exchange: str) -> None:
         move = os.replace
 
         def slowly(*args: object) -> None:  # makes it likely that a process is killed between the two
-            time.sleep(0.02)
+            time.sleep(0.15)
             move(*args)  # type: ignore[arg-type]
 
         files.os.replace = slowly
@@ -52,7 +52,7 @@ def main(work: Path, exchange: str) -> None:
         wanted = round_ % 2
         full = round_ % 5 == 4  # the disk is, or so it seems
         child = in_child(partitions[wanted], target, rng.randrange(1, 60_000) if full else None)
-        if not full:
+        if not full and round_ % 5 != 2:  # which may end
             time.sleep(rng.uniform(0, 1.3 * duration))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)

@@ -329,6 +329,7 @@ def test_tables_and_buffers(tmp_path: Path) -> None:
         stage.load_weights({fqn: value for fqn, value in model.state_dict().items() if fqn != "scale"})
 
 
+@pytest.mark.slow
 def test_a_lifted_program_without_weights(tied: Case, tmp_path: Path) -> None:
     """Saved small, split somewhere else for another number of stages, and given its weights there."""
     tokens = torch.zeros(4, 16, dtype=torch.long)

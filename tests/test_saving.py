@@ -34,9 +34,8 @@ def test_killed_saves(exchange: str, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     seen = json.loads(result.stdout.splitlines()[-1])
-    assert seen["leftovers"] > 3, seen  # it was killed in the middle
-    assert seen["new"] > 3 and seen["limited"] > 3, seen
-    assert seen["old"] > 3, seen
+    assert seen["leftovers"] >= 3, seen  # it was killed in the middle
+    assert min(seen["new"], seen["limited"], seen["old"]) >= 3, seen
     assert bool(seen["away"]) == (exchange == "two renames"), seen
 
 
