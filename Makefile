@@ -64,6 +64,10 @@ bench: $(TEST)/.installed ## run the benchmarks
 bench-feed: $(TEST)/.installed ## measure what feeding a step costs
 	OMP_NUM_THREADS=1 $(TEST)/bin/python benchmarks/feed.py $(BENCH_ARGS)
 
+.PHONY: bench-scale
+bench-scale: $(TEST)/.installed ## measure large models on the meta device
+	OMP_NUM_THREADS=1 $(TEST)/bin/python benchmarks/scale.py $(BENCH_ARGS)
+
 .PHONY: clean
 clean: ## remove the environments, caches and build products
 	rm -rf $(DEMO) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from buffer_lifting.graph.from_fx import build_record, state_contents
+from buffer_lifting.graph.from_fx import StateTable, build_record
 from buffer_lifting.graph.record import GraphRecord
 from buffer_lifting.passes.normalize import Normalized, normalize
 from buffer_lifting.plan import LiftPlan
@@ -27,7 +27,8 @@ class _Snapshot:
 
     def __init__(self, program: ExportedProgram, axes: Axes | None, form: FormOption) -> None:
         self.options = copy.deepcopy((axes, form))
-        self.plain = (repr(program.range_constraints), repr(program.graph_signature), state_contents(program))
+        self.states: StateTable | None = StateTable(program)
+        self.plain = (repr(program.range_constraints), repr(program.graph_signature), self.states.summary())
         self.objects: list[Any] = []
         for module in program.graph_module.modules():
             if isinstance(module, GraphModule):
@@ -84,11 +85,18 @@ def analyse_program(
         normalized, kept.copy = None if read_only else kept.copy, kept.copy if read_only else None
         return normalized or normalize(program, read_only), kept.record, kept.plan
     normalized = normalize(program, read_only)
-    record = build_record(program, normalized.graph)
+    record = build_record(program, normalized.graph, snapshot.states)
+    snapshot.states = None
     plan = scan_record(record, axes, form)
     own = read_only and normalized.graph is not program.graph
     _last = _Kept(weakref.ref(program, _forget), snapshot, record, plan, normalized if own else None)
     return normalized, record, plan
+
+
+def forget() -> None:
+    """Drops what is kept: the next scan is that of a program that was never analysed."""
+    global _last
+    _last = None
 
 
 def _forget(dead: Any) -> None:

@@ -21,7 +21,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from buffer_lifting.errors import LiftingError
-from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, OpOverload, call_operator
+from buffer_lifting.tables import keep_transient
+from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, OpOverload, call_operator, registered_operator
 
 _PYTHON = "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge and_ or_ not_ getitem"
 _TORCH = "sym_float sym_int sym_max sym_min sym_not sym_ite"
@@ -36,6 +37,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 _REFUSED = frozenset({"aten.from_file"})  # reaches outside the graph
+#: Ops of libraries that a package may call, and the module that registers each.
+LIBRARY_OPS = {"transformers.grouped_mm_fallback.default": "transformers.integrations.moe"}
 _CONSTANTS: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
@@ -95,7 +98,7 @@ def _target_name(node: Node) -> str:
             return _FUNCTION_NAMES[node.target]
         if isinstance(node.target, OpOverload):
             name = str(node.target)
-            if name.startswith("aten.") and name.rpartition(".")[0] not in _REFUSED:
+            if name in LIBRARY_OPS or (name.startswith("aten.") and name.rpartition(".")[0] not in _REFUSED):
                 return name
     raise LiftingError(f"node {node.name!r} calls {node.target}, which a package cannot hold (aten ops only)")
 
@@ -127,12 +130,8 @@ def _encode(value: Any, node: Node) -> Any:
     )
 
 
-def decode_graph(
-    nodes: Any,
-    root: torch.nn.Module,
-    make: Callable[[torch.nn.Module, Graph], GraphModule] = GraphModule,
-) -> GraphModule:
-    """The module of :func:`encode_graph`, as ``make`` makes it; ``root`` holds its state.
+def decode_graph(nodes: Any, root: torch.nn.Module) -> GraphModule:
+    """The module of :func:`encode_graph`; ``root`` holds its state.
 
     Raises:
         LiftingError: no such document, a call of something that is neither an aten op nor size arithmetic.
@@ -158,7 +157,9 @@ def decode_graph(
                 raise LiftingError(f"node {name!r} has the op {op!r}")
             env[name] = graph.create_node(op, resolved, args, kwargs, name=name)
         graph.lint()
-        return make(root, graph)
+        module = GraphModule(root, graph)
+        keep_transient(root, module)
+        return module
     except LiftingError:
         raise
     except Exception as error:
@@ -174,6 +175,11 @@ def _match(pattern: re.Pattern[str], text: Any) -> str:
 def _function(name: Any) -> Callable[..., Any]:
     if name in FUNCTIONS:
         return FUNCTIONS[name]
+    if isinstance(name, str) and name in LIBRARY_OPS:
+        custom = registered_operator(name)
+        if custom is None:
+            raise LiftingError(f"a graph in the package calls {name!r}: first import {LIBRARY_OPS[name]}, which has it")
+        return custom
     aten = isinstance(name, str) and name.startswith("aten.") and name.count(".") == 2
     if aten and name.rpartition(".")[0] not in _REFUSED:
         function = call_operator(name)

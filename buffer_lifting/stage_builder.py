@@ -13,6 +13,7 @@ from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.graph.record import GraphRecord, NodeKind, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import product
+from buffer_lifting.tables import keep_transient
 from buffer_lifting.torch_compat import LazyGraphModule, returns_alias, size_of
 
 
@@ -139,7 +140,8 @@ class StageBuilder:
                     _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
         results = [self._fresh(graph, env[name], name, last) for name in self.sent]
         graph.output(results[0] if len(results) == 1 else tuple(results))
-        module = stage_module(root, graph)
+        module = LazyGraphModule(root, graph)
+        keep_transient(root, module)
         return StageGraph(module, tuple(arguments), tuple(keywords), tuple(self.sent), tuple(states))
 
     def _fresh(self, graph: Graph, node: Node, name: str, last: bool) -> Node:
@@ -158,16 +160,6 @@ class StageBuilder:
         clone = graph.call_function(torch.ops.aten.clone.default, (node,), layout)
         clone.meta = dict(node.meta)
         return clone
-
-
-def stage_module(root: Module, graph: Graph) -> GraphModule:
-    """The module of a stage. fx itself makes persistent buffers of constants and of all buffers of ``root``."""
-    module = LazyGraphModule(root, graph)
-    kept = root.state_dict().keys()
-    for fqn, value in list(module.named_buffers(remove_duplicate=False)):
-        if fqn not in kept:
-            _register(module, fqn, value, StateKind.BUFFER, persistent=False)
-    return module
 
 
 def _is_contiguous(value: Any) -> bool:

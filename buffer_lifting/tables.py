@@ -113,9 +113,21 @@ def stage_tables(module: GraphModule) -> dict[str, torch.Tensor]:
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target not in kept:
             value = _attribute(module, str(node.target))
-            if value is not None and not isinstance(value, torch.nn.Parameter):
+            if value is not None:
                 tables[str(node.target)] = value
     return tables
+
+
+def keep_transient(root: torch.nn.Module, module: GraphModule) -> None:
+    """Keeps out of ``module``'s checkpoints what is in none of ``root``, of which it was made.
+
+    ``GraphModule`` makes a persistent buffer of every tensor that is no parameter.
+    """
+    kept = set(root.state_dict())
+    for fqn, value in list(module.named_buffers(remove_duplicate=False)):
+        if fqn not in kept:
+            path, _, leaf = fqn.rpartition(".")
+            module.get_submodule(path).register_buffer(leaf, value, persistent=False)
 
 
 def set_tables(module: GraphModule, values: Mapping[str, torch.Tensor]) -> None:

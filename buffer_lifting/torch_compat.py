@@ -202,17 +202,31 @@ def replacements(value: torch.SymInt) -> int:
     return len(value.node.shape_env.replacements)  # private: no public view of a ShapeEnv's replacements
 
 
+class _AtFirstUse:
+    """The ``forward`` of a module whose code is not written yet: to ask for it writes the code."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        module.real_recompile()
+        return type(module).forward.__get__(module)
+
+
 class LazyGraphModule(_LazyGraphModule):
     """A GraphModule whose code is written when it is first called or shown: of 16 stages a rank runs one.
 
-    Private: the base class. Its first call goes through ``__call__`` again, so that hooks would run twice.
+    Private: the base class. Its own first call goes through ``__call__`` again, so that hooks would run twice.
     """
 
-    def _lazy_forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.real_recompile()
-        return type(self).forward(self, *args, **kwargs)
+    forward = _AtFirstUse()
 
-    forward = _lazy_forward
+    @classmethod
+    def _needs_recompile(cls) -> bool:
+        return isinstance(cls.forward, _AtFirstUse)
+
+    @classmethod
+    def recompile(cls) -> None:  # type: ignore[override]
+        cls.forward = _AtFirstUse()
 
 
 def generate_code(module: GraphModule) -> None:
@@ -430,6 +444,13 @@ def call_operator(name: str) -> Callable[..., Any]:
     if namespace != "aten":
         raise KeyError(name)
     return cast(Callable[..., Any], getattr(getattr(torch.ops.aten, packet), overload))
+
+
+def registered_operator(name: str) -> Callable[..., Any] | None:
+    """The op for ``"library.name.overload"``, if a library has registered it."""
+    namespace, packet, overload = name.split(".")
+    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    return found if isinstance(found, OpOverload) else None
 
 
 def _functional_collectives() -> tuple[Any, Any, Any]:

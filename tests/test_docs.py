@@ -43,6 +43,22 @@ def test_python_snippets_run_as_written(tmp_path: Path) -> None:
         assert "torch.Size([4, 16, 64])" in result.stdout and "ok   composition" in result.stdout
 
 
+def test_the_snippets_on_scale_print_what_stands_behind_them(tmp_path: Path) -> None:
+    """All in one process, each with its output."""
+    text = (ROOT / "docs" / "SCALE.md").read_text()
+    snippets, outputs = blocks("python", text), blocks("text", text)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(snippets)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(snippets) == len(outputs) == 2 and result.stdout == "".join(outputs)
+
+
 @pytest.mark.parametrize("page", (CONTEXT_PARALLEL, PACKAGES), ids=("context parallelism", "packages"))
 def test_snippets_print_what_stands_behind_them(page: str, tmp_path: Path) -> None:
     """All of a page in one process, each with its output; errors of rounding may be others."""

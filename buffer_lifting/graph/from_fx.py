@@ -42,7 +42,7 @@ _STATE_KINDS = {
 _OPERATORS = {"getitem": "getitem", "add": "sym.add", "sub": "sym.sub", "mul": "sym.mul"}
 
 
-def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphRecord:
+def build_record(program: ExportedProgram, graph: Graph | None = None, states: StateTable | None = None) -> GraphRecord:
     """The record of ``graph`` (default: the program's own), with state and signature taken from the program.
 
     Linear in the number of nodes. Tensor data is read only to find buffers and constants of equal content, and
@@ -50,7 +50,7 @@ def build_record(program: ExportedProgram, graph: Graph | None = None) -> GraphR
     """
     graph = program.graph if graph is None else graph
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
-    states = _StateTable(program)
+    states = StateTable(program) if states is None else states
     mutated = set(program.graph_signature.buffers_to_mutate.values())
     locations: dict[str, Location | None] = {}
     names = _user_names(program)
@@ -181,7 +181,7 @@ def _meta(value: Any, ranges: Ranges) -> Meta:
     return None
 
 
-class _StateTable:
+class StateTable:
     """Which states are the same storage, and which hold equal values."""
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -215,6 +215,15 @@ class _StateTable:
                     contents[fqn] = str(_storage_key(value, fqn))
         return contents
 
+    def summary(self) -> dict[str, tuple[str, bool, tuple[str, ...]]]:
+        """All that a record says of values: what each equals, whether all elements do, what shares its storage."""
+        result = {}
+        for fqn, value in self.tensors.items():
+            tensor = isinstance(value, torch.Tensor)
+            same = tuple(self.aliases[_storage_key(value, fqn)]) if tensor else ()
+            result[fqn] = (self.contents.get(fqn, ""), tensor and fqn in self.contents and _is_uniform(value), same)
+        return result
+
     def fill(self, node: Node, spec: InputSpec, mutated: set[str]) -> None:
         fqn = str(spec.target)
         value = self.tensors.get(fqn)
@@ -228,17 +237,6 @@ class _StateTable:
             node.uniform = not (spec.kind is InputKind.BUFFER and node.persistent) and _is_uniform(value)
             group = self.aliases[_storage_key(value, fqn)]
             node.aliases = tuple(name for name in group if name != fqn)
-
-
-def state_contents(program: ExportedProgram) -> dict[str, tuple[str, bool, tuple[str, ...]]]:
-    """What a record says of each state's values: what it equals, whether all elements do, what shares its storage."""
-    states = _StateTable(program)
-    result = {}
-    for fqn, value in states.tensors.items():
-        tensor = isinstance(value, torch.Tensor)
-        same = tuple(states.aliases[_storage_key(value, fqn)]) if tensor else ()
-        result[fqn] = (states.contents.get(fqn, ""), tensor and fqn in states.contents and _is_uniform(value), same)
-    return result
 
 
 def _has_data(value: torch.Tensor) -> bool:

@@ -39,7 +39,7 @@ from buffer_lifting.package.files import (
 from buffer_lifting.package.lifted_file import check_savable
 from buffer_lifting.package.loaded_stage import LoadedStage
 from buffer_lifting.package.pt2 import read_pt2_tensors, write_pt2
-from buffer_lifting.stage_builder import _register, stage_module
+from buffer_lifting.stage_builder import _register
 from buffer_lifting.stage_program import stage_parts, stage_state
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tensor_file import read_tensors
@@ -168,7 +168,7 @@ def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stag
             value = tensors[source]
             made[source] = torch.nn.Parameter(value, entry["requires_grad"]) if kind is StateKind.PARAMETER else value
         _register(root, name, made[source], kind, entry["persistent"])
-    module = decode_graph(document.pop("graph"), root, stage_module)
+    module = decode_graph(document.pop("graph"), root)
     hints = get_type_hints(Stage)
     known = {field.name for field in _record_fields()}
     unknown = sorted(document.keys() - known)
