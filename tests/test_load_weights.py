@@ -116,6 +116,19 @@ def test_parameters_of_a_mapping_are_copies(case: Case) -> None:
     assert all(value.any() for value in stage.stage.module.parameters())
 
 
+def test_a_file_that_changes_later_changes_no_weights(case: Case, tmp_path: Path) -> None:
+    """safetensors maps the file into memory."""
+    shutil.copytree(case.path / "one", tmp_path / "one")
+    stages = [case.stage(index) for index in range(2)]
+    for stage in stages:
+        stage.load_weights(tmp_path / "one")
+    file = tmp_path / "one" / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 4)
+        stream.write(bytes(file.stat().st_size // 2))
+    case.check(stages)
+
+
 def test_weights_can_be_loaded_again_in_place(case: Case, tmp_path: Path) -> None:
     """An optimizer that was made in between still has the stage's parameters."""
     stage = case.stage(1)

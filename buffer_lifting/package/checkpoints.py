@@ -158,7 +158,8 @@ class _SafetensorsSource(WeightSource):
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, torch.Tensor]:
         tensors = {}
         for name in names:
-            tensors[name] = self._file(self.directory / self.weight_map[name]).get_tensor(name).to(device)
+            mapped = self._file(self.directory / self.weight_map[name]).get_tensor(name)  # the file's own pages
+            tensors[name] = mapped.to(device, copy=True)
         return tensors
 
 
