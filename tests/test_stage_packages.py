@@ -245,6 +245,23 @@ def test_tensors_of_every_kind_come_back(weights: bool, tmp_path: Path) -> None:
         assert torch.equal(by_torch.module()(x), model(x))
 
 
+def test_files_beyond_the_limits_of_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that zip has for them, which is used here from 1 KB on: torch and both readers of our own take it."""
+    staged = staged_case("llama_pr1797")
+    staged.save(tmp_path / "small")
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1 << 10)
+    staged.save(tmp_path / "large")
+    file = tmp_path / "large" / "stage_1.pt2"
+    assert file.read_bytes() != (tmp_path / "small" / file.name).read_bytes() and b"PK\6\7" in file.read_bytes()
+    state = staged.stages[1].module.state_dict()
+    loaded, by_torch = (
+        bl.load_stage(tmp_path / "large", 1).stage.module.state_dict(),
+        torch.export.load(file).state_dict,
+    )
+    assert all(torch.equal(loaded[fqn], value) and torch.equal(by_torch[fqn], value) for fqn, value in state.items())
+    assert len(read_archive(file).nodes) == len(read_archive(tmp_path / "small" / file.name).nodes)
+
+
 # What a rank reads ---------------------------------------------------------------------------------------
 
 _OPENED: list[str] | None = None
