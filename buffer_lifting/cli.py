@@ -188,7 +188,7 @@ def _split(args: argparse.Namespace) -> int:
     except PartitionError as error:
         print(f"{args.target}: {error}")
         return FINDINGS
-    staged.save(args.output)
+    staged.save(args.output, weights=not args.no_weights)
     print(staged.summary())
     for fqn, stages in staged.tied.items():
         print(f"tied: {fqn} is in the stages {', '.join(map(str, stages))}; add up its gradients")
@@ -334,6 +334,7 @@ def make_parser() -> argparse.ArgumentParser:
         TARGET_HELP + SPLIT_HELP + TENSORS_HELP,
     )
     split.add_argument("-o", "--output", metavar="DIR", required=True, help="the directory to write")
+    split.add_argument("--no-weights", action="store_true", help="leave out the weights, which a checkpoint has")
     how = split.add_mutually_exclusive_group(required=True)
     how.add_argument("--num-stages", type=_positive, metavar="N", help="cut between layers, balanced by cost")
     how.add_argument("--split-points", metavar="A,B", help="FQN of the first module of each next stage")

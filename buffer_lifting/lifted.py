@@ -178,8 +178,19 @@ class LiftedProgram:
                 constants[fqn] = value.to(constants[fqn].device if has_values(constants[fqn]) else value.device)
         self.feed_program.clear_tables()
 
-    def save(self, path: Any) -> None:
-        """Writes the program together with what it is fed from; :func:`buffer_lifting.load` reads it."""
+    def save(self, path: Any, *, weights: bool = True) -> None:
+        """Writes the program together with what it is fed from; :func:`buffer_lifting.load` reads it.
+
+        The file appears whole or not at all.
+
+        Args:
+            path: it must not exist, or be such a file, which is replaced.
+            weights: without them parameters and persistent buffers are on the meta device when it is loaded, as if the
+                model had been exported there; tables that are in no checkpoint are saved all the same.
+
+        Raises:
+            LiftingError: ``path`` is something else, or the program has something that a package cannot hold.
+        """
         from buffer_lifting.package import save_lifted
 
-        save_lifted(self, path)
+        save_lifted(self, path, weights)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from buffer_lifting.boundaries import BoundaryTensor, local_length
@@ -233,11 +234,36 @@ class StagedProgram:
         """
         bind_tables(self.lifted, self.stages, source)
 
-    def save(self, directory: Any) -> None:
-        """Writes one file and manifest a stage, and the feed program; :func:`buffer_lifting.load_stage` reads one."""
+    def exported(self, index: int) -> ExportedProgram:
+        """A stage as a program of its own: ``exported(1).module()(activation, **kwargs)`` gives its outputs.
+
+        It takes the stage's activations by position and its lifted and user inputs by keyword, all of them, and has
+        the sizes and constraints of the whole program. It shares the stage's parameters, and has no example inputs.
+
+        Raises:
+            PartitionError: an index out of range.
+        """
+        from buffer_lifting.stage_program import exported_stage
+
+        check_index(index, len(self.stages))
+        return exported_stage(self.stages[index], self.lifted.program)
+
+    def save(self, directory: Any, *, weights: bool = True) -> None:
+        """Writes a ``.pt2`` and a manifest a stage, and the feed program; :func:`buffer_lifting.load_stage` reads one.
+
+        The directory appears whole or not at all: an earlier package there is kept until the new one is complete.
+
+        Args:
+            directory: it must not exist, or be empty, or be such a package, which is replaced.
+            weights: without them the package has no values of parameters and persistent buffers; they come from a
+                checkpoint (``load_stage(...).load_weights``). Tables that are in no checkpoint are saved all the same.
+
+        Raises:
+            LiftingError: another directory or file, or a stage with something that a package cannot hold.
+        """
         from buffer_lifting.package import save_staged
 
-        save_staged(self, directory)
+        save_staged(self, directory, weights)
 
     def summary(self) -> str:
         """A table of the stages: parameters, keyword inputs, what they send."""

@@ -28,19 +28,10 @@ def write_tensors(stream: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> lis
             index.append({"name": name, "same": written[id(tensor)]})
             continue
         written[id(tensor)] = name
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-            raise LiftingError(
-                f"{name!r} is a {type(tensor).__name__} of layout {tensor.layout}; plain tensors can be saved"
-            )
-        strides = tensor.stride()
-        order = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim))
-        if not tensor.permute(order).is_contiguous():
-            order = list(range(tensor.ndim))
-        entry = {"name": name, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "order": order}
-        index.append({**entry, "device": str(tensor.device)})
+        index.append({**describe_tensor(name, tensor), "device": str(tensor.device)})
         if tensor.device.type != "meta":
-            plain = tensor.detach().resolve_conj().resolve_neg().permute(order).cpu().contiguous()
-            stream.write(_bytes(plain))
+            plain = stored_form(tensor)
+            stream.write(bytes_of(plain))
     return index
 
 
@@ -59,17 +50,13 @@ def read_tensors(stream: IO[bytes], index: Any, own_device: bool) -> tuple[dict[
             if "same" in entry:
                 tensors[entry["name"]] = tensors[entry["same"]]
                 continue
-            order, device = entry["order"], torch.device(entry["device"])
-            shape = [entry["shape"][dim] for dim in order]
-            plain = torch.empty(
-                shape, dtype=dtype_of(entry["dtype"]), device="meta" if device.type == "meta" else "cpu"
-            )
-            if device.type != "meta":
-                view = _bytes(plain)
-                if _read_into(stream, view) != len(view):
+            device = torch.device(entry["device"])
+            on_meta = device.type == "meta"
+            tensor, view = empty_tensor(entry, "meta" if on_meta else "cpu")
+            if not on_meta:
+                if fill(stream, view) != len(view):
                     raise LiftingError(f"the bytes of {entry['name']!r} are cut off")
                 digest.update(view)
-            tensor = plain.permute([order.index(dim) for dim in range(len(order))])
             tensors[entry["name"]] = tensor.to(device) if own_device else tensor
         if stream.read(1):
             raise LiftingError("there are more bytes than the index lists")
@@ -78,13 +65,46 @@ def read_tensors(stream: IO[bytes], index: Any, own_device: bool) -> tuple[dict[
     return tensors, digest.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def describe_tensor(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """The entry of a tensor in an index: name, dtype, shape, and the order of its dims in memory.
+
+    Raises:
+        LiftingError: a tensor that is more than its values (sparse, or of a subclass).
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        raise LiftingError(
+            f"{name!r} is a {type(tensor).__name__} of layout {tensor.layout}; plain tensors can be saved"
+        )
+    return {"name": name, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "order": _order(tensor)}
+
+
+def _order(tensor: torch.Tensor) -> list[int]:
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim))
+    return order if tensor.permute(order).is_contiguous() else list(range(tensor.ndim))
+
+
+def stored_form(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor as they are written: on the CPU, without gaps, in the order of its dims in memory."""
+    return tensor.detach().resolve_conj().resolve_neg().permute(_order(tensor)).cpu().contiguous()
+
+
+def empty_tensor(entry: Mapping[str, Any], device: str) -> tuple[torch.Tensor, memoryview]:
+    """A tensor for an entry of an index, and its memory (none on the meta device), which it must outlive."""
+    order = entry["order"]
+    plain = torch.empty([entry["shape"][dim] for dim in order], dtype=dtype_of(entry["dtype"]), device=device)
+    view = memoryview(b"") if device == "meta" else bytes_of(plain)
+    return plain.permute([order.index(dim) for dim in range(len(order))]), view
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, which must outlive the view."""
     size = tensor.numel() * tensor.element_size()
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
-def _read_into(stream: IO[bytes], view: memoryview) -> int:
+def fill(stream: IO[bytes], view: memoryview) -> int:
+    """Reads bytes into a tensor's memory; returns how many there were."""
     done = 0
     while done < len(view):
         count = stream.readinto(view[done:])  # type: ignore[attr-defined]

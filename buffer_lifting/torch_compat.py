@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from torch.utils import _pytree as pytree  # torch.utils.pytree has no TreeSpec 
 from buffer_lifting.graph import sizes
 
 Symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
+#: What torch.export calls a graph that can be trained.
+TRAINING_DIALECT = TrainingIRVerifier.dialect
 AUTOCAST_HOP = wrap_with_autocast
 GRAD_MODE_HOP = wrap_with_set_grad_enabled
 TreeSpec = pytree.TreeSpec
@@ -46,6 +49,7 @@ FLEX_ARGUMENTS = (
 )
 
 _SIZES: dict[sympy.Expr, sizes.Size] = {}
+_EXPRESSIONS: dict[sympy.Expr, str] = {}
 
 
 def size_of(value: int | torch.SymInt, ranges: sizes.Ranges | None = None) -> sizes.Size:
@@ -338,8 +342,13 @@ def program_from_graph_module(
     in_spec: TreeSpec,
     out_spec: TreeSpec,
     arg_names: list[str],
+    range_constraints: Mapping[Any, Any] | None = None,
+    guards: Sequence[str] | None = None,
 ) -> ExportedProgram:
-    """An ExportedProgram for a graph whose state was ``get_attr``. Private: ModuleCallEntry's module path."""
+    """An ExportedProgram for a graph whose state was ``get_attr``.
+
+    Private: ModuleCallEntry's module path; ``_guards_code`` as in :func:`rebuild_program`.
+    """
     from torch.export import ModuleCallEntry, ModuleCallSignature
 
     entry = ModuleCallEntry(
@@ -348,16 +357,85 @@ def program_from_graph_module(
             inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec, forward_arg_names=arg_names
         ),
     )
-    return ExportedProgram(
+    result = ExportedProgram(
         root=dict(submodules),
         graph=graph,
         graph_signature=signature,
         state_dict=dict(state_dict),
-        range_constraints={},
+        range_constraints=dict(range_constraints or {}),
         module_call_graph=[entry],
         constants=dict(constants),
         verifiers=[TrainingIRVerifier],
     )
+    if guards is not None:
+        result._guards_code = list(guards)
+    return result
+
+
+def with_state_dict(program: ExportedProgram, state_dict: Mapping[str, Any]) -> ExportedProgram:
+    """A program with other parameters and persistent buffers. Private: ``_state_dict`` (the constructor would check and
+    compile the graph again)."""
+    import copy
+
+    result = copy.copy(program)
+    result._state_dict = dict(state_dict)
+    return result
+
+
+def ranges_of(program: ExportedProgram, graph: Graph) -> dict[sympy.Symbol, Any]:
+    """The range constraints of a program on the size symbols that a part of its graph has."""
+    expressions = {size.node.expr for node in graph.nodes for size in _symbolic_sizes(node.meta.get("val"))}
+    symbols = {symbol for expression in expressions for symbol in expression.free_symbols}
+    return {symbol: limits for symbol, limits in program.range_constraints.items() if symbol in symbols}
+
+
+def _symbolic_sizes(value: Any) -> list[Any]:
+    if isinstance(value, Symbolic):
+        return [value]
+    if isinstance(value, torch.Tensor):
+        return [size for size in (*value.shape, *value.stride()) if isinstance(size, torch.SymInt)]
+    return [size for item in value for size in _symbolic_sizes(item)] if isinstance(value, tuple | list) else []
+
+
+def guards_on(program: ExportedProgram, names: Collection[str]) -> list[str]:
+    """The guards of a program that speak of the named inputs alone. Private: ``_guards_code``, as above."""
+    return [
+        guard for guard in program._guards_code if all(name in names for name in re.findall(r"L\['(\w+)'\]", guard))
+    ]
+
+
+def max_operator_version() -> int:
+    """The version of aten's operators, which every archive states. Private: torch has no public name for it."""
+    return int(torch._C._get_max_operator_version())
+
+
+def raw_expression(value: Any) -> sympy.Expr:
+    """The expression of a symbolic size as it was made, to look it up. Private: ``SymNode._expr`` (``expr`` asks the
+    shape environment each time)."""
+    return value.node._expr
+
+
+def symbolic_expression(value: Any) -> tuple[str, Any] | None:
+    """The expression of a symbolic size, as torch.export writes it, and its hint; ``None`` for a plain number.
+
+    Private: ``SymInt.node`` (no public reader of the expression or the hint).
+    """
+    if not isinstance(value, Symbolic) or not value.node.expr.free_symbols:
+        return None
+    expression = value.node.expr
+    if expression not in _EXPRESSIONS:
+        _EXPRESSIONS[expression] = sympy.printing.repr.srepr(expression)
+    return _EXPRESSIONS[expression], value.node.hint
+
+
+def spec_text(spec: TreeSpec) -> str:
+    """A pytree spec as text. Private: there is no public name of ``treespec_dumps``."""
+    return pytree.treespec_dumps(spec, 1)
+
+
+def operator_name(target: Any) -> str:
+    """What torch.export writes for the op of a node: ``"torch.ops.aten.add.Tensor"``, ``"_operator.mul"``."""
+    return f"{target.__module__.replace('torch._ops', 'torch.ops')}.{target.__name__}"
 
 
 def call_operator(name: str) -> Callable[..., Any]:

@@ -239,6 +239,9 @@ def test_lift_then_split_the_saved_program(tmp_path: Path, capsys: pytest.Captur
 def test_split_a_program(tmp_path: Path) -> None:
     assert main(["split", "llama.pt2", "--trust", "-o", str(tmp_path / "stages"), "--num-stages", "4"]) == 0
     assert bl.load_stage(tmp_path / "stages", 3).num_stages == 4
+    to = ["-o", str(tmp_path / "empty"), "--num-stages", "2", "--no-weights"]
+    assert main(["split", "llama.pt2", "--trust", *to]) == 0
+    assert all(value.device.type == "meta" for value in bl.load_stage(tmp_path / "empty", 1).stage.module.parameters())
 
 
 def test_the_form_of_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

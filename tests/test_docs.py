@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONTEXT_PARALLEL = (ROOT / "docs" / "CONTEXT_PARALLEL.md").read_text()
+PACKAGES = (ROOT / "docs" / "PACKAGES.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -58,10 +59,11 @@ def test_the_snippets_on_scale_print_what_stands_behind_them(tmp_path: Path) -> 
     assert len(snippets) == len(outputs) == 2 and result.stdout == "".join(outputs)
 
 
-def test_the_snippets_on_context_parallelism_print_what_stands_behind_them(tmp_path: Path) -> None:
-    """All in one process, each with its output; errors of rounding may be others."""
-    snippets, outputs = blocks("python", CONTEXT_PARALLEL), blocks("text", CONTEXT_PARALLEL)
-    pairs = re.findall(r"```python\n.*?```\n```text\n.*?```", CONTEXT_PARALLEL, flags=re.S)
+@pytest.mark.parametrize("page", (CONTEXT_PARALLEL, PACKAGES), ids=("context parallelism", "packages"))
+def test_snippets_print_what_stands_behind_them(page: str, tmp_path: Path) -> None:
+    """All of a page in one process, each with its output; errors of rounding may be others."""
+    snippets, outputs = blocks("python", page), blocks("text", page)
+    pairs = re.findall(r"```python\n.*?```\n```text\n.*?```", page, flags=re.S)
     assert len(snippets) == len(outputs) == len(pairs) > 3
     mark = "=== next ==="
     result = subprocess.run(

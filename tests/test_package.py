@@ -356,7 +356,7 @@ def test_no_such_stage(stages: Path, index: Any) -> None:
         load_stage(stages, index)
 
 
-@pytest.mark.parametrize("file", ("feed.json", "stage_1.json", "stage_1.bin"))
+@pytest.mark.parametrize("file", ("feed.json", "stage_1.json", "stage_1.pt2"))
 def test_changed_stage_files_are_refused(stages: Path, file: str) -> None:
     path = stages / file
     data = path.read_bytes()
@@ -379,10 +379,10 @@ def test_mixed_up_directories_are_refused(stages: Path, tmp_path: Path) -> None:
     """Stages of another save, with other weights, and of one another."""
     other = bl.partition(bl.lift(export_case("llama_pr1797", seed=1)[1]), num_stages=2)
     other.save(tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "stage_1.bin", stages / "stage_1.bin")
+    shutil.copy(tmp_path / "other" / "stage_1.pt2", stages / "stage_1.pt2")
     with pytest.raises(bl.LiftingError, match="not the file that was saved"):
         load_stage(stages, 1)
-    for suffix in ("json", "bin"):
+    for suffix in ("json", "pt2"):
         shutil.copy(stages / f"stage_0.{suffix}", stages / f"stage_1.{suffix}")
     with pytest.raises(bl.LiftingError, match="not the file that was saved"):
         load_stage(stages, 1)

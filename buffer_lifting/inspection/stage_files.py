@@ -27,7 +27,7 @@ from buffer_lifting.inspection.saved_records import axes_of, input_axes_of, inpu
 from buffer_lifting.inspection.stage_directory import MANIFEST
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
 
-FEED, FORMAT, VERSION = "feed.json", "buffer_lifting.staged", 1
+FEED, FORMAT, VERSION = "feed.json", "buffer_lifting.staged", 2
 MAX_STAGES = 10_000
 
 
