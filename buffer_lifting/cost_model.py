@@ -1,6 +1,7 @@
 """What stages cost, and the cuts that balance them.
 
-A graph is cut where layers (entries of a module list) begin and end; what lies between two such places is a segment.
+A graph is cut where layers (entries of a module list) begin, and where the last one of a list ends: an embedding and an
+output head may be stages of their own. What lies between two such places is a segment.
 A segment costs its share of the forward FLOPs plus its share of the parameter bytes. FLOPs stand for the time of a
 stage, bytes for its memory (parameters, gradients, optimizer): an embedding has bytes and no FLOPs, an output head
 much of both. :class:`CostWeights` says how much each counts.
@@ -102,7 +103,7 @@ def balanced_cuts(
     weights: CostWeights | None = None,
     ranks: Sequence[int] | None = None,
 ) -> list[int]:
-    """Cuts where layers begin and end so that the most expensive stage, or rank, costs as little as possible.
+    """Cuts where layers begin, or a list of them ends: the most expensive stage, or rank, costs as little as possible.
 
     Args:
         record: the graph; ``nodes`` are its fx nodes by name, and ``activations`` the values that stages compute.
@@ -123,7 +124,8 @@ def balanced_cuts(
     starts: list[int] = []
     for wanted in (num_stages - 2, num_stages):  # what comes before and after the layers may be stages too
         layers = layers_of(record, activations, wanted)
-        places = sorted({0, *(place for layer in layers for place in (layer.start, layer.end))})
+        ends = {layer.fqn.rpartition(".")[0]: layer.end for layer in layers}
+        places = sorted({0, *(layer.start for layer in layers), *ends.values()})
         starts = [place for place in places if place == 0 or (place < len(activations) and crossing[place] > 0)]
         if len(starts) >= num_stages:
             break

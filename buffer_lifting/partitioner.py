@@ -50,8 +50,8 @@ def partition(
     Args:
         lifted: the result of :func:`buffer_lifting.lift` or :func:`buffer_lifting.context_parallel`; it is not
             modified, and its stages share its parameters.
-        num_stages: cut where layers begin and end so that FLOPs and parameter bytes are balanced: the smallest largest
-            stage, and the fewest bytes sent among equals; or
+        num_stages: cut between layers, before the first and behind the last one so that FLOPs and parameter bytes are
+            balanced: the smallest largest stage, and the fewest bytes sent among equals; or
         split_points: the FQN of the first module of each next stage.
         schedule: the schedule of ``torch.distributed.pipelining`` that the stages are for (its name or class). Where it
             puts several stages on a rank, ``num_stages`` counts them all and what is balanced is each rank's sum.

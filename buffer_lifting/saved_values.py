@@ -188,6 +188,8 @@ def _attention(node: Node, operands: list[Value]) -> _Call | None:
     more = 4 * batch * heads * rows
     saved = [0, 1, 2]
     if len(operands) > 3:
+        if operands[3].needs_grad:  # not fused
+            return None
         mask = operands[3].shaped
         if mask.dtype is torch.bool:
             more += mask.nbytes * query.shaped.dtype.itemsize

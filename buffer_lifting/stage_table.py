@@ -48,7 +48,7 @@ def stage_table(staged: StagedProgram, memory: MemoryEstimate) -> str:
         ]
     lines.append(
         f"memory: {memory.schedule.removeprefix('Schedule')} on {memory.pp} ranks, {memory.n_microbatches} "
-        f"microbatches of the example's size, gradients, {memory.optimizer:g} bytes of optimizer for each parameter"
+        f"microbatches of the example's size, optimizer {memory.optimizer:g} bytes a parameter"
     )
     if counter.unknown:
         lines.append(f"FLOPs of {len(counter.unknown)} ops are not known and count 0: {shortened(counter.unknown)}")
