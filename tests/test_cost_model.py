@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 import warnings
-from functools import cache
 from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 import pytest
 import torch
+from stage_programs import EXPORTS, lifted, program
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from zoo.catalog import entries, export_cell, export_of
 
 import buffer_lifting as bl
+from buffer_lifting import cost_model, partitioner
 from buffer_lifting.balance import balance, balance_ranks, equal_split
 from buffer_lifting.cost import evaluate
 from buffer_lifting.cost_model import CostWeights, Segment, costs
 from buffer_lifting.flops import FlopCounter
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.sizes import multiply, symbol
-
-PAIRS = (("hf_llama", "sdpa"), ("hf_t5", "sdpa"), ("hf_deepseek_v3", "batched"))
-
-
-@cache
-def program(name: str, export: str) -> ExportedProgram:
-    entry = entries()[name]
-    return export_cell(entry, export_of(entry, export), "dynamic")
-
-
-@cache
-def lifted(name: str, export: str) -> bl.LiftedProgram:
-    return bl.context_parallel(bl.lift(program(name, export)))
 
 
 def export(model: nn.Module, *args: Tensor) -> ExportedProgram:
@@ -69,10 +57,10 @@ def stack(vocab: int, widths: list[int]) -> bl.LiftedProgram:
 # FLOPs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, how", PAIRS, ids=[name for name, _ in PAIRS])
-def test_flops_are_those_torch_counts(name: str, how: str) -> None:
+@pytest.mark.parametrize("name", EXPORTS)
+def test_flops_are_those_torch_counts(name: str) -> None:
     """torch has no formula for its attention kernel on CPU, but for the products that it is made of."""
-    ep = program(name, how)
+    ep = program(name)
     counter = FlopCounter(build_record(ep).hints)
     assert ep.example_inputs is not None
     args, kwargs = ep.example_inputs
@@ -239,20 +227,22 @@ def test_an_embedding_and_a_head_may_be_stages_of_their_own() -> None:
 def test_bytes_of_a_parameter_that_is_cast_count_where_it_is_read() -> None:
     """A cast weight is recomputed in its stage; its parameter still is that stage's."""
 
+    class Double(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.double()).tanh()
+
     class Cast(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.emb = nn.Embedding(8, 16)
-            self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(4))
+            self.layers = nn.ModuleList(Double(16, 16, bias=False) for _ in range(4))
             self.register_buffer("table", torch.randn(32, 16))
 
         def forward(self, tokens: Tensor) -> Tensor:
             x = (self.emb(tokens) + self.table[: tokens.shape[1]]).double()
             for layer in self.layers:
-                x = nn.functional.linear(x, layer.weight.double()).tanh()
+                x = layer(x)
             return x
-
-    from buffer_lifting import cost_model
 
     seen: list[Segment] = []
     original = cost_model.segments
@@ -268,19 +258,92 @@ def test_bytes_of_a_parameter_that_is_cast_count_where_it_is_read() -> None:
     assert next(s.table_bytes for s in seen) == 4 * 8 * 16
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_no_cut_inside_the_routing_of_tokens(count: int) -> None:
-    """A mixture of experts whose layers may be cut between, and nowhere else."""
-    staged = bl.partition(lifted("hf_deepseek_v3", "batched"), num_stages=count)
-    assert all(len(stage.activations) == 1 for stage in staged.stages)
+def cut_at(program: bl.LiftedProgram, share: float) -> tuple[int, int, bl.StagedProgram | None]:
+    """The bytes that the cost model has for a cut at some activation, its place, and the two stages if they can be."""
+    seen: list[int] = []
+
+    def cut(record: Any, nodes: Any, activations: Any, count: int, routed: Any, *others: Any) -> list[int]:
+        place = round(share * (len(activations) - 1))
+        seen.extend([cost_model.crossing_bytes(record, activations, routed)[place], place])
+        return [place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitioner, "balanced_cuts", cut)
+        try:
+            staged = bl.partition(program, num_stages=2)
+        except bl.PartitionError as error:
+            assert re.search("would begin inside the routing|writes in place|nothing that stage", str(error))
+            return seen[0], seen[1], None
+    return seen[0], seen[1], staged
 
 
-@pytest.mark.parametrize("name, how", PAIRS, ids=[name for name, _ in PAIRS])
+@pytest.mark.parametrize("name", ["hf_t5", "hf_deepseek_v3"])
+def test_bytes_of_cuts_are_those_that_stages_send(name: str) -> None:
+    """At any activation, not only between layers: what the partitioner itself finds that a stage has to send."""
+    possible = 0
+    for share in (0.02, 0.11, 0.23, 0.31, 0.47, 0.52, 0.66, 0.78, 0.93):
+        sent, place, staged = cut_at(lifted(name), share)
+        if sent > 0:
+            assert staged is not None, f"a cut at {place} is possible, and was refused"
+            assert staged.stages[0].boundary_bytes == sent, place
+            possible += 1
+        elif staged is not None and sent == 0:
+            raise AssertionError(f"nothing crosses a cut at {place}, and there are two stages")
+    assert possible >= 4
+
+
+def test_no_cut_inside_the_routing_of_tokens() -> None:
+    """Where the partitioner refuses to cut, the cost model does not propose to."""
+    program = routed_experts()
+    refused = 0
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        sent, place, staged = cut_at(program, share)
+        refused += staged is None
+        assert staged is not None or sent == -1, place
+    assert refused >= 2
+    staged = bl.partition(program, num_stages=2)
+    assert all(len(stage.activations) == 1 for stage in staged.stages[1:])
+
+
+def routed_experts() -> bl.LiftedProgram:
+    """Layers that sort tokens by expert and put them back."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(8, 3)
+            self.weights = nn.Parameter(torch.randn(3, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            expert = self.gate(flat).argmax(-1)
+            order = torch.argsort(expert)
+            rows = flat[order].tanh().sin().exp()
+            back = torch.zeros_like(flat).index_add(0, order, rows)
+            return x + back.view(x.shape) * self.weights.sum()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.Embedding(8, 8)
+            self.layers = nn.ModuleList(Experts() for _ in range(2))
+            self.register_buffer("table", torch.randn(32, 8))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.emb(tokens) + self.table[: tokens.shape[1]]
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    return bl.lift(export(Model(), torch.randint(0, 8, (3, 7))))
+
+
+@pytest.mark.parametrize("name", EXPORTS)
 @pytest.mark.parametrize("count", [2, 3])
-def test_never_worse_than_equal_layers(name: str, how: str, count: int) -> None:
+def test_never_worse_than_equal_layers(name: str, count: int) -> None:
     from benchmarks.stages_cost import equal_points, ratios
 
-    program = lifted(name, how)
+    program = lifted(name)
     ours = ratios(bl.partition(program, num_stages=count))
     equal = ratios(bl.partition(program, split_points=equal_points(program, count)))
     assert max(ours) <= max(equal) + 1e-9

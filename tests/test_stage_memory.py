@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from functools import cache
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from stage_programs import EXPORTS, lifted, program
 from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 from torch.export import Dim
-from zoo.catalog import entries, export_cell, export_of
+from torch.fx import Graph, GraphModule
 
 import buffer_lifting as bl
+from buffer_lifting.flops import FlopCounter
 from buffer_lifting.memory import OPTIMIZERS
 from buffer_lifting.placement import in_flight
 from buffer_lifting.saved_values import SavedValues
@@ -115,13 +118,6 @@ def test_microbatches_that_a_schedule_refuses() -> None:
 # Memory ---------------------------------------------------------------------------------------------------
 
 
-@cache
-def partitioned(name: str, export: str) -> tuple[bl.StagedProgram, Any]:
-    entry = entries()[name]
-    program = export_cell(entry, export_of(entry, export), "dynamic")
-    return bl.partition(bl.context_parallel(bl.lift(program)), num_stages=2), program.example_inputs
-
-
 def kept_by_autograd(staged: bl.StagedProgram, args: Any, kwargs: dict[str, Tensor]) -> list[int]:
     """Bytes that each stage's forward leaves behind: of storages, without parameters, buffers and inputs."""
     named = {**dict(zip(staged.positional, args, strict=False)), **kwargs}
@@ -147,13 +143,11 @@ def kept_by_autograd(staged: bl.StagedProgram, args: Any, kwargs: dict[str, Tens
     return found
 
 
-MEASURED = {"hf_llama": "sdpa", "hf_gpt2": "sdpa", "hf_t5": "sdpa", "hf_deepseek_v3": "batched"}
-
-
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", EXPORTS)
 def test_activations_are_those_that_autograd_keeps(name: str) -> None:
-    """Within 1%: equal on all four, when this was written."""
-    staged, (args, kwargs) = partitioned(name, MEASURED[name])
+    """Within 1%: equal on all three, when this was written."""
+    staged = bl.partition(lifted(name), num_stages=2)
+    args, kwargs = program(name).example_inputs or ((), {})
     named = {**dict(zip(staged.positional, args, strict=False)), **kwargs}
     batch, length = next(iter(named.values())).shape
     lengths = {"seq": length, "decoder": named["decoder_input_ids"].shape[1]} if name == "hf_t5" else length
@@ -245,21 +239,36 @@ def test_partition_for_a_schedule() -> None:
         layers(4, "LoopedBFS")
 
 
-def test_checkpointed_regions_keep_their_operands_only() -> None:
-    class Wrapped(Layers):
-        def forward(self, tokens: Tensor) -> Tensor:
-            x = self.emb(tokens) + self.table[: tokens.shape[1]]
-            for layer in self.layers:
-                x = torch.utils.checkpoint.checkpoint(lambda v, layer=layer: layer(v).tanh(), x, use_reentrant=False)
-            return x
+def region(name: str) -> GraphModule:
+    """``tanh(x @ w).sin()`` inside of a higher-order op."""
+    x, w = torch.randn(6, 8), nn.Parameter(torch.randn(8, 8))
+    inner, aten = Graph(), torch.ops.aten
+    left, right = inner.placeholder("x"), inner.placeholder("w")
+    product = inner.call_function(aten.mm.default, (left, right))
+    tanh = inner.call_function(aten.tanh.default, (product,))
+    sin = inner.call_function(aten.sin.default, (tanh,))
+    inner.output((sin,))
+    root = nn.Module()
+    root.w = w
+    root.body = GraphModule(nn.Module(), inner)
+    graph = Graph()
+    given, weight, body = graph.placeholder("x"), graph.get_attr("w"), graph.get_attr("body")
+    call = graph.call_function(getattr(torch.ops.higher_order, name), (body, given, weight))
+    out = graph.call_function(operator.getitem, (call, 0))
+    graph.output(out)
+    for node in (left, right, product, tanh, sin, given, out):
+        node.meta["val"] = w if node is right else x
+    call.meta["val"] = (x,)
+    return GraphModule(root, graph)
 
-    program = torch.export.export(Wrapped(), (torch.randint(0, 8, (3, 7)),), strict=True)
+
+def test_regions_keep_what_is_inside_and_checkpointed_ones_their_operands() -> None:
+    size = 4 * 6 * 8
     walk = SavedValues({})
-    size = 4 * 3 * 7 * 16
-    for stage in bl.partition(bl.lift(program, strict=False), num_stages=1).stages:
-        kinds = {str(node.target) for node in stage.module.graph.nodes}
-        assert any("checkpoint" in kind for kind in kinds)
-        assert walk.stage(stage.module, ()) == 5 * size, "the input of each layer, and what is returned"
+    assert walk.stage(region("tag_activation_checkpoint"), ("x",)) == 2 * size, "x, and what is returned"
+    assert walk.stage(region("invoke_subgraph"), ("x",)) == 3 * size, "x, tanh (for itself and for sin), the result"
+    assert FlopCounter({}).nodes(region("invoke_subgraph").graph.nodes) == 2 * 6 * 8 * 8
+    assert not walk.unknown
 
 
 # The table ------------------------------------------------------------------------------------------------
