@@ -32,9 +32,9 @@ def rows(cells: Sequence[Cell]) -> list[Row]:
         equal = next(c for c in cells if (c.model, c.stages, c.schedule) == same and c.split != "cost")
         ranks = "stages" if cell.schedule == "1F1B" else f"{cell.stages // 2} ranks, V"
         row = {"model": cell.model, "stages": str(cell.stages), "largest of": ranks}
-        row |= {"equal layers": f"{equal.cost:.2f}", "by cost": f"{cell.cost:.2f}"}
-        row |= {"FLOPs: equal": f"{equal.flops:.2f}", "by cost ": f"{cell.flops:.2f}"}
-        row |= {"bytes: equal": f"{equal.parameters:.2f}", " by cost": f"{cell.parameters:.2f}"}
+        row |= {"cost, equal layers": f"{equal.cost:.2f}", "cost, ours": f"{cell.cost:.2f}"}
+        row |= {"FLOPs, equal layers": f"{equal.flops:.2f}", "FLOPs, ours": f"{cell.flops:.2f}"}
+        row |= {"bytes, equal layers": f"{equal.parameters:.2f}", "bytes, ours": f"{cell.parameters:.2f}"}
         table.append(row)
     return table
 

@@ -24,7 +24,7 @@ from buffer_lifting.flops import FlopCounter
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.ops import is_mutating, is_view
 
-#: The operand in which each lookup has its table.
+#: The operand in which each lookup has its table, of rows: the weights of experts have a dim more.
 _LOOKUPS = {
     "aten.embedding": "weight",
     "aten.embedding_bag": "weight",
@@ -190,7 +190,9 @@ def _parameters_read(record: GraphRecord, activations: Sequence[str]) -> dict[st
         states: set[tuple[str, bool]] = set()
         for path, name in node.named_refs():
             if name in reads:
-                states |= {(state, True) for state, _ in reads[name]} if path == table else reads[name]
+                meta = record.nodes[name].tensor
+                lookup = path == table and meta is not None and len(meta.shape) == 2
+                states |= {(state, True) for state, _ in reads[name]} if lookup else reads[name]
         if states:
             (found if node.name in owned else reads)[node.name] = frozenset(states)
     return found

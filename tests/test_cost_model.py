@@ -350,6 +350,26 @@ def test_never_worse_than_equal_layers(name: str, count: int) -> None:
     assert sum(ours) == pytest.approx(count)
 
 
+def test_weights_of_experts_are_no_tables() -> None:
+    """They are picked by index, as rows of an embedding are."""
+    seen: list[Segment] = []
+    original = cost_model.segments
+
+    def spy(*args: Any) -> list[Segment]:
+        seen[:] = original(*args)
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost_model, "segments", spy)
+        bl.partition(lifted("hf_deepseek_v3"), num_stages=2)
+    model = program("hf_deepseek_v3").state_dict
+    embedding = model["model.embed_tokens.weight"]
+    assert [s.table_bytes for s in seen] == [embedding.nbytes, *[0] * (len(seen) - 1)]
+    assert sum(s.parameter_bytes + s.table_bytes for s in seen) == sum(
+        v.nbytes for k, v in model.items() if "bias" not in k
+    )
+
+
 def test_options_that_do_not_go_together() -> None:
     program = stack(8, [8] * 4)
     with pytest.raises(bl.PartitionError, match="weights balance num_stages"):

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONTEXT_PARALLEL = (ROOT / "docs" / "CONTEXT_PARALLEL.md").read_text()
+PARTITIONING = (ROOT / "docs" / "PARTITIONING.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -42,10 +43,11 @@ def test_python_snippets_run_as_written(tmp_path: Path) -> None:
         assert "torch.Size([4, 16, 64])" in result.stdout and "ok   composition" in result.stdout
 
 
-def test_the_snippets_on_context_parallelism_print_what_stands_behind_them(tmp_path: Path) -> None:
-    """All in one process, each with its output; errors of rounding may be others."""
-    snippets, outputs = blocks("python", CONTEXT_PARALLEL), blocks("text", CONTEXT_PARALLEL)
-    pairs = re.findall(r"```python\n.*?```\n```text\n.*?```", CONTEXT_PARALLEL, flags=re.S)
+@pytest.mark.parametrize("page", [CONTEXT_PARALLEL, PARTITIONING], ids=["context parallelism", "partitioning"])
+def test_snippets_print_what_stands_behind_them(page: str, tmp_path: Path) -> None:
+    """All of a page in one process, each with its output; errors of rounding may be others."""
+    snippets, outputs = blocks("python", page), blocks("text", page)
+    pairs = re.findall(r"```python\n.*?```\n```text\n.*?```", page, flags=re.S)
     assert len(snippets) == len(outputs) == len(pairs) > 3
     mark = "=== next ==="
     result = subprocess.run(
