@@ -271,6 +271,29 @@ def test_regions_keep_what_is_inside_and_checkpointed_ones_their_operands() -> N
     assert not walk.unknown
 
 
+def test_flex_attention_counts_as_a_fused_kernel() -> None:
+    batch, heads, rows, width = 2, 4, 6, 8
+    graph = Graph()
+    query, key, value = (graph.placeholder(name) for name in "qkv")
+    body = graph.get_attr("score")
+    call = graph.call_function(
+        torch.ops.higher_order.flex_attention, (query, key, value, body, (rows, rows), 1.0, {}, (), ())
+    )
+    out = graph.call_function(operator.getitem, (call, 0))
+    graph.output(out)
+    root = nn.Module()
+    root.score = GraphModule(nn.Module(), Graph())
+    q, kv = torch.randn(batch, heads, rows, width), torch.randn(batch, heads // 2, rows, width)
+    lse = torch.randn(batch, heads, rows)
+    query.meta["val"], key.meta["val"], value.meta["val"], call.meta["val"] = q, kv, kv, (q, lse)
+    module = GraphModule(root, graph)
+    counter = FlopCounter({})
+    assert counter.nodes(module.graph.nodes) == 2 * 2 * batch * heads * rows * rows * width and not counter.unknown
+    assert SavedValues({}).stage(module, ("q", "k", "v")) == 2 * q.nbytes + 2 * kv.nbytes + lse.nbytes
+    key.meta["val"] = torch.randn(batch, heads // 2, rows, width + 1)  # no product
+    assert counter.nodes(module.graph.nodes) == 0 and counter.unknown == [call.name]
+
+
 # The table ------------------------------------------------------------------------------------------------
 
 
