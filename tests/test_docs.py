@@ -73,6 +73,25 @@ def test_links_and_commands_on_context_parallelism_exist() -> None:
         assert make_parser().parse_args(line.split()[1:]).run
 
 
+def test_the_table_of_partitioning_is_that_of_its_benchmark() -> None:
+    """Its columns, each model in each number of stages, and no cut by cost that is worse than equal layers."""
+    from benchmarks.stages import COUNTS, TOPIC, block, rows
+    from benchmarks.stages_cost import MODELS, Cell
+
+    text = PARTITIONING.split(f"<!-- benchmark-{TOPIC}:begin -->\n")[1].split("\n<!--")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    figures = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    cells = []
+    for figure in figures:
+        schedule = "1F1B" if figure["largest of"] == "stages" else "ZBVZeroBubble"
+        for split, name in (("equal layers", "equal layers"), ("cost", "ours")):
+            values = [float(figure[f"{what}, {name}"]) for what in ("cost", "FLOPs", "bytes")]
+            cells.append(Cell(figure["model"], int(figure["stages"]), schedule, split, *values))
+    assert {(cell.model, cell.stages) for cell in cells} == {(name, count) for name in MODELS for count in COUNTS}
+    assert rows(cells) == figures and block(cells, "python benchmarks/stages.py --docs") == text
+    assert text.endswith("worse than equal layers: 0.")
+
+
 def test_the_table_of_the_demo_is_one_that_it_prints() -> None:
     """Its heading, its columns, and figures that pass."""
     from buffer_lifting.demo import report
