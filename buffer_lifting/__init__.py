@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from buffer_lifting.agreement import check_orders
+    from buffer_lifting.cost_model import CostWeights
     from buffer_lifting.errors import (
         AxesError,
         FeedError,
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from buffer_lifting.inspection.diagnostics import Diagnostic, check
     from buffer_lifting.lifted import LiftedProgram
     from buffer_lifting.lifting import lift, scan
+    from buffer_lifting.memory import MemoryEstimate, RankMemory, StageMemory
     from buffer_lifting.package import load, load_stage
     from buffer_lifting.partitioner import partition
     from buffer_lifting.passes.causal_flags import causal_flags
     from buffer_lifting.passes.context_parallel import context_parallel
+    from buffer_lifting.placement import stage_ranks
     from buffer_lifting.program import (
         InputAxes,
         LiftedInput,
@@ -48,6 +51,11 @@ _PUBLIC = {
     "context_parallel": "passes.context_parallel",
     "causal_flags": "passes.causal_flags",
     "partition": "partitioner",
+    "stage_ranks": "placement",
+    "CostWeights": "cost_model",
+    "MemoryEstimate": "memory",
+    "StageMemory": "memory",
+    "RankMemory": "memory",
     "verify": "verification",
     "check": "inspection.diagnostics",
     "check_orders": "agreement",
@@ -74,17 +82,21 @@ _PUBLIC = {
 }
 __all__ = [
     "AxesError",
+    "CostWeights",
     "Diagnostic",
     "FeedError",
     "InputAxes",
     "LiftedInput",
     "LiftedProgram",
     "LiftingError",
+    "MemoryEstimate",
     "PartitionError",
     "PositionRead",
+    "RankMemory",
     "ScanReport",
     "SequenceMixing",
     "Stage",
+    "StageMemory",
     "StagedProgram",
     "StepRunner",
     "TokenLoss",
@@ -100,6 +112,7 @@ __all__ = [
     "load_stage",
     "partition",
     "scan",
+    "stage_ranks",
     "verify",
 ]
 

@@ -1,12 +1,15 @@
-"""What stages cost: FLOPs by torch's own formulas on the sizes of the example inputs, and parameter bytes."""
+"""Sizes at the example inputs, and the bytes of tensors."""
 
 from __future__ import annotations
 
-from torch.utils.flop_counter import mm_flop, sdpa_flop_count
+import ast
+import operator
+from collections.abc import Callable
+from functools import cache
+from math import prod
 
-from buffer_lifting.graph.record import GraphRecord, Node, Ref, TensorMeta
+from buffer_lifting.graph.record import GraphRecord, TensorMeta
 from buffer_lifting.graph.sizes import Size
-from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION
 
 ITEM_BYTES = {
     "complex128": 16,
@@ -19,8 +22,25 @@ ITEM_BYTES = {
     "float16": 2,
     "int16": 2,
 }
-#: A symbolic size whose example is not known counts as this.
-DEFAULT_SIZE = 128
+#: Where hints have the size of what the example does not tell (the rows that a router counts), and what it is without.
+UNKNOWN, DEFAULT_SIZE = "", 128
+
+_OPERATORS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "Max": max,
+    "Min": min,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+}
 
 
 def evaluate(size: Size, hints: dict[str, int]) -> int:
@@ -31,9 +51,51 @@ def evaluate(size: Size, hints: dict[str, int]) -> int:
     for monomial, coefficient in size.terms:
         term = coefficient
         for atom, power in monomial:
-            term *= hints.get(atom, DEFAULT_SIZE) ** power
+            term *= _atom(atom, hints) ** power
         total += term
     return total
+
+
+def _atom(atom: str, hints: dict[str, int]) -> int:
+    if atom in hints:
+        return hints[atom]
+    if atom.isidentifier():
+        return hints.get(UNKNOWN, DEFAULT_SIZE)
+    try:
+        return _value(_parsed(atom), hints)
+    except (SyntaxError, ValueError, ArithmeticError):
+        return hints.get(UNKNOWN, DEFAULT_SIZE)
+
+
+@cache
+def _parsed(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+def _value(node: ast.expr, hints: dict[str, int]) -> int:
+    """The value of a subexpression such as ``Max(0, 53 - s70)`` or ``s70//2``; nothing else is evaluated."""
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name):
+            return hints.get(name, hints.get(UNKNOWN, DEFAULT_SIZE))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, hints)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(left, hints), _value(right, hints))
+        case ast.Call(func=ast.Name(id=name), args=args) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*(_value(arg, hints) for arg in args))
+    raise ValueError(ast.dump(node))
+
+
+def example_sizes(record: GraphRecord) -> dict[str, int]:
+    """The example's size of each symbol; what it does not tell counts as the tokens of the example.
+
+    Those are the elements of the largest input of integers.
+    """
+    metas = [node.tensor for node in record.inputs()]
+    tokens = [prod(shape_of(meta, record.hints)) for meta in metas if meta is not None and "int" in meta.dtype]
+    return {**record.hints, UNKNOWN: max(tokens, default=DEFAULT_SIZE)}
 
 
 def shape_of(meta: TensorMeta, hints: dict[str, int]) -> tuple[int, ...]:
@@ -43,68 +105,4 @@ def shape_of(meta: TensorMeta, hints: dict[str, int]) -> tuple[int, ...]:
 
 def tensor_bytes(meta: TensorMeta, hints: dict[str, int]) -> int:
     """Bytes of a tensor at example sizes."""
-    count = 1
-    for size in shape_of(meta, hints):
-        count *= size
-    return count * ITEM_BYTES.get(meta.dtype, 1)
-
-
-def flops(record: GraphRecord, node: Node, hints: dict[str, int]) -> int:
-    """Forward FLOPs of the ops that carry the cost of a model: matrix products and attention."""
-    out = node.tensor
-    if out is None and node.base_op != FLEX_ATTENTION:
-        return 0
-
-    def shape(key: str) -> tuple[int, ...] | None:
-        arg = node.args.get(key)
-        meta = record.nodes[arg.name].tensor if isinstance(arg, Ref) else None
-        return None if meta is None else shape_of(meta, hints)
-
-    if node.base_op in (ATTENTION, FLEX_ATTENTION):
-        query, key, value = shape("query"), shape("key"), shape("value")
-        if query and key and value and len(query) == 4 and len(key) == 4:
-            heads = (key[0], query[1], *key[2:])
-            return int(sdpa_flop_count(query, heads, (value[0], query[1], *value[2:])))
-        return 0
-    left = {
-        "aten.linear": "input",
-        "aten.matmul": "self",
-        "aten.mm": "self",
-        "aten.bmm": "self",
-        "aten.addmm": "mat1",
-        "aten.baddbmm": "batch1",
-    }.get(node.base_op)
-    operand = shape(left) if left else None
-    if operand is None or out is None:
-        return 0
-    rows = 1
-    result = shape_of(out, hints)
-    for size in result[:-1]:
-        rows *= size
-    return int(mm_flop((rows, operand[-1]), (operand[-1], result[-1])))
-
-
-def balance(costs: list[float], count: int) -> list[int]:
-    """Splits a list of costs into ``count`` runs with the smallest largest sum: exact, by dynamic programming.
-
-    Returns the first index of every run but the first. Quadratic in the number of candidate cuts (layers).
-    """
-    prefix = [0.0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
-    total = len(costs)
-    best = [[float("inf")] * (total + 1) for _ in range(count + 1)]
-    cut = [[0] * (total + 1) for _ in range(count + 1)]
-    best[0][0] = 0.0
-    for parts in range(1, count + 1):
-        for end in range(parts, total + 1):
-            for start in range(parts - 1, end):
-                worst = max(best[parts - 1][start], prefix[end] - prefix[start])
-                if worst < best[parts][end]:
-                    best[parts][end], cut[parts][end] = worst, start
-    starts = []
-    end = total
-    for parts in range(count, 0, -1):
-        end = cut[parts][end]
-        starts.append(end)
-    return starts[::-1][1:]
+    return prod(shape_of(meta, hints)) * ITEM_BYTES.get(meta.dtype, 1)

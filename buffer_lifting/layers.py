@@ -1,9 +1,9 @@
-"""How what holds for every layer is said once: the numbers of layers in names and messages become ``*``."""
+"""How what holds for every layer is said once: the numbers of layers in names become ``*``, or a range."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _AT_NODE = re.compile(r" \(at \w+\)$")
@@ -31,3 +31,25 @@ def spread(modules: Sequence[str]) -> str:
     """Distinct modules in words: ``"layers: layers.*.attn"``, or ``"modules"`` when they have no common pattern."""
     patterns = {layers(module) for module in modules}
     return f"layers: {patterns.pop()}" if len(patterns) == 1 else "modules"
+
+
+def spans(fqns: Iterable[str]) -> tuple[str, ...]:
+    """The modules of parameters, up to their first number, with runs of numbers: ``"layers.0-3"``, ``"norm"``."""
+    runs: dict[str, list[int]] = {}
+    for fqn in fqns:
+        module = fqn.rpartition(".")[0] or fqn
+        match = re.match(r"(.*?)\.?(?<![^.])(\d+)(?![^.])", module)
+        numbers = runs.setdefault(match[1] if match else module, [])
+        if match and int(match[2]) not in numbers:
+            numbers.append(int(match[2]))
+    return tuple(f"{name}.{_ranges(numbers)}".lstrip(".") if numbers else name for name, numbers in runs.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][-1:] = [parts[-1][-1], number] if len(parts[-1]) == 1 else [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch.fx import Node
 
 from buffer_lifting.axes import label_inputs
 from buffer_lifting.boundaries import BoundaryTensor, axis_names, describe
 from buffer_lifting.collecting import uncollected
-from buffer_lifting.cost import tensor_bytes
-from buffer_lifting.cuts import balanced_cuts, cuts_at
+from buffer_lifting.cost import example_sizes, tensor_bytes
+from buffer_lifting.cost_model import CostWeights, balanced_cuts
+from buffer_lifting.cuts import cuts_at
 from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.graph.from_fx import build_record
@@ -27,6 +29,7 @@ from buffer_lifting.ops import ASSERTIONS, is_mutating
 from buffer_lifting.passes.context_parallel import lifted_axes
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.passes.vmap import vmap_regions
+from buffer_lifting.placement import Placement, placement_of
 from buffer_lifting.routing import makes_rows
 from buffer_lifting.scanner import scan_record
 from buffer_lifting.stage_builder import StageBuilder
@@ -36,20 +39,32 @@ from buffer_lifting.torch_compat import flat_names, root_spec
 
 @uncollected
 def partition(
-    lifted: LiftedProgram, num_stages: int | None = None, split_points: Sequence[str] | None = None
+    lifted: LiftedProgram,
+    num_stages: int | None = None,
+    split_points: Sequence[str] | None = None,
+    *,
+    schedule: Any = None,
+    pp: int | None = None,
+    weights: CostWeights | None = None,
 ) -> StagedProgram:
     """Splits a lifted program into pipeline stages.
 
     Args:
         lifted: the result of :func:`buffer_lifting.lift` or :func:`buffer_lifting.context_parallel`; it is not
             modified, and its stages share its parameters.
-        num_stages: cut between layers so that FLOPs and parameter bytes are balanced; or
+        num_stages: cut between layers, before the first and behind the last one so that FLOPs and parameter bytes are
+            balanced: the smallest largest stage, and the fewest bytes sent among equals; or
         split_points: the FQN of the first module of each next stage.
+        schedule: the schedule of ``torch.distributed.pipelining`` that the stages are for (its name or class). Where it
+            puts several stages on a rank, ``num_stages`` counts them all and what is balanced is each rank's sum.
+        pp: pipeline ranks, where ``schedule`` does not tell (see :func:`buffer_lifting.stage_ranks`).
+        weights: what counts how much in the cost of a stage.
 
     Raises:
         PartitionError: neither or both of the two; a split point that does not exist, is out of order or computes
             position values only; more stages than layers; a graph that writes to a buffer, or in place to a value
-            of another stage; an input name that a schedule keeps for itself.
+            of another stage; an input name that a schedule keeps for itself; stages that do not lie on the ranks of
+            ``schedule``.
         TypeError: ``lifted`` is no LiftedProgram.
     """
     if not isinstance(lifted, LiftedProgram):
@@ -58,6 +73,14 @@ def partition(
         )
     if (num_stages is None) == (split_points is None):
         raise PartitionError("give either num_stages or split_points")
+    if split_points is not None and weights is not None:
+        raise PartitionError("weights balance num_stages; split_points say where stages begin")
+    if schedule is None and pp is not None:
+        raise PartitionError("pp is the number of ranks of a schedule: give schedule too")
+    placement = None
+    if schedule is not None:
+        count = num_stages if num_stages is not None else len(split_points or ()) + 1
+        placement = placement_of(schedule, count, pp)
     program = lifted.program
     if program.graph_signature.buffers_to_mutate:
         names = ", ".join(sorted(program.graph_signature.buffers_to_mutate.values()))
@@ -85,12 +108,22 @@ def partition(
         for node in record.nodes.values()
         if node.kind is NodeKind.OP and deps[node.name] & (Dep.DATA | Dep.RANDOM) and node.base_op not in ASSERTIONS
     ]
+    routed = _routed(record, lifted) if num_stages != 1 else frozenset()
     if split_points is not None:
         cuts = cuts_at(record, activations, split_points)
     else:
         assert num_stages is not None
-        cuts = balanced_cuts(record, activations, num_stages)
-    return _Partition(lifted, record, nodes, activations, cuts, axis_names(labels)).build()
+        cuts = balanced_cuts(
+            record, nodes, activations, num_stages, routed, weights, placement.ranks if placement else None
+        )
+    return _Partition(lifted, record, nodes, activations, cuts, axis_names(labels), routed).build(placement)
+
+
+def _routed(record: GraphRecord, lifted: LiftedProgram) -> frozenset[str]:
+    """The activations that hold tokens by expert."""
+    if not any(makes_rows(record, node) for node in record.nodes.values()):
+        return frozenset()
+    return scan_record(record, lifted_axes(lifted)).routed
 
 
 class _Partition:
@@ -102,8 +135,9 @@ class _Partition:
         activations: list[str],
         cuts: list[int],
         axes: dict[str, str],
+        routed: frozenset[str],
     ) -> None:
-        self.lifted, self.record, self.nodes, self.axes = lifted, record, nodes, axes
+        self.lifted, self.record, self.nodes, self.axes, self.routed = lifted, record, nodes, axes, routed
         bounds = [0, *cuts, len(activations)]
         self.count = len(bounds) - 1
         self.owned = [activations[a:b] for a, b in pairwise(bounds)]
@@ -121,14 +155,12 @@ class _Partition:
         parameters = (n for n in record.nodes.values() if n.state_kind is StateKind.PARAMETER)
         self.aliases = {node.fqn: node.aliases for node in parameters}
 
-    def build(self) -> StagedProgram:
+    def build(self, placement: Placement | None) -> StagedProgram:
         output = next(node for node in self.record.nodes.values() if node.kind is NodeKind.OUTPUT)
         results = [arg.name for arg in output.args["results"] if isinstance(arg, Ref)]  # type: ignore[union-attr]
         if len(results) != len(output.args["results"]):  # type: ignore[arg-type]
             raise PartitionError("the program returns values that are no tensors; stages return tensors only")
         self._check_in_place()
-        routes = self.count > 1 and any(makes_rows(self.record, node) for node in self.record.nodes.values())
-        routed = scan_record(self.record, lifted_axes(self.lifted)).routed if routes else frozenset()
         builders: list[StageBuilder] = []
         order = {name: place for place, name in enumerate(self.record.nodes)}
         carried: list[str] = []  # what the stage behind receives, walking from the last stage to the first
@@ -152,7 +184,7 @@ class _Partition:
             )
             builders.insert(0, builder)
             carried = builder.received
-            self._check_routing(index, carried, routed)
+            self._check_routing(index, carried)
         stages = []
         for index, builder in enumerate(builders):
             last = index == self.count - 1
@@ -181,11 +213,13 @@ class _Partition:
             positional=self.positional,
             keywords=user_keywords,
             tied=self._tied_stages(stages),
+            placement=placement,
+            sizes=example_sizes(self.record),
         )
 
-    def _check_routing(self, index: int, received: list[str], routed: frozenset[str]) -> None:
+    def _check_routing(self, index: int, received: list[str]) -> None:
         """No stage begins between the gather of tokens by expert and the way back: its rows are data's to count."""
-        crossing = next((name for name in received if name in routed), None)
+        crossing = next((name for name in received if name in self.routed), None)
         if crossing is not None:
             raise PartitionError(
                 f"stage {index} would begin inside the routing of tokens to experts: it needs {crossing!r}; split "

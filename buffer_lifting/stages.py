@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import ExportedProgram
@@ -16,9 +16,13 @@ from buffer_lifting.feed import Lengths, check_lengths
 from buffer_lifting.labels import BATCH
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.naming import RESERVED
+from buffer_lifting.placement import Placement, placement_of
 from buffer_lifting.program import InputAxes
 from buffer_lifting.tables import TableSource, find_values, lack_values, set_tables, stage_tables
 from buffer_lifting.torch_compat import TreeSpec, tree_flatten, tree_unflatten
+
+if TYPE_CHECKING:
+    from buffer_lifting.memory import MemoryEstimate
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class StagedProgram:
         stages: the stages in order.
         lifted: the program that was split.
         tied: FQN -> the stages that hold a copy of that parameter (it is read in more than one).
+        placement: the schedule that the stages were made for, and the rank of each.
+        sizes: the example's size of each symbol.
     """
 
     stages: tuple[Stage, ...]
@@ -69,6 +75,8 @@ class StagedProgram:
     positional: tuple[str, ...]
     keywords: tuple[str, ...]
     tied: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    placement: Placement | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs all stages in this process, one after another: the reference for a pipelined run.
@@ -265,33 +273,74 @@ class StagedProgram:
 
         save_staged(self, directory, weights)
 
-    def summary(self) -> str:
-        """A table of the stages: parameters, keyword inputs, what they send."""
-        rows = [("stage", "parameters", "sends (bytes)", "receives", "keyword inputs")]
-        for stage in self.stages:
-            count = sum(p.numel() for p in stage.module.parameters())
-            rows.append(
-                (
-                    str(stage.index),
-                    f"{count:,}",
-                    f"{stage.boundary_bytes:,}",
-                    _shortened(stage.activations),
-                    _shortened(stage.kwargs),
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+    def stage_ranks(self, schedule: Any = None, pp: int | None = None) -> dict[int, int]:
+        """The rank of each stage, under the schedule of the partition or another one.
 
+        See :func:`buffer_lifting.stage_ranks`; without any schedule, stage ``r`` is on rank ``r``.
+        """
+        return dict(enumerate(self._placement(schedule, pp).ranks))
 
-def _shortened(names: tuple[str, ...], width: int = 60) -> str:
-    """Names for a table: as many as fit, and how many more there are."""
-    text = ", ".join(names)
-    if len(text) <= width:
-        return text or "-"
-    kept = text[:width].rsplit(", ", 1)[0]
-    return f"{kept}, +{len(names) - kept.count(', ') - 1} more"
+    def stages_of_rank(self, rank: int, schedule: Any = None, pp: int | None = None) -> tuple[int, ...]:
+        """The stages that a rank builds, in order, under the schedule of the partition or another one.
+
+        Raises:
+            PartitionError: there is no such rank; or as :func:`buffer_lifting.stage_ranks`.
+        """
+        placement = self._placement(schedule, pp)
+        if not isinstance(rank, int) or not 0 <= rank < placement.pp:
+            raise PartitionError(f"there is no rank {rank!r}; {placement.schedule} has {placement.pp} ranks")
+        return placement.stages_of(rank)
+
+    def _placement(self, schedule: Any, pp: int | None) -> Placement:
+        if schedule is None:
+            if pp is not None and self.placement is not None and pp != self.placement.pp:
+                raise PartitionError(f"the stages were made for {self.placement.pp} ranks, not {pp}: give schedule too")
+            return self.placement or placement_of("1F1B", len(self.stages), pp)
+        return placement_of(schedule, len(self.stages), pp)
+
+    def memory(
+        self,
+        schedule: Any = None,
+        pp: int | None = None,
+        n_microbatches: int | None = None,
+        optimizer: str | float = "adam",
+    ) -> MemoryEstimate:
+        """An estimate of what each stage and rank needs in training, at the sizes of the example inputs.
+
+        Parameters, their gradients, the optimizer's state, buffers, and what microbatches leave behind between their
+        forward and their backward, times the microbatches in flight. Not counted: the batch itself (inputs and feed),
+        temporary memory of kernels, buffers of communication, a loss outside of the program. Nothing is run, and no
+        process is needed.
+
+        Args:
+            schedule, pp: whose microbatches in flight; default: those of the partition, or 1F1B.
+            n_microbatches: of a step; default: twice the number of ranks, and no fewer than stages.
+            optimizer: ``"none"``, ``"sgd"``, ``"momentum"``, ``"adam"``, ``"adam+master"``, or the bytes of its state
+                for each element of a parameter (``adam``: 8).
+
+        Raises:
+            PartitionError: a schedule, number of ranks or of microbatches that do not go together; an optimizer that is
+                not known.
+        """
+        from buffer_lifting.memory import estimate
+
+        stages = [(stage.module, stage.activations if stage.index else ()) for stage in self.stages]
+        return estimate(stages, self.sizes, self._placement(schedule, pp), n_microbatches, optimizer)
+
+    def summary(
+        self,
+        schedule: Any = None,
+        pp: int | None = None,
+        n_microbatches: int | None = None,
+        optimizer: str | float = "adam",
+    ) -> str:
+        """A table of the stages: their modules, parameters, FLOPs, memory, what they send, receive and read by keyword.
+
+        The arguments say what the memory is estimated for: see :meth:`memory`.
+        """
+        from buffer_lifting.stage_table import stage_table
+
+        return stage_table(self, self.memory(schedule, pp, n_microbatches, optimizer))
 
 
 def chunk_spec(lifted: LiftedProgram, keywords: tuple[str, ...], names: Iterable[str] | None) -> dict[str, Any]:

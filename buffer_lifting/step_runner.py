@@ -18,6 +18,7 @@ import torch
 from buffer_lifting.errors import FeedError, PartitionError
 from buffer_lifting.feed import Lengths
 from buffer_lifting.package import LoadedStage
+from buffer_lifting.placement import placement_of
 from buffer_lifting.runtime import Shapes, build_stage, make_stage, pp_group, untie
 from buffer_lifting.stages import Stage, StagedProgram, check_index
 from buffer_lifting.step_sizes import StepSizes, check_ranks, step_sizes
@@ -356,12 +357,12 @@ def _reads(stage: Stage) -> tuple[str, ...]:
 
 
 def _indices(schedule_class: Any, count: int, group: Any, mesh: Any) -> list[int]:
-    """The stages that a schedule gives this rank: in rounds, or down and up again."""
+    """The stages that a schedule gives this rank; one that is not torch's has them in rounds."""
     from torch.distributed import get_rank, get_world_size
-    from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleZBVZeroBubble
+    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
     ranks = pp_group(group, mesh)
     rank, size = get_rank(ranks), get_world_size(ranks)
-    if inspect.isclass(schedule_class) and issubclass(schedule_class, ScheduleZBVZeroBubble | ScheduleDualPipeV):
-        return sorted({rank, count - 1 - rank})
+    if inspect.isclass(schedule_class) and issubclass(schedule_class, PipelineScheduleMulti | PipelineScheduleSingle):
+        return list(placement_of(schedule_class, count, size).stages_of(rank))
     return list(range(rank, count, size))

@@ -197,6 +197,22 @@ def returns_alias(node: Node) -> bool:
     return any(result.alias_info is not None for result in schema.returns)
 
 
+def is_composite(target: OpOverload) -> bool:
+    """Whether an op is made of other ops. Private: the dispatcher's table (``OpOverload.decompose`` only tries)."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"))
+
+
+def is_mutable(target: OpOverload) -> bool:
+    """Whether an op writes to an operand. Private: ``OpOverload._schema``."""
+    return bool(target._schema.is_mutable)
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """The same for tensors that lie in one storage, as long as one of them lives. Private: ``_cdata`` (on meta there is
+    no ``data_ptr`` that tells)."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def replacements(value: torch.SymInt) -> int:
     """How many symbols the shape environment of a symbolic size has specialised or unified so far."""
     return len(value.node.shape_env.replacements)  # private: no public view of a ShapeEnv's replacements
@@ -572,3 +588,58 @@ def quiet_fakes() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def schedule_class(schedule: Any) -> Any:
+    """The class of a schedule of ``torch.distributed.pipelining``, given by name or itself.
+
+    Raises:
+        ValueError, TypeError: there is no such schedule.
+    """
+    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
+
+    found = get_schedule_class(schedule.removeprefix("Schedule")) if isinstance(schedule, str) else schedule
+    if not issubclass(found, PipelineScheduleMulti | PipelineScheduleSingle) or found.__name__.startswith("Pipeline"):
+        raise TypeError(f"{schedule!r} is no schedule")
+    return found
+
+
+def is_single(schedule: Any) -> bool:
+    """Whether a schedule has one stage on each rank."""
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+    return issubclass(schedule, PipelineScheduleSingle)
+
+
+def stage_to_rank(pp: int, num_stages: int, style: str) -> dict[int, int]:
+    """torch's own map, ``style`` being ``"loop"`` or ``"v"``. Private: the module that it is in."""
+    from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
+
+    return dict(generate_stage_to_rank_mapping(pp, num_stages, style))
+
+
+def schedule_order(kind: Any, ranks: Sequence[int], n_microbatches: int) -> dict[int, list[tuple[int, str]]]:
+    """What each rank computes in a step: stage and ``"F"``, ``"B"``, ``"I"`` or ``"W"``, in order.
+
+    Private: schedules read nothing but numbers off their stages until a step runs, so stand-ins will do (there is no
+    public way to a schedule's order without processes); ``_prepare_schedule_with_comms`` is left out, which adds
+    messages.
+
+    Raises:
+        ValueError: the schedule does not take that many microbatches or stages.
+    """
+    from types import SimpleNamespace
+
+    own = type(kind.__name__, (kind,), {"_prepare_schedule_with_comms": lambda self, *args, **kwargs: None})
+    pp, count = max(ranks) + 1, len(ranks)
+    stages = [
+        SimpleNamespace(num_stages=count, group_size=pp, group_rank=0, stage_index=stage, submod=None, is_last=False)
+        for stage, rank in enumerate(ranks)
+        if rank == 0
+    ]
+    made = own(stages[0] if is_single(kind) else stages, n_microbatches=n_microbatches)
+    found: dict[int, list[tuple[int, str]]] = {}
+    for rank, actions in made.pipeline_order.items():
+        parts = (part for action in actions if action is not None for part in action.sub_actions or (action,))
+        found[rank] = [(part.stage_index, part.computation_type.value) for part in parts]
+    return found

@@ -52,7 +52,6 @@ from pipeline_worker import (  # noqa: E402
     add_up_tied,
     free_port,
     make_schedule,
-    placement,
     process_group,
     step_arguments,
     work_through,
@@ -218,7 +217,7 @@ def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
     mesh = mesh_of(cell.pp, cell.cp)
     pp_rank, cp_rank = rank // cell.cp, rank % cell.cp
     model = MODELS[cell.model]
-    mine = [stage for stage, place in enumerate(placement(cell.schedule, cell.num_stages, cell.pp)) if place == pp_rank]
+    mine = staged.stages_of_rank(pp_rank, cell.schedule, cell.pp)
     stages = [staged.build_stage(index, "cpu", mesh=mesh) for index in mine]
     last = cell.num_stages - 1 in mine
     parameters = list({id(p): p for stage in stages for p in stage.submod.parameters()}.values())

@@ -98,7 +98,9 @@ class Cell:
     @property
     def placement(self) -> list[int]:
         """The rank of each stage."""
-        return placement(self.schedule, self.num_stages, WORLD)
+        from buffer_lifting import stage_ranks
+
+        return list(stage_ranks(self.schedule, self.num_stages, WORLD).values())
 
     @property
     def hops(self) -> list[int]:
@@ -110,13 +112,6 @@ class Cell:
     def loss_in_graph(self) -> bool:
         """Whether the model takes labels and returns its loss."""
         return "labels" in CASES[self.model].seq_inputs
-
-
-def placement(schedule: str, stages: int, ranks: int) -> list[int]:
-    """The pipeline rank of each stage."""
-    if schedule in V_SHAPED:
-        return [min(stage, stages - 1 - stage) for stage in range(stages)]
-    return [stage % ranks for stage in range(stages)]
 
 
 # What parent and workers share --------------------------------------------------------------------------

@@ -363,7 +363,8 @@ def test_both_neither_and_too_many(hf: Any) -> None:
     refused(bl.PartitionError, ["num_stages", "split_points"], lambda: bl.partition(hf))
     points = ["model.layers.1"]
     refused(bl.PartitionError, ["either"], lambda: bl.partition(hf, num_stages=2, split_points=points))
-    refused(bl.PartitionError, ["num_stages=3", "2 layers", "model.layers.0"], lambda: bl.partition(hf, num_stages=3))
+    words = ["num_stages=5", "2 layers", "model.layers.0", "at most 4 stages"]
+    refused(bl.PartitionError, words, lambda: bl.partition(hf, num_stages=5))
 
 
 def test_stage_out_of_range(hf: Any) -> None:

@@ -232,7 +232,7 @@ def test_lift_then_split_the_saved_program(tmp_path: Path, capsys: pytest.Captur
     to = ["--trust", "-o", str(tmp_path / "stages")]
     assert main(["split", str(path), *to, "--split-points", "transformer.h.1"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == ["stage", "0", "1"]
+    assert [line.split()[0] for line in out.splitlines()] == ["stage", "0", "1", "memory:"]
     assert bl.load_stage(tmp_path / "stages", 1).num_stages == 2
 
 

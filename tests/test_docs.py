@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONTEXT_PARALLEL = (ROOT / "docs" / "CONTEXT_PARALLEL.md").read_text()
 PACKAGES = (ROOT / "docs" / "PACKAGES.md").read_text()
+PARTITIONING = (ROOT / "docs" / "PARTITIONING.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -59,7 +60,10 @@ def test_the_snippets_on_scale_print_what_stands_behind_them(tmp_path: Path) -> 
     assert len(snippets) == len(outputs) == 2 and result.stdout == "".join(outputs)
 
 
-@pytest.mark.parametrize("page", (CONTEXT_PARALLEL, PACKAGES), ids=("context parallelism", "packages"))
+PAGES = {"context parallelism": CONTEXT_PARALLEL, "packages": PACKAGES, "partitioning": PARTITIONING}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_snippets_print_what_stands_behind_them(page: str, tmp_path: Path) -> None:
     """All of a page in one process, each with its output; errors of rounding may be others."""
     snippets, outputs = blocks("python", page), blocks("text", page)
@@ -87,6 +91,25 @@ def test_links_and_commands_on_context_parallelism_exist() -> None:
         assert (ROOT / "docs" / link).exists(), link
     for line in "".join(blocks("bash", CONTEXT_PARALLEL)).splitlines():
         assert make_parser().parse_args(line.split()[1:]).run
+
+
+def test_the_table_of_partitioning_is_that_of_its_benchmark() -> None:
+    """Its columns, each model in each number of stages, and no cut by cost that is worse than equal layers."""
+    from benchmarks.stages import COUNTS, TOPIC, block, rows
+    from benchmarks.stages_cost import MODELS, Cell
+
+    text = PARTITIONING.split(f"<!-- benchmark-{TOPIC}:begin -->\n")[1].split("\n<!--")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    figures = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    cells = []
+    for figure in figures:
+        schedule = "1F1B" if figure["largest of"] == "stages" else "ZBVZeroBubble"
+        for split, name in (("equal layers", "equal layers"), ("cost", "ours")):
+            values = [float(figure[f"{what}, {name}"]) for what in ("cost", "FLOPs", "bytes")]
+            cells.append(Cell(figure["model"], int(figure["stages"]), schedule, split, *values))
+    assert {(cell.model, cell.stages) for cell in cells} == {(name, count) for name in MODELS for count in COUNTS}
+    assert rows(cells) == figures and block(cells, "python benchmarks/stages.py --docs") == text
+    assert text.endswith("worse than equal layers: 0.")
 
 
 def test_the_table_of_the_demo_is_one_that_it_prints() -> None:

@@ -32,7 +32,7 @@ from buffer_lifting.inspection.html_report.findings import source_line
 from buffer_lifting.inspection.html_report.graph_section import whole_after, whole_before
 from buffer_lifting.inspection.html_report.page import render_html
 from buffer_lifting.inspection.html_report.stage_section import draw_stages
-from buffer_lifting.inspection.html_report.stage_view import per_token, spans
+from buffer_lifting.inspection.html_report.stage_view import per_token
 from buffer_lifting.inspection.html_report.svg import draw_chain, draw_columns
 from buffer_lifting.inspection.html_report.views import Arrow, Box, Picture, ProgramView
 from buffer_lifting.inspection.lifted_file import read_lifted_graph
@@ -40,6 +40,7 @@ from buffer_lifting.inspection.places import Places
 from buffer_lifting.inspection.results import CheckResult, Failure, Reported, Suppression
 from buffer_lifting.inspection.stage_files import read_stages
 from buffer_lifting.inspection.targets import Scanned
+from buffer_lifting.layers import spans
 from buffer_lifting.program import LiftedInput
 from buffer_lifting.scanner import scan_record
 

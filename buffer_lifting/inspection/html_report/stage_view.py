@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from buffer_lifting.graph.record import GraphRecord, TensorMeta
 from buffer_lifting.inspection.html_report.views import StageInput, StageView
 from buffer_lifting.inspection.stage_files import SavedPartition
+from buffer_lifting.layers import spans
 from buffer_lifting.program import LiftedInput
 
 if TYPE_CHECKING:
@@ -87,25 +88,3 @@ def per_token(item: LiftedInput) -> int | None:
         digits = re.fullmatch(r"(?:float|int|uint|complex)(\d+)", item.dtype)
         width = int(digits[1]) // 8 if digits else None
     return None if width is None else width * prod(item.row_shape)
-
-
-def spans(fqns: Iterable[str]) -> tuple[str, ...]:
-    """The modules of parameters, up to their first number, with runs of numbers: ``"layers.0-3"``, ``"norm"``."""
-    runs: dict[str, list[int]] = {}
-    for fqn in fqns:
-        module = fqn.rpartition(".")[0] or fqn
-        match = re.match(r"(.*?)\.?(?<![^.])(\d+)(?![^.])", module)
-        numbers = runs.setdefault(match[1] if match else module, [])
-        if match and int(match[2]) not in numbers:
-            numbers.append(int(match[2]))
-    return tuple(f"{name}.{_ranges(numbers)}".lstrip(".") if numbers else name for name, numbers in runs.items())
-
-
-def _ranges(numbers: list[int]) -> str:
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][-1:] = [parts[-1][-1], number] if len(parts[-1]) == 1 else [number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)
