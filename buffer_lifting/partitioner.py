@@ -93,6 +93,11 @@ def partition(
     return _Partition(lifted, record, nodes, activations, cuts, axis_names(labels)).build()
 
 
+def routed_values(lifted: LiftedProgram, record: GraphRecord) -> frozenset[str]:
+    """The values inside the routing of tokens to experts. They keep their names, so the scan behind the lift knows."""
+    return scan_record(record, lifted_axes(lifted)).routed if lifted._routed is None else lifted._routed
+
+
 class _Partition:
     def __init__(
         self,
@@ -128,7 +133,7 @@ class _Partition:
             raise PartitionError("the program returns values that are no tensors; stages return tensors only")
         self._check_in_place()
         routes = self.count > 1 and any(makes_rows(self.record, node) for node in self.record.nodes.values())
-        routed = scan_record(self.record, lifted_axes(self.lifted)).routed if routes else frozenset()
+        routed = routed_values(self.lifted, self.record) if routes else frozenset()
         builders: list[StageBuilder] = []
         order = {name: place for place, name in enumerate(self.record.nodes)}
         carried: list[str] = []  # what the stage behind receives, walking from the last stage to the first
