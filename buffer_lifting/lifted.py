@@ -37,6 +37,8 @@ class LiftedProgram:
     cp_size: int | None = None
     mesh_dim: str | None = None
     _validated: dict[str, Any] = field(default_factory=dict, repr=False)
+    #: The values inside the routing of tokens to experts, as the scan found them; not known for a loaded program.
+    _routed: frozenset[str] | None = field(default=None, repr=False)
 
     @property
     def axes(self) -> AxesInfo:

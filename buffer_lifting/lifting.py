@@ -92,7 +92,7 @@ def lift(
         way = "make it alike for all samples in the model, or give it as an input"
         raise UnsupportedReadError(f"BL105 {error}{where} -> {way}") from error
     lifted = assemble(program, normalized.graph, normalized.submodules, tuple(i.name for i in lifted_inputs), examples)
-    return LiftedProgram(lifted, lifted_inputs, plan.report, feed)
+    return LiftedProgram(lifted, lifted_inputs, plan.report, feed, _routed=plan.routed)
 
 
 def _check(report: ScanReport, strict: bool) -> None:

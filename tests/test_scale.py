@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 import buffer_lifting as bl
 from buffer_lifting.analysis import forget
+from buffer_lifting.graph.from_fx import build_record
+from buffer_lifting.passes.context_parallel import lifted_axes
+from buffer_lifting.scanner import scan_record
 from buffer_lifting.tables import has_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -139,6 +142,13 @@ def test_bound_tables_and_loaded_weights_give_the_model(kind: str, form: str, tm
     assert torch.equal(staged(**inputs, **feed).logits, wanted)
     hidden = staged.stages[0].module(**inputs, **feed)
     assert torch.equal(loaded.stage.module(hidden, **inputs, **feed), wanted)
+
+
+def test_values_inside_routing_keep_their_names() -> None:
+    lifted = bl.lift(exported(SHAPES["deepseek"], "meta"))
+    for program in (lifted, bl.context_parallel(lifted)):
+        record = build_record(program.program)
+        assert program._routed and program._routed == scan_record(record, lifted_axes(program)).routed
 
 
 def test_to_empty_comes_before_bind_tables() -> None:

@@ -75,7 +75,7 @@ def build_record(program: ExportedProgram, graph: Graph | None = None, states: S
             node.op = _op_name(fx_node)
             node.args = {key: _arg(value) for key, value in schema_args(fx_node).items()}
             stack = fx_node.meta.get("nn_module_stack") or {}
-            node.modules = tuple((entry[0], _class_name(entry[1])) for entry in stack.values())
+            node.modules = tuple([(entry[0], _class_name(entry[1])) for entry in stack.values()])
             trace = fx_node.meta.get("stack_trace") or ""
             if trace not in locations:
                 locations[trace] = innermost_location(trace)

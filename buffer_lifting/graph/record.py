@@ -124,7 +124,10 @@ class Node:
 
     def refs(self) -> list[str]:
         """The names of all nodes that the arguments refer to, in order."""
-        return [name for _, name in self.named_refs()]
+        pairs = self._refs
+        if pairs is None:
+            pairs = self.named_refs()
+        return [pair[1] for pair in pairs]
 
     def named_refs(self) -> tuple[tuple[str, str], ...]:
         """Pairs of argument path (``"input"``, ``"tensors.1"``) and node name."""

@@ -102,7 +102,8 @@ def context_parallel(
         for name in by_key:
             columns[name] = next(dim for dim, _, role in lifted.input_axes[name].seq_dims if role == COL)
         widen_examples(program, columns, size)
-    return LiftedProgram(program, tuple(o.input for o in outputs), lifted.report, feed, cp_size=size, mesh_dim=mesh_dim)
+    added = tuple(o.input for o in outputs)
+    return LiftedProgram(program, added, lifted.report, feed, cp_size=size, mesh_dim=mesh_dim, _routed=lifted._routed)
 
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:
