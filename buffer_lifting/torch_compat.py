@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import sympy  # type: ignore[import-untyped]
@@ -398,18 +396,3 @@ def functional_form(target: Any) -> Any:
     if form is None or torch.Tag.nondeterministic_seeded in target.tags:
         return None
     return form
-
-
-@contextlib.contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """Keeps torch from logging a traceback when an op on fakes fails, which some callers expect.
-
-    Private: the logger's name (there is no switch for it).
-    """
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
