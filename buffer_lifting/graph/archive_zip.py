@@ -48,6 +48,11 @@ class Member:
     offset: int  # of its local header
     stored_name: bytes
 
+    @property
+    def compressed(self) -> bool:
+        """Whether it may unpack to more bytes than it has."""
+        return self.method != _STORED
+
 
 class ZipArchive:
     """The members of a zip file, by name without the common root directory. A context manager.
@@ -95,6 +100,11 @@ class ZipArchive:
         if member.size > limit:
             raise ArchiveError(f"{name} claims {member.size} bytes, the limit is {limit}")
         return b"".join(self.chunks(member))
+
+    @property
+    def length(self) -> int:
+        """The size of the archive in bytes."""
+        return self._length
 
     def window(self, name: str) -> tuple[int, int]:
         """Offset and length of a member in the file, if it is stored as it is: an archive in this one."""
