@@ -249,7 +249,7 @@ def test_sarif_has_places_fingerprints_and_suppressions(places: Places) -> None:
 
 def test_text_of_findings_without_a_line(places: Places) -> None:
     text = render_text(result(places), places, statistics=True)
-    assert "model.pt2: BL201 c\n    no source line: the graph has no stack trace for node 'cumsum' in layers.0" in text
+    assert "model.pt2: BL201 c\n    no source line: the graph has no frame outside torch for node 'cumsum' in layers.0" in text
     assert "model.pt2: BL103 d\n    no source line: it is about the whole program" in text
     assert "BL002 b" not in text, "suppressed"
     assert text.splitlines()[-4].startswith("1 BL001 ")
