@@ -11,6 +11,7 @@ root, with no hidden directory on the way and no link that leads out, are looked
 from __future__ import annotations
 
 import linecache
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Places:
         """What stands for a finding without a line: the target's file, a directory's manifest, a callable's source."""
         file, line = _target_file(target)
         try:
-            path = Path.cwd() / file
+            path = Path(os.path.normpath(Path.cwd() / file))
             inside = path.is_relative_to(self.root) or path.resolve().is_relative_to(self._real_root)
             base = self.root if path.is_relative_to(self.root) else self._real_root
             text = (
