@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from buffer_lifting import __version__
@@ -21,6 +20,7 @@ from buffer_lifting.inspection.config import CheckError
 from buffer_lifting.inspection.diff_command import add_diff
 from buffer_lifting.inspection.rules import UnknownRuleError
 from buffer_lifting.render import lifted_table, render_scan, scan_json
+from buffer_lifting.terminal import emit, inert, inert_json, stdout_to_stderr
 
 if TYPE_CHECKING:
     from buffer_lifting.graph.record import GraphRecord
@@ -149,9 +149,9 @@ def _scan(args: argparse.Namespace) -> int:
 
         explainer = Explainer(record, plan)
     if args.json:
-        print(json.dumps(scan_json(report, lifted, args.target, explainer), indent=2))
+        emit(inert_json(json.dumps(scan_json(report, lifted, args.target, explainer), indent=2)))
     else:
-        print(render_scan(report, lifted, args.target, args.all, explainer))
+        emit(inert(render_scan(report, lifted, args.target, args.all, explainer)))
     return FINDINGS if report.refused else CLEAN
 
 
@@ -207,7 +207,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     try:
         subject: Any = lifted if args.num_stages is None else partition(lifted, args.num_stages)
-        with redirect_stdout(sys.stderr):
+        with stdout_to_stderr():
             report = verify(program, subject, seed=args.seed)
     except (PartitionError, VerificationError) as error:
         print(f"{args.target}: {error}")
@@ -391,4 +391,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _error(stream: TextIO, text: str) -> None:
-    print(f"buffer-lifting: error: {text}", file=stream, flush=True)
+    print(inert(f"buffer-lifting: error: {text}"), file=stream, flush=True)

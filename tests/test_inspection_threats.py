@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.graph.record import Location
 from buffer_lifting.inspection.places import Places
 
+ROOT = Path(__file__).parent.parent
 Capture = pytest.CaptureFixture[str]
 SECRET = "hunter2-AUTHORIZATION"
 FORMATS = ("text", "json", "github", "sarif", "html")
@@ -156,3 +160,107 @@ def test_without_a_frame_of_the_project_the_message_is_true(saved: Path, here: P
     for trace in (None, frame("/v/site-packages/torch/nn/functional.py", 1, "x")):
         assert main(["check", traced(saved, here / "m.pt2", trace)]) == 1
         assert "no source line: the graph has no frame outside torch for node" in capsys.readouterr().out
+
+
+# -- commands of a CI's log -------------------------------------------------------------------------------------------
+
+
+def test_no_line_of_the_output_is_a_command_of_the_log(saved: Path, here: Path, capsys: Capture) -> None:
+    """GitHub runs a line that begins with ``::`` after its spaces, and ``##[...]`` anywhere; Azure ``##vso[...]``."""
+    evil = (
+        "::add-mask::x",
+        "##[add-mask]x",
+        "  ::error::x",
+        "a ##vso[task.setvariable variable=x]y",
+        "::stop-commands::z",
+    )
+    for number, text in enumerate(evil):
+        target = f"::error::{number} ##[group].pt2"
+        traced(saved, here / target, frame("/x/::error::a ##[add-mask]b.py", 6, text))
+        for arguments in (
+            [target],
+            [target, "--format", "json"],
+            [target, "--format", "sarif"],
+            [target, "--format", "html"],
+        ):
+            assert main(["check", *arguments]) == 1
+        assert main(["check", f"::missing{target}"]) == 2
+        main(["scan", target, "--explain"])
+        main(["scan", target, "--json"])
+        main(["diff", str(saved), target])
+        captured = capsys.readouterr()
+        lines = (captured.out + captured.err).splitlines()
+        assert [line for line in lines if line.lstrip().startswith("::") or "##[" in line or "##vso[" in line] == []
+        assert main(["check", target]) == 1
+        assert (text.strip().replace("::", "\\::", 1) if text.strip()[0] == ":" else "##\\") in capsys.readouterr().out
+
+
+def test_json_with_commands_in_it_has_the_same_value(saved: Path, here: Path, capsys: Capture) -> None:
+    target = traced(saved, here / "m.pt2", frame("/x/a.py", 6, "##[add-mask]##vso[x]#[y]"))
+    assert main(["check", target, "--format", "json"]) == 1
+    assert "##[add-mask]##vso[x]#[y]" in json.dumps(json.loads(capsys.readouterr().out))
+
+
+# -- files, streams ---------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_is_no_file(here: Path, capsys: Capture) -> None:
+    os.mkfifo("pipe.pt2")
+    os.mkfifo("pipe.lifted")
+    for arguments in (
+        ["check", "pipe.pt2"],
+        ["check", "pipe.lifted"],
+        ["scan", "pipe.pt2"],
+        ["diff", "pipe.pt2", "pipe.pt2"],
+    ):
+        assert main(arguments) == 2
+        assert "no regular file" in capsys.readouterr().err
+    assert main(["check", "pipe.pt2", "--trust"]) == 2
+
+
+def test_one_file_is_one_target(saved: Path, here: Path, capsys: Capture) -> None:
+    (here / "m.pt2").write_bytes(saved.read_bytes())
+    (here / "link.pt2").symlink_to("m.pt2")
+    (here / "sub").mkdir()
+    assert main(["check", "m.pt2", "./m.pt2", "sub/../m.pt2", str(here / "m.pt2"), "link.pt2", "*.pt2"]) == 1
+    assert "1 finding in 1 target\n" in capsys.readouterr().err
+    assert main(["check", "missing.pt2", "./missing.pt2"]) == 2
+    assert "1 target not checked\n" in capsys.readouterr().err
+
+
+NOISY = """
+import ctypes, os, subprocess, sys
+import torch
+
+def make():
+    print("python")
+    os.write(1, b"descriptor\\n")
+    subprocess.run(["echo", "child"], check=True)
+    ctypes.CDLL(None).puts(b"library")
+    sys.__stdout__.write("original")
+    return torch.export.load(sys.argv[-1])
+"""
+
+
+def _run(here: Path, *arguments: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "buffer_lifting", *arguments]
+    return subprocess.run(command, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, **more)
+
+
+def test_what_a_callable_writes_to_the_descriptor_is_not_in_the_document(saved: Path, here: Path) -> None:
+    text = NOISY.replace("sys.argv[-1]", repr(str(saved)))
+    (here / "noisy.py").write_text(text)
+    done = _run(here, "check", "noisy:make", "--format", "sarif", capture_output=True)
+    assert done.returncode == 1
+    assert len(json.loads(done.stdout)["runs"][0]["results"]) == 1
+    for noise in (b"python", b"descriptor", b"child", b"library", b"original"):
+        assert noise in done.stderr
+
+
+@pytest.mark.parametrize("format", ["text", "sarif"])
+def test_a_reader_that_stops_early_changes_no_exit_code(format: str, saved: Path, here: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = _run(here, "check", str(saved), "--format", format, stdout=closed, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b"1 finding in 1 target" in done.stderr and b"BrokenPipe" not in done.stderr

@@ -9,6 +9,7 @@ several roots, names that leave the archive, encryption, and compression other t
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -71,6 +72,8 @@ class ZipArchive:
         self._rooted = rooted
         self._file: BinaryIO
         try:
+            if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
+                raise ArchiveError("cannot be opened: it is no regular file")
             self._file = path.open("rb")
         except OSError as error:
             raise ArchiveError(f"cannot be opened: {error.strerror}") from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 from buffer_lifting.inspection.outline import Outline, outline, outline_partition, outline_record, outline_saved
@@ -11,6 +9,7 @@ from buffer_lifting.inspection.stage_directory import is_stage_directory
 from buffer_lifting.inspection.targets import is_lifted, needs_torch
 from buffer_lifting.program import Axes
 from buffer_lifting.targets import TargetError, load_checkable
+from buffer_lifting.terminal import stdout_to_stderr
 
 
 def target_outline(target: str, axes: Axes | None = None, trust: bool = False) -> Outline:
@@ -23,7 +22,7 @@ def target_outline(target: str, axes: Axes | None = None, trust: bool = False) -
     path = Path(target)
     if needs_torch(target, trust):
         program = load_checkable(target, trust)
-        with redirect_stdout(sys.stderr):
+        with stdout_to_stderr():
             return outline(program, None if is_lifted(program) else axes)
     if path.is_dir():
         if not is_stage_directory(path):
