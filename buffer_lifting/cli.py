@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from buffer_lifting import __version__
@@ -137,10 +138,19 @@ def _lift(args: argparse.Namespace) -> Any:
 
 
 def _scan(args: argparse.Namespace) -> int:
-    from buffer_lifting.targets import load_graph
+    from buffer_lifting.graph.inconsistent import untrusted
+    from buffer_lifting.targets import TargetError, load_graph
 
     axes = parse_axes(args.axes)
-    record = load_graph(args.target, args.trust)
+    stranger = args.target.endswith(".pt2") and not args.trust
+    with untrusted(args.target, UsageError, TargetError) if stranger else nullcontext():
+        report, text = _scan_text(args, load_graph(args.target, args.trust), axes)
+    emit(text)
+    return FINDINGS if report.refused else CLEAN
+
+
+def _scan_text(args: argparse.Namespace, record: GraphRecord, axes: Axes | None) -> tuple[ScanReport, str]:
+    """The report of a record, and what is printed of it."""
     plan = _analysed(record, axes)
     report, lifted = plan.report, [output.input for output in plan.outputs.values()]
     explainer = None
@@ -149,10 +159,8 @@ def _scan(args: argparse.Namespace) -> int:
 
         explainer = Explainer(record, plan)
     if args.json:
-        emit(inert_json(json.dumps(scan_json(report, lifted, args.target, explainer), indent=2)))
-    else:
-        emit(inert(render_scan(report, lifted, args.target, args.all, explainer)))
-    return FINDINGS if report.refused else CLEAN
+        return report, inert_json(json.dumps(scan_json(report, lifted, args.target, explainer), indent=2))
+    return report, inert(render_scan(report, lifted, args.target, args.all, explainer))
 
 
 def _lift_command(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer_lifting.graph.inconsistent import untrusted
 from buffer_lifting.graph.record import GraphRecord
 from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_scan
 from buffer_lifting.inspection.stage_directory import is_stage_directory
@@ -83,13 +84,16 @@ def check_target(
     path = Path(target)
     if needs_torch(target, trust):
         found, subject = _check_program(target, axes, trust, general_axes)
-    else:
+        if observe is not None:
+            observe(subject)
+        return found
+    with untrusted(target, TargetError):
         if axes and not general_axes and (path.is_dir() or path.suffix == ".lifted"):
             what = "saved stages" if path.is_dir() else "a lifted program"
             raise TargetError(f"{target}: {what}, whose axes are known; --axes is for a program to be lifted")
         found, subject = _check_file(target, path, axes)
-    if observe is not None:
-        observe(subject)
+        if observe is not None:
+            observe(subject)
     return found
 
 
