@@ -18,6 +18,7 @@ from torch.export import Dim
 from buffer_lifting.cli import main
 from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.graph.record import Location
+from buffer_lifting.inspection.html_report import graph_section
 from buffer_lifting.inspection.places import Places
 
 ROOT = Path(__file__).parent.parent
@@ -264,3 +265,22 @@ def test_a_reader_that_stops_early_changes_no_exit_code(format: str, saved: Path
     with os.fdopen(write, "wb") as closed:
         done = _run(here, "check", str(saved), "--format", format, stdout=closed, stderr=subprocess.PIPE)
     assert done.returncode == 1 and b"1 finding in 1 target" in done.stderr and b"BrokenPipe" not in done.stderr
+
+
+# -- size of a page --------------------------------------------------------------------------------------------------
+
+
+def test_a_page_of_many_reads_draws_some_and_says_so(
+    saved: Path, here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_section, "MAX_DRAWN", 2)
+    targets = [f"m{number}.pt2" for number in range(4)]
+    for target in targets:
+        (here / target).write_bytes(saved.read_bytes())
+    assert main(["check", *targets[:2], "--format", "html"]) == 1
+    few = capsys.readouterr().out
+    assert main(["check", *targets, "--format", "html"]) == 1
+    many = capsys.readouterr().out
+    assert "at most" not in few and few.count('<details class="read"') == 2
+    assert many.count("A page draws 2 kinds of reads at most") == 2 and many.count('<details class="read"') == 4
+    assert many.count("<svg") == few.count("<svg")
