@@ -96,7 +96,7 @@ def _program(view: ProgramView, number: int, places: Places, named: bool, drawn:
         text = f"{count(len(view.groups), 'kind')} of reads and ops that mix the sequence"
         parts.append(f"<{level}>{text}</{level}>")
         if len(view.groups) > drawn:
-            most = f"A page draws {count(MAX_DRAWN, 'kind')} of reads at most: of the others, and of the whole, there are no"
+            most = f"A page draws {count(MAX_DRAWN, 'kind')} of reads at most: of the others and the whole there are no"
             parts.append(f'<p class="soft">{most} pictures, but their steps. A page of fewer targets draws more.</p>')
         words = _STATUS if view.kind == "program" else {**_STATUS, **_LIFTED}
         for index, group in enumerate(view.groups):
