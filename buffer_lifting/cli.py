@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from buffer_lifting import __version__
@@ -21,6 +21,7 @@ from buffer_lifting.inspection.config import CheckError
 from buffer_lifting.inspection.diff_command import add_diff
 from buffer_lifting.inspection.rules import UnknownRuleError
 from buffer_lifting.render import lifted_table, render_scan, scan_json
+from buffer_lifting.terminal import emit, inert, inert_json, stdout_to_stderr
 
 if TYPE_CHECKING:
     from buffer_lifting.graph.record import GraphRecord
@@ -137,10 +138,19 @@ def _lift(args: argparse.Namespace) -> Any:
 
 
 def _scan(args: argparse.Namespace) -> int:
-    from buffer_lifting.targets import load_graph
+    from buffer_lifting.graph.inconsistent import untrusted
+    from buffer_lifting.targets import TargetError, load_graph
 
     axes = parse_axes(args.axes)
-    record = load_graph(args.target, args.trust)
+    stranger = args.target.endswith(".pt2") and not args.trust
+    with untrusted(args.target, UsageError, TargetError) if stranger else nullcontext():
+        report, text = _scan_text(args, load_graph(args.target, args.trust), axes)
+    emit(text)
+    return FINDINGS if report.refused else CLEAN
+
+
+def _scan_text(args: argparse.Namespace, record: GraphRecord, axes: Axes | None) -> tuple[ScanReport, str]:
+    """The report of a record, and what is printed of it."""
     plan = _analysed(record, axes)
     report, lifted = plan.report, [output.input for output in plan.outputs.values()]
     explainer = None
@@ -149,10 +159,8 @@ def _scan(args: argparse.Namespace) -> int:
 
         explainer = Explainer(record, plan)
     if args.json:
-        print(json.dumps(scan_json(report, lifted, args.target, explainer), indent=2))
-    else:
-        print(render_scan(report, lifted, args.target, args.all, explainer))
-    return FINDINGS if report.refused else CLEAN
+        return report, inert_json(json.dumps(scan_json(report, lifted, args.target, explainer), indent=2))
+    return report, inert(render_scan(report, lifted, args.target, args.all, explainer))
 
 
 def _lift_command(args: argparse.Namespace) -> int:
@@ -207,7 +215,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     try:
         subject: Any = lifted if args.num_stages is None else partition(lifted, args.num_stages)
-        with redirect_stdout(sys.stderr):
+        with stdout_to_stderr():
             report = verify(program, subject, seed=args.seed)
     except (PartitionError, VerificationError) as error:
         print(f"{args.target}: {error}")
@@ -392,4 +400,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _error(stream: TextIO, text: str) -> None:
-    print(f"buffer-lifting: error: {text}", file=stream, flush=True)
+    print(inert(f"buffer-lifting: error: {text}"), file=stream, flush=True)

@@ -149,11 +149,7 @@ def _place(where: Location | None, target: str) -> str:
 
 
 def _source_line(where: Location | None) -> str:
-    if where is None:
-        return ""
-    import linecache
-
-    return (where.code or linecache.getline(where.file, where.line)).strip()
+    return where.code.strip() if where else ""  # a file may name any: only what it recorded is shown
 
 
 def _summary(report: ScanReport, lifted: Sequence[LiftedInput]) -> list[str]:

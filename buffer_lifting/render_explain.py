@@ -121,9 +121,7 @@ def _source(where: Location) -> str:
 
 
 def _code(where: Location) -> str:
-    import linecache
-
-    return (where.code or linecache.getline(where.file, where.line)).strip()
+    return where.code.strip()  # a file may name any: only what it recorded is shown
 
 
 def _place(where: Location) -> str:

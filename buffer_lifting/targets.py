@@ -12,9 +12,10 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from buffer_lifting.terminal import stdout_to_stderr
 
 if TYPE_CHECKING:
     from buffer_lifting.graph.record import GraphRecord
@@ -41,7 +42,7 @@ def load_program(target: str, trust: bool = False) -> Any:
     """
     if target.endswith(".lifted"):
         raise TargetError(f"{target}: a lifted program; this command takes the program before lifting")
-    with redirect_stdout(sys.stderr):  # what a module or a model prints is no finding
+    with stdout_to_stderr():  # what a module or a model prints is no finding
         program = _load_file(Path(target), trust) if _is_file(target) else call_target(target)
     return _checked(target, program)
 
@@ -77,7 +78,7 @@ def load_checkable(target: str, trust: bool = False) -> Any:
         return load_lifted(target, trust)
     if target.endswith(".pt2"):
         return load_program(target, trust)
-    with redirect_stdout(sys.stderr):
+    with stdout_to_stderr():
         try:
             program = call_target(target)
         except SystemExit as stop:
@@ -99,7 +100,7 @@ def load_lifted(target: str, trust: bool, axes: Axes | None = None) -> Any:
     check_trusted(Path(target), trust)
     from buffer_lifting.package import load
 
-    with redirect_stdout(sys.stderr):
+    with stdout_to_stderr():
         return _read(Path(target), load, "a program that `buffer-lifting lift` wrote")
 
 
@@ -130,6 +131,8 @@ def _load_file(path: Path, trust: bool) -> Any:
 
 def _check_there(path: Path) -> None:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            raise TargetError(f"{path}: it is no regular file")
         path.open("rb").close()
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -573,21 +572,6 @@ def functional_form(target: Any) -> Any:
     if form is None or torch.Tag.nondeterministic_seeded in target.tags:
         return None
     return form
-
-
-@contextlib.contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """Keeps torch from logging a traceback when an op on fakes fails, which some callers expect.
-
-    Private: the logger's name (there is no switch for it).
-    """
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def schedule_class(schedule: Any) -> Any:

@@ -103,7 +103,14 @@ def mutate(program: Any, generator: random.Random) -> Any:
             break
         container, key = generator.choice(found)
         other, other_key = generator.choice(found)
-        what = generator.randrange(6)
+        what = generator.randrange(8)
+        if what >= 6:  # another value of the same kind: what an argument refers to, the op, a size, an expression
+            wanted = generator.choice(("name", "target", "as_int", "expr_str", "as_name", "dtype"))
+            alike = [place for place in found if place[1] == wanted]
+            if len(alike) > 1:
+                (container, key), (other, other_key) = generator.sample(alike, 2)
+                container[key] = copy.deepcopy(other[other_key])
+            continue
         if what == 0:
             container[key] = copy.deepcopy(generator.choice(_STRANGE))
         elif what == 1:

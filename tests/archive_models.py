@@ -33,6 +33,45 @@ class Modes(nn.Module):
         return y + cos + sin + w
 
 
+class Casts(nn.Module):
+    """Autocast switched on: casts of states and values, off inside, a body without a gradient, results from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.register_buffer("table", torch.arange(32.0).view(8, 4))
+        self.register_buffer("turn", torch.polar(torch.ones(8, 2), torch.arange(16.0).view(8, 2)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.linear(x) + self.table[: x.shape[1]]
+            scores = (self.linear(h) @ self.table[: x.shape[1]].t()).softmax(-1)
+            with torch.autocast("cpu", enabled=False):
+                plain = self.linear(x).float() * self.table[: x.shape[1]]
+            with torch.no_grad():
+                frozen = nn.functional.linear(plain, self.linear.weight)
+            turned = torch.view_as_complex(x.float().view(*x.shape[:-1], 2, 2)) * self.turn[: x.shape[1]]
+            mixed = torch.cat([h, frozen], dim=-1), torch.einsum("bsd,bsd->bs", x, h), self.norm(frozen)
+            wide = h.to(torch.float64) + h.mul_(2) + h.cumsum(1, dtype=torch.float64)
+            seen = nn.functional.scaled_dot_product_attention(x, h, plain, attn_mask=self.table[:5, :1].expand(5, 5))
+            return scores @ h, torch.view_as_real(turned), *mixed, wide, seen, nn.functional.mse_loss(x, h)
+
+
+class Returned(nn.Module):
+    """Results of an inlined body: a value, the same again, an input, a state, and a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(32.0).view(8, 4))
+
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            y = x + self.table[: x.shape[1]]
+            z = y.cos()
+        return y, z, y, x, self.table, x.shape[1]
+
+
 class Results(nn.Module):
     """Calls with several results, used and unused, lists of tensors, and results that are None."""
 
@@ -197,6 +236,8 @@ def _inputs() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:
 
 MODELS: dict[str, Build] = {
     "modes": _x(Modes()),
+    "casts": _x(Casts()),
+    "returned": _x(Returned()),
     "results": _x(Results()),
     "conditions": _x(Conditions()),
     "unbacked": _x(Unbacked(), None),

@@ -10,12 +10,14 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,14 @@ import torch
 from archive_fuzz import JSON_FILES, MODEL, Members, edited, expressions, members, mutate, mutate_bytes, pack
 from archive_models import export_model
 
-from buffer_lifting.errors import ArchiveError, LiftingError
+from buffer_lifting.cli import main
+from buffer_lifting.errors import ArchiveError, AxesError
 from buffer_lifting.graph import archive_schema
 from buffer_lifting.graph.archive import SCHEMA_VERSION, read_archive
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind
+from buffer_lifting.inspection.html_report.build import view_of
+from buffer_lifting.inspection.targets import check_target
+from buffer_lifting.program import Axes
 from buffer_lifting.scanner import scan_record
 
 WEIGHTS = "data/weights/model_weights_config.json"
@@ -484,7 +490,7 @@ def _fuzz(source: Path, path: Path, count: int, seed: int) -> tuple[int, int]:
     generator = random.Random(seed)
     content, data = members(source), source.read_bytes()
     programs = {name: json.loads(content[name]) for name in JSON_FILES}
-    errors = 0
+    errors = inconsistent = 0
     for index in range(count):
         if index % 3 == 0:
             path.write_bytes(mutate_bytes(data, generator))
@@ -492,20 +498,63 @@ def _fuzz(source: Path, path: Path, count: int, seed: int) -> tuple[int, int]:
             name = generator.choice((*JSON_FILES, MODEL, MODEL, MODEL))
             pack(path, {**content, name: json.dumps(mutate(programs[name], generator)).encode()})
         try:
-            record = read(path)
+            with nothing_runs(path):
+                axes: Axes = {"x": {0: "batch", 1: "seq"}}
+                observe = partial(view_of, str(path), axes=axes) if index % 7 == 0 else None
+                check_target(str(path), axes, observe)
+        except AxesError:
+            errors += 1
         except ArchiveError as error:
             errors += 1
-            assert str(error).startswith(f"{path}: ") and str(error).isprintable()
-            continue
-        with nothing_runs(path):
-            try:
-                scan_record(record)
-            except LiftingError:
-                errors += 1
+            assert str(error).startswith(f"{path}: ") and str(error).isprintable() and len(str(error)) < 600
+            inconsistent += "its graph is inconsistent at node" in str(error)
+    print(f"{inconsistent} of {count} are inconsistent")
     return errors, count - errors
 
 
-@pytest.mark.parametrize(("name", "count"), [("modes", 1200), ("conditions", 1200), ("custom", 900), ("writes", 900)])
+@pytest.mark.parametrize("name", ["modes", "casts"])
+def test_shapes_that_contradict_each_other_are_a_clear_error(
+    name: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Every tensor of a graph in turn with a dim less, a dim more of size 0, and no dims."""
+    content, path, inconsistent = members(saved(name)), tmp_path / "m.pt2", 0
+    for tensor in _graph(json.loads(content[MODEL]))["tensor_values"]:
+        for sizes in (slice(None, -1), slice(None), slice(0)):
+
+            def change(program: dict[str, Any], tensor: str = tensor, sizes: slice = sizes) -> None:
+                meta = _graph(program)["tensor_values"][tensor]
+                more = [{"as_int": 0}] if sizes == slice(None) else []
+                meta["sizes"] = [*meta["sizes"][sizes], *more]
+                meta["strides"] = [{"as_int": 1}] * len(meta["sizes"])
+
+            try:
+                check_target(str(pack(path, edited(content, change))), {"x": {0: "batch", 1: "seq"}})
+            except (ArchiveError, AxesError) as error:
+                inconsistent += "its graph is inconsistent at node" in str(error)
+    assert inconsistent
+
+
+def test_an_exception_of_the_analysis_names_the_node(
+    content: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from buffer_lifting import scanner
+
+    def broken(node: Node, *_: object) -> None:
+        raise IndexError("list index\x1b out of range")
+
+    def scan(record: GraphRecord, *_: object) -> None:
+        broken(next(node for node in record.nodes.values() if node.kind is NodeKind.OP))
+
+    monkeypatch.setattr(scanner, "scan_record", scan)
+    path = pack(tmp_path / "m.pt2", content)
+    for command in ("check", "scan"):
+        assert main([command, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert re.search(r"m.pt2: its graph is inconsistent at node '\w+' \(aten\.[\w.]+\): shapes or arguments", error)
+        assert "IndexError: list index? out of range" in error and "crashed" not in error
+
+
+@pytest.mark.parametrize(("name", "count"), [("modes", 1200), ("conditions", 700), ("custom", 700), ("writes", 700)])
 def test_damaged_archives(name: str, count: int, saved: Callable[[str], Path], tmp_path: Path) -> None:
     errors, reads = _fuzz(saved(name), tmp_path / "m.pt2", count, seed=count)
     assert errors > count // 2 and reads > count // 50

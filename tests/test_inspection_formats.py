@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft4Validator
 
 from buffer_lifting.graph.record import Location
 from buffer_lifting.inspection.diagnostics import Diagnostic, diagnostic, numbered
@@ -134,86 +137,44 @@ def test_github_states_a_total_when_it_cuts(count: int, total: bool, places: Pla
 
 # sarif
 
-#: Object -> its properties in SARIF 2.1.0 that are used here, with (type, is required); from the specification.
-SARIF: dict[str, dict[str, tuple[Any, bool]]] = {
-    "log": {"$schema": (str, False), "version": (str, True), "runs": (["run"], True)},
-    "run": {
-        "tool": ("tool", True),
-        "invocations": (["invocation"], False),
-        "results": (["result"], False),
-        "columnKind": (str, False),
-        "originalUriBaseIds": (dict, False),
-    },
-    "tool": {"driver": ("driver", True)},
-    "driver": {
-        "name": (str, True),
-        "version": (str, False),
-        "semanticVersion": (str, False),
-        "rules": (["rule"], False),
-    },
-    "rule": {
-        "id": (str, True),
-        "name": (str, False),
-        "shortDescription": ("text", False),
-        "fullDescription": ("text", False),
-        "help": ("text", False),
-        "defaultConfiguration": ("configuration", False),
-    },
-    "configuration": {"level": (str, False)},
-    "text": {"text": (str, True), "markdown": (str, False)},
-    "message": {"text": (str, True)},
-    "invocation": {"executionSuccessful": (bool, True), "toolExecutionNotifications": (["notification"], False)},
-    "notification": {
-        "level": (str, False),
-        "message": ("message", True),
-        "descriptor": ("descriptor", False),
-        "associatedRule": ("descriptor", False),
-    },
-    "descriptor": {"id": (str, False), "index": (int, False)},
-    "result": {
-        "ruleId": (str, False),
-        "ruleIndex": (int, False),
-        "level": (str, False),
-        "message": ("message", True),
-        "locations": (["location"], False),
-        "partialFingerprints": (dict, False),
-        "properties": (dict, False),
-        "suppressions": (["suppression"], False),
-    },
-    "suppression": {"kind": (str, True), "status": (str, False), "justification": (str, False)},
-    "location": {"physicalLocation": ("physical", False), "logicalLocations": (["logical"], False)},
-    "physical": {"artifactLocation": ("artifact", True), "region": ("region", False)},
-    "artifact": {"uri": (str, True), "uriBaseId": (str, False)},
-    "region": {"startLine": (int, True), "snippet": ("message", False)},
-    "logical": {"name": (str, True), "fullyQualifiedName": (str, False), "kind": (str, False)},
-}
-LEVELS = {"none", "note", "warning", "error"}
+SCHEMA = Draft4Validator(json.loads((Path(__file__).parent / "data" / "sarif-schema-2.1.0.json").read_text()))
+_URI = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/%-]+")
 
 
-def conforms(value: Any, kind: Any, where: str = "$") -> None:
-    """Asserts that a value is an object of SARIF: known properties only, the required ones there, right types."""
-    if isinstance(kind, list):
-        assert isinstance(value, list), where
-        for index, item in enumerate(value):
-            conforms(item, kind[0], f"{where}[{index}]")
-    elif isinstance(kind, str):
-        assert isinstance(value, dict), where
-        properties = SARIF[kind]
-        assert set(value) <= set(properties), where
-        assert {key for key, (_, required) in properties.items() if required} <= set(value), where
-        for key, item in value.items():
-            conforms(item, properties[key][0], f"{where}.{key}")
-            if key == "level":
-                assert item in LEVELS
-            if key == "startLine":
-                assert item >= 1
-    else:
-        assert type(value) is kind, where
+def conforms(text: str) -> dict[str, Any]:
+    """The log, valid by the schema of OASIS, and with what GitHub's code scanning asks for beyond it."""
+    log: dict[str, Any] = json.loads(text)
+    assert [error.message for error in SCHEMA.iter_errors(log)] == []
+    for item in log["runs"][0]["results"]:
+        for location in item["locations"]:
+            physical = location["physicalLocation"]
+            uri = physical["artifactLocation"]["uri"]
+            assert _URI.fullmatch(uri) and not uri.startswith("/") and physical["region"]["startLine"] >= 1
+        assert item["locations"] and item["partialFingerprints"]
+    return log
+
+
+def test_the_schema_finds_what_is_wrong(places: Places) -> None:
+    log = json.loads(render_sarif(result(places, **FAILED), places))
+    assert Draft4Validator.check_schema(SCHEMA.schema) is None and SCHEMA.is_valid(log)
+    run = log["runs"][0]
+    for container, key, value in (
+        (log, "version", "2.2.0"),
+        (run["results"][0], "level", "fatal"),
+        (run["results"][0], "lines", 3),
+        (run["results"][0]["locations"][0]["physicalLocation"]["region"], "startLine", 0),
+        (run["invocations"][0], "executionSuccessful", "yes"),
+        (run["results"][1]["suppressions"][0], "kind", "baseline"),
+    ):
+        before = container.get(key)
+        container[key] = value
+        assert not SCHEMA.is_valid(log), key
+        container.pop(key) if before is None else container.update({key: before})
+    assert SCHEMA.is_valid(log)
 
 
 def test_sarif_is_well_formed(places: Places) -> None:
-    log = json.loads(render_sarif(result(places, **FAILED), places))
-    conforms(log, "log")
+    log = conforms(render_sarif(result(places, **FAILED), places))
     assert log["version"] == "2.1.0" and log["$schema"].endswith("/sarif-schema-2.1.0.json")
     (run,) = log["runs"]
     rules = run["tool"]["driver"]["rules"]
@@ -224,7 +185,7 @@ def test_sarif_is_well_formed(places: Places) -> None:
 
 
 def test_sarif_has_places_fingerprints_and_suppressions(places: Places) -> None:
-    run = json.loads(render_sarif(result(places), places))["runs"][0]
+    run = conforms(render_sarif(result(places), places))["runs"][0]
     assert run["invocations"][0]["executionSuccessful"] is True
     first, second, third, fourth, fifth = run["results"]
     physical = first["locations"][0]["physicalLocation"]
@@ -238,10 +199,39 @@ def test_sarif_has_places_fingerprints_and_suppressions(places: Places) -> None:
     assert [item["suppressions"] for item in (first, third, fourth, fifth)] == [[], [], [], []]
     uris = [item["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for item in (first, second, third)]
     assert not any(uri.startswith("/") or "secret" in uri for uri in uris)
-    assert "physicalLocation" not in fourth["locations"][0]
+    assert fourth["locations"][0]["physicalLocation"]["artifactLocation"] == {"uri": "model.pt2"}, (
+        "not in the repository"
+    )
     assert fifth["locations"][0]["logicalLocations"] == [{"name": "model.pt2", "kind": "module"}]
     prints = [item["partialFingerprints"]["bufferLiftingKey/v1"] for item in run["results"]]
     assert len(set(prints)) == 5
+
+
+def test_sarif_of_findings_without_a_line_names_the_target(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code scanning rejects a whole log for one result without a file."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "exported_here.py").write_text("import os\n\n\ndef make():\n    return 1\n")
+    (tmp_path / "stages").mkdir()
+    monkeypatch.chdir(tmp_path / "src")
+    monkeypatch.syspath_prepend(tmp_path / "src")
+    monkeypatch.delitem(sys.modules, "exported_here", raising=False)
+    importlib.import_module("exported_here")
+    expected = {
+        "../a b%.pt2": ("a%20b%25.pt2", 1),
+        str(tmp_path / "m.pt2"): ("m.pt2", 1),
+        "../stages": ("stages/manifest.json", 1),
+        "exported_here:make": ("src/exported_here.py", 4),
+        "exported_here:make.missing": ("src/exported_here.py", 1),
+    }
+    item = diagnostic("BL103", "d")
+    log = conforms(render_sarif(CheckResult((), tuple(Reported(target, item) for target in expected)), places))
+    found = [entry["locations"][0]["physicalLocation"] for entry in log["runs"][0]["results"]]
+    assert [(where["artifactLocation"]["uri"], where["region"]["startLine"]) for where in found] == [*expected.values()]
+    assert all(where["artifactLocation"]["uriBaseId"] == "ROOT" for where in found)
+    elsewhere = ("json:loads", "no_such_module:make", "/x/\0/" + "a" * 300 + ".pt2", "/", "\ud800.pt2")
+    conforms(render_sarif(CheckResult((), tuple(Reported(target, item) for target in elsewhere)), places))
 
 
 # text
@@ -249,7 +239,10 @@ def test_sarif_has_places_fingerprints_and_suppressions(places: Places) -> None:
 
 def test_text_of_findings_without_a_line(places: Places) -> None:
     text = render_text(result(places), places, statistics=True)
-    assert "model.pt2: BL201 c\n    no source line: the graph has no stack trace for node 'cumsum' in layers.0" in text
+    assert (
+        "model.pt2: BL201 c\n    no source line: the graph has no frame outside torch for node 'cumsum' in layers.0"
+        in text
+    )
     assert "model.pt2: BL103 d\n    no source line: it is about the whole program" in text
     assert "BL002 b" not in text, "suppressed"
     assert text.splitlines()[-4].startswith("1 BL001 ")

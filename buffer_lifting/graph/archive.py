@@ -39,6 +39,7 @@ from buffer_lifting.graph.archive_schema import (
 from buffer_lifting.graph.archive_state import States
 from buffer_lifting.graph.archive_zip import ZipArchive
 from buffer_lifting.graph.choices import resolve_choices
+from buffer_lifting.graph.inconsistent import inconsistent
 from buffer_lifting.graph.record import Arg, GraphRecord, Meta, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.shape_grammar import short
 from buffer_lifting.graph.sizes import is_symbol
@@ -74,6 +75,8 @@ def read_archive(path: str | os.PathLike[str], window: tuple[int, int] | None = 
         raise ArchiveError(f"{path}: too large or too deeply nested") from None
     except OSError as error:
         raise ArchiveError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:
+        raise inconsistent(path, error) from error
     finally:
         if collect:
             gc.enable()

@@ -36,6 +36,12 @@ from buffer_lifting.graph.shape_grammar import short
 _WEIGHTS, _CONSTANTS = "data/weights/", "data/constants/"
 _PATH = re.compile(r"\w{1,64}", re.ASCII)
 _MAX_GATHER = 1 << 22  # elements of a strided tensor that are gathered to compare its content
+_MAX_SPAN = 1 << 28  # bytes of its storage that are held for it
+_MAX_ROWS = 1 << 22  # rows that are gathered in all
+_MAX_READ = 1 << 30  # bytes of tensors that are read in all, besides some times the file's own size
+_FILE_TIMES = 4
+_UNUSED_TIMES, _UNUSED_BYTES = 16, 1 << 26  # how much more than its tensors a compressed member may hold
+_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,14 @@ class _Payload:
     strides: tuple[int, ...]
     offset: int  # elements
     has_data: bool
+
+    @property
+    def span(self) -> int:
+        """Bytes of the member from its start to the end of the last element."""
+        if not prod(self.shape):
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (self.offset + last + 1) * self.item
 
     @property
     def contiguous(self) -> bool:
@@ -67,10 +81,38 @@ class States:
         self.archive = archive
         self.stores = [_config(archive, _WEIGHTS, "weights"), _config(archive, _CONSTANTS, "constants")]
         self.aliases: dict[str, list[str]] = defaultdict(list)
+        self._reader = _Elements(archive)
+        self._digests: dict[tuple[str, str], str | None] = {}
+        self._uniforms: dict[tuple[str, str], bool] = {}
+        self._check_claims()
         for store in self.stores:
             for fqn, payload in store.items():
                 if payload is not None:
                     self.aliases[_key(payload, fqn)].append(fqn)
+
+    def _check_claims(self) -> None:
+        """A compressed member that holds far more than the tensors in it would be unpacked for nothing."""
+        spans: dict[str, int] = defaultdict(int)
+        members: dict[str, Member] = {}
+        for payload in (item for store in self.stores for item in store.values() if item is not None):
+            members[payload.member.name] = payload.member
+            spans[payload.member.name] = max(spans[payload.member.name], payload.span)
+        for name, member in members.items():
+            if member.compressed and member.size > max(_UNUSED_TIMES * spans[name], _UNUSED_BYTES):
+                raise SchemaError(f"{name} unpacks to {member.size} bytes, and its tensors take {spans[name]} of them")
+
+    def _digest(self, payload: _Payload, fqn: str) -> str | None:
+        """The hash of a tensor's content; each view of a storage is read once."""
+        key = (_key(payload, fqn), payload.dtype)
+        if key not in self._digests:
+            self._digests[key] = _digest(self._reader, payload)
+        return self._digests[key]
+
+    def _uniform(self, payload: _Payload, fqn: str) -> bool:
+        key = (_key(payload, fqn), payload.dtype)
+        if key not in self._uniforms:
+            self._uniforms[key] = _is_uniform(self._reader, payload)
+        return self._uniforms[key]
 
     def _payload(self, fqn: str) -> _Payload | None:
         return self.stores[0].get(fqn) if fqn in self.stores[0] else self.stores[1].get(fqn)
@@ -89,13 +131,13 @@ class States:
             keys = {fqn: _key(payload, fqn) for fqn, payload in payloads.items()}
             compare = len(set(keys.values())) > 1
             for fqn, payload in payloads.items():
-                contents[fqn] = (_digest(self.archive, payload) if compare else None) or keys[fqn]
+                contents[fqn] = (self._digest(payload, fqn) if compare else None) or keys[fqn]
         for node in nodes:
             payload = self._payload(node.fqn)
             node.content = contents.get(node.fqn, node.fqn)
             if payload is not None:
                 transient = node.state_kind is not StateKind.BUFFER or not node.persistent
-                node.uniform = transient and _is_uniform(self.archive, payload)
+                node.uniform = transient and self._uniform(payload, node.fqn)
                 node.aliases = tuple(fqn for fqn in self.aliases[_key(payload, node.fqn)] if fqn != node.fqn)
 
 
@@ -157,57 +199,94 @@ def _key(payload: _Payload, fqn: str) -> str:
     return f"{payload.member.name}:{payload.offset}:{payload.shape}:{payload.strides}"
 
 
-def _digest(archive: ZipArchive, payload: _Payload) -> str | None:
+def _digest(reader: _Elements, payload: _Payload) -> str | None:
     """A hash of a tensor's elements in order; ``None`` if they are not there, or too many to gather."""
     if not prod(payload.shape):
         return f"empty:{payload.dtype}:{payload.shape}"
     digest, empty = hashlib.blake2b(digest_size=16), True
-    for piece in _pieces(archive, payload):
+    for piece in reader.pieces(payload):
         digest.update(piece)
         empty = False
     return None if empty else f"{digest.hexdigest()}:{payload.dtype}:{payload.shape}"
 
 
-def _pieces(archive: ZipArchive, payload: _Payload) -> Iterator[bytes]:
-    """A tensor's elements in order, as pieces of whole elements; nothing if there are none, or too many to gather."""
-    if not payload.has_data:
-        return
-    start = payload.offset * payload.item
-    if not payload.contiguous:
-        if prod(payload.shape) <= _MAX_GATHER:
-            data = b"".join(archive.chunks(payload.member))
-            for place in _places(payload):
-                yield data[start + place : start + place + payload.item]
-        return
-    left = prod(payload.shape) * payload.item
-    kept = b""
-    for chunk in archive.chunks(payload.member):
-        part = chunk[start : start + left]
-        start = max(0, start - len(chunk))
-        left -= len(part)
-        part = kept + part
-        whole = len(part) // payload.item * payload.item
-        kept = part[whole:]
-        if whole:
-            yield part[:whole]
-        if not left:
-            break
-
-
-def _is_uniform(archive: ZipArchive, payload: _Payload) -> bool:
+def _is_uniform(reader: _Elements, payload: _Payload) -> bool:
     """Whether all elements of an integer tensor are equal."""
     if not payload.has_data or not payload.dtype.startswith(("int", "uint", "bool")):
         return False
     first = b""
-    for piece in _pieces(archive, payload):
+    for piece in reader.pieces(payload):
         first = first or piece[: payload.item]
         if piece != first * (len(piece) // payload.item):
             return False
     return bool(first)
 
 
-def _places(payload: _Payload) -> Iterator[int]:
-    """The byte offset of each element, in order."""
-    steps = [stride * payload.item for stride in payload.strides]
-    for index in product(*[range(size) for size in payload.shape]):
-        yield sum(i * step for i, step in zip(index, steps, strict=True))
+class _Elements:
+    """Reads tensors' elements, within a budget of bytes and rows for the whole archive."""
+
+    def __init__(self, archive: ZipArchive) -> None:
+        self.archive = archive
+        self.limit = self.left = _MAX_READ + _FILE_TIMES * archive.length
+        self.rows = _MAX_ROWS
+
+    def pieces(self, payload: _Payload) -> Iterator[bytes]:
+        """A tensor's elements in order, as pieces of whole elements; nothing if none are there, or too many to gather.
+
+        Raises:
+            SchemaError: the budget is spent.
+        """
+        if not payload.has_data:
+            return
+        if not payload.contiguous:
+            yield from self._gathered(payload)
+            return
+        start, left = payload.offset * payload.item, prod(payload.shape) * payload.item
+        kept = b""
+        for chunk in self._chunks(payload.member):
+            part = chunk[start : start + left]
+            start = max(0, start - len(chunk))
+            left -= len(part)
+            part = kept + part
+            whole = len(part) // payload.item * payload.item
+            kept = part[whole:]
+            if whole:
+                yield part[:whole]
+            if not left:
+                break
+
+    def _chunks(self, member: Member) -> Iterator[bytes]:
+        for chunk in self.archive.chunks(member):
+            self.left -= len(chunk)
+            if self.left < 0:
+                raise SchemaError(f"its buffers unpack to more than {self.limit} bytes: more than the limit")
+            yield chunk
+
+    def _gathered(self, payload: _Payload) -> Iterator[bytes]:
+        """The rows of a strided tensor, from the part of its storage that has them."""
+        rows = prod(payload.shape[:-1])
+        if prod(payload.shape) > _MAX_GATHER or payload.span > _MAX_SPAN or rows > self.rows:
+            return
+        self.rows -= rows
+        data = bytearray()
+        for chunk in self._chunks(payload.member):
+            data += chunk[: payload.span - len(data)]
+            if len(data) >= payload.span:
+                break
+        if len(data) < payload.span:
+            raise SchemaError(f"{payload.member.name} has fewer bytes than its tensors claim")
+        count, step = payload.shape[-1], payload.strides[-1]
+        for index in product(*[range(size) for size in payload.shape[:-1]]):
+            outer = sum(i * stride for i, stride in zip(index, payload.strides[:-1], strict=True))
+            yield _row(data, payload.offset + outer, count, step, payload.item)
+
+
+def _row(data: bytearray, start: int, count: int, step: int, item: int) -> bytes:
+    """``count`` elements, ``step`` elements apart."""
+    if not step:
+        return bytes(data[start * item : (start + 1) * item]) * count
+    if item not in _FORMATS:
+        return b"".join(bytes(data[at * item : (at + 1) * item]) for at in range(start, start + count * step, step))
+    whole = len(data) // item * item
+    view: Any = memoryview(data)[:whole]
+    return bytes(view.cast(_FORMATS[item])[start : start + (count - 1) * step + 1 : step].tobytes())

@@ -9,6 +9,7 @@ several roots, names that leave the archive, encryption, and compression other t
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -48,6 +49,11 @@ class Member:
     offset: int  # of its local header
     stored_name: bytes
 
+    @property
+    def compressed(self) -> bool:
+        """Whether it may unpack to more bytes than it has."""
+        return self.method != _STORED
+
 
 class ZipArchive:
     """The members of a zip file, by name without the common root directory. A context manager.
@@ -66,6 +72,8 @@ class ZipArchive:
         self._rooted = rooted
         self._file: BinaryIO
         try:
+            if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
+                raise ArchiveError("cannot be opened: it is no regular file")
             self._file = path.open("rb")
         except OSError as error:
             raise ArchiveError(f"cannot be opened: {error.strerror}") from None
@@ -95,6 +103,11 @@ class ZipArchive:
         if member.size > limit:
             raise ArchiveError(f"{name} claims {member.size} bytes, the limit is {limit}")
         return b"".join(self.chunks(member))
+
+    @property
+    def length(self) -> int:
+        """The size of the archive in bytes."""
+        return self._length
 
     def window(self, name: str) -> tuple[int, int]:
         """Offset and length of a member in the file, if it is stored as it is: an archive in this one."""

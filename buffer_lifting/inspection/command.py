@@ -6,7 +6,6 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from buffer_lifting.inspection.rules import RULES, check_prefixes, is_enabled, r
 from buffer_lifting.inspection.sarif_format import render_sarif
 from buffer_lifting.inspection.text import render_text
 from buffer_lifting.program import Axes
+from buffer_lifting.terminal import emit, inert, inert_json, stdout_to_stderr
 
 if TYPE_CHECKING:
     from buffer_lifting.inspection.html_report.build import Cut
@@ -72,7 +72,7 @@ def _check(args: argparse.Namespace) -> int:
     statistics = settings.config.statistics if args.statistics is None else args.statistics
     text = _render(name, result, Places(settings.root), statistics, views)
     if text:
-        print(text)
+        emit(text)
     return _finished(args, settings, result)
 
 
@@ -157,7 +157,7 @@ def _observer(views: list[ProgramView], axes: Axes | None, cut: Cut | None = Non
     from buffer_lifting.inspection.html_report.build import view_of
 
     def observe(target: str, subject: Any) -> None:
-        with redirect_stdout(sys.stderr):
+        with stdout_to_stderr():
             view = view_of(target, subject, axes, cut)
         views.append(view)
         if view.problem or view.unsplit:
@@ -190,7 +190,7 @@ def _with_baseline(
 def _render(name: str, result: CheckResult, places: Places, statistics: bool, views: Sequence[ProgramView] = ()) -> str:
     """The findings in a format; the statistics that a format has no room for go to stderr."""
     if name == "text":
-        return render_text(result, places, statistics)
+        return inert(render_text(result, places, statistics))
     if name == "html":
         from buffer_lifting.inspection.html_report.page import render_html
 
@@ -198,7 +198,9 @@ def _render(name: str, result: CheckResult, places: Places, statistics: bool, vi
     if statistics and name != "json":
         for code, count in result.statistics.items():
             _log(f"{count} {code} {RULES[code].message}")
-    return {"json": render_json, "github": render_github, "sarif": render_sarif}[name](result, places)
+    if name == "github":
+        return render_github(result, places)
+    return inert_json({"json": render_json, "sarif": render_sarif}[name](result, places))
 
 
 def run(
@@ -275,7 +277,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _log(text: str) -> None:
-    print(f"buffer-lifting: {printable(text)}", file=sys.stderr, flush=True)
+    print(inert(f"buffer-lifting: {printable(text)}"), file=sys.stderr, flush=True)
 
 
 def _add_choice(sub: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from buffer_lifting.inspection.config import CheckError
 from buffer_lifting.inspection.places import printable
 from buffer_lifting.program import Axes
+from buffer_lifting.terminal import emit, inert, inert_json
 
 ParseAxes = Callable[[list[str] | None], Axes | None]
 DIFF_HELP = """\
@@ -42,15 +43,16 @@ def _diff(args: argparse.Namespace) -> int:
     diff = compare(*sides)
     for note in diff.notes:
         _log(note)
-    text = diff_json(diff, args.old, args.new) if args.format == "json" else render_diff(diff)
+    json = args.format == "json"
+    text = inert_json(diff_json(diff, args.old, args.new)) if json else inert(render_diff(diff))
     if text:
-        print(text)
+        emit(text)
     _log(counts(diff.changes))
     return 1 if diff.changes else 0
 
 
 def _log(text: str) -> None:
-    print(f"buffer-lifting: {printable(text)}", file=sys.stderr, flush=True)
+    print(inert(f"buffer-lifting: {printable(text)}"), file=sys.stderr, flush=True)
 
 
 def add_diff(commands: Any, parents: list[argparse.ArgumentParser], parse_axes: ParseAxes) -> None:

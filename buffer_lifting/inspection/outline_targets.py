@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
+from buffer_lifting.graph.inconsistent import untrusted
 from buffer_lifting.inspection.outline import Outline, outline, outline_partition, outline_record, outline_saved
 from buffer_lifting.inspection.stage_directory import is_stage_directory
 from buffer_lifting.inspection.targets import is_lifted, needs_torch
 from buffer_lifting.program import Axes
 from buffer_lifting.targets import TargetError, load_checkable
+from buffer_lifting.terminal import stdout_to_stderr
 
 
 def target_outline(target: str, axes: Axes | None = None, trust: bool = False) -> Outline:
@@ -23,8 +23,13 @@ def target_outline(target: str, axes: Axes | None = None, trust: bool = False) -
     path = Path(target)
     if needs_torch(target, trust):
         program = load_checkable(target, trust)
-        with redirect_stdout(sys.stderr):
+        with stdout_to_stderr():
             return outline(program, None if is_lifted(program) else axes)
+    with untrusted(target, TargetError):
+        return _file_outline(target, path, axes)
+
+
+def _file_outline(target: str, path: Path, axes: Axes | None) -> Outline:
     if path.is_dir():
         if not is_stage_directory(path):
             raise TargetError(f"{target}: a directory without a manifest, which `buffer-lifting split` writes")

@@ -76,23 +76,19 @@ def _result(item: Reported, places: Places) -> dict[str, Any]:
 
 
 def _location(item: Reported, places: Places) -> dict[str, Any]:
-    """Always with the module or node; with the line where there is one."""
-    found, place = item.diagnostic, places.of(item.diagnostic)
-    location: dict[str, Any] = {}
-    if place is not None:
-        # a file outside the repository is named without its directories, which are those of one machine
-        path = (
-            place.path
-            if place.inside or place.path.startswith(("site-packages/", "dist-packages/"))
-            else (place.path.rpartition("/")[2])
-        )
-        artifact = {"uri": quote(path)}
-        if place.inside:
-            artifact["uriBaseId"] = ROOT
-        region: dict[str, Any] = {"startLine": max(place.line, 1)}
-        if place.source:
-            region["snippet"] = {"text": place.source}
-        location["physicalLocation"] = {"artifactLocation": artifact, "region": region}
+    """Always with a file, as code scanning wants, and the module or node; the target stands for a missing line."""
+    found = item.diagnostic
+    place = places.of(found) or places.of_target(item.target)
+    # a file outside the repository is named without its directories, which are those of one machine
+    named = place.inside or place.path.startswith(("site-packages/", "dist-packages/"))
+    path = place.path if named else place.path.rstrip("/").rpartition("/")[2] or "unknown"
+    artifact = {"uri": quote(path.encode("utf-8", "replace"))}
+    if place.inside:
+        artifact["uriBaseId"] = ROOT
+    region: dict[str, Any] = {"startLine": max(place.line, 1)}
+    if place.source:
+        region["snippet"] = {"text": place.source}
+    location: dict[str, Any] = {"physicalLocation": {"artifactLocation": artifact, "region": region}}
     logical = []
     if found.module:
         module = {"fullyQualifiedName": found.module, "name": found.module.rpartition(".")[2], "kind": "module"}

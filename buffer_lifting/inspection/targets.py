@@ -7,19 +7,20 @@ runs.
 from __future__ import annotations
 
 import glob
-import sys
+import os
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer_lifting.graph.inconsistent import untrusted
 from buffer_lifting.graph.record import GraphRecord
 from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_scan
 from buffer_lifting.inspection.stage_directory import is_stage_directory
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes
 from buffer_lifting.targets import TargetError, load_checkable
+from buffer_lifting.terminal import stdout_to_stderr
 
 _EXPECTED = (
     "a target is a .pt2 file, a .lifted file, a directory that `buffer-lifting split` wrote, or package.module:callable"
@@ -37,17 +38,26 @@ class Scanned:
 
 def expand(patterns: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """The targets that the arguments name, each once, in order; and the globs that match none, with the reason."""
-    targets: dict[str, None] = {}
+    targets: dict[str, str] = {}  # what it is -> as it is written first
     failures = []
     for pattern in patterns:
         if is_callable(pattern) or not glob.has_magic(pattern) or Path(pattern).exists():
-            targets[pattern] = None
+            targets.setdefault(_identity(pattern), pattern)
             continue
         found = [path for path in sorted(glob.glob(pattern, recursive=True)) if _is_checkable(Path(path))]
         if not found:
             failures.append((pattern, "it matches no .pt2 file, no .lifted file and no stage directory"))
-        targets.update(dict.fromkeys(found))
-    return list(targets), failures
+        for path in found:
+            targets.setdefault(_identity(path), path)
+    return list(targets.values()), failures
+
+
+def _identity(target: str) -> str:
+    """Equal for targets that are one: other ways to write a path, and links to it."""
+    try:
+        return target if is_callable(target) else os.path.realpath(target)
+    except (OSError, ValueError):
+        return target
 
 
 def check_target(
@@ -74,13 +84,16 @@ def check_target(
     path = Path(target)
     if needs_torch(target, trust):
         found, subject = _check_program(target, axes, trust, general_axes)
-    else:
+        if observe is not None:
+            observe(subject)
+        return found
+    with untrusted(target, TargetError):
         if axes and not general_axes and (path.is_dir() or path.suffix == ".lifted"):
             what = "saved stages" if path.is_dir() else "a lifted program"
             raise TargetError(f"{target}: {what}, whose axes are known; --axes is for a program to be lifted")
         found, subject = _check_file(target, path, axes)
-    if observe is not None:
-        observe(subject)
+        if observe is not None:
+            observe(subject)
     return found
 
 
@@ -97,7 +110,7 @@ def _check_program(
     if general_axes and is_lifted(program):
         axes = None
     try:
-        with redirect_stdout(sys.stderr):
+        with stdout_to_stderr():
             return check(program, axes=axes), program
     except ValueError as error:
         raise TargetError(f"{target}: {error}") from error

@@ -64,7 +64,8 @@ def _graph_place(group: _Group) -> str:
     if not found.node:
         return "it is about the whole program"
     inside = f" in {found.module} ({found.module_class})" if found.module and found.module_class else ""
-    return f"the graph has no stack trace for node {found.node!r}{inside or (found.module and f' in {found.module}')}"
+    inside = inside or (found.module and f" in {found.module}")
+    return f"the graph has no frame outside torch for node {found.node!r}{inside}"
 
 
 def _spread(group: _Group) -> str:

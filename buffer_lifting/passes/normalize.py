@@ -111,7 +111,8 @@ class _Inliner:
             if autocast and node.op == "call_function":
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: env[n])
                 args, kwargs = with_casts(new, node, args, kwargs)
-                copied = new.call_function(node.target, args, kwargs)
+                name = node.name if not prefix else f"{prefix}_{node.name}"
+                copied = new.create_node("call_function", node.target, args, kwargs, name)
                 copied.meta = dict(node.meta)
             else:
                 copied = copy_node(new, node, lambda n: env[n])

@@ -105,7 +105,7 @@ def _member(item: Reported) -> str:
 def _where(card: Card) -> str:
     place, found = card.place, card.first.diagnostic
     if place is None:
-        why = "the graph has no stack trace for it" if found.node else "it is about the whole program"
+        why = "the graph has no frame outside torch for it" if found.node else "it is about the whole program"
         return f'<p class="soft">No source line: {why}.</p>'
     function = found.location.function if found.location else ""
     inside = f' <span class="soft">in {code(function)}</span>' if function else ""

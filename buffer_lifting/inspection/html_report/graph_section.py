@@ -36,6 +36,10 @@ _KEY = (
 )
 
 
+#: Kinds of reads of a page that are drawn; the others have their steps as text.
+MAX_DRAWN = 200
+
+
 def graph_section(views: Sequence[ProgramView], places: Places, targets: Sequence[str]) -> str:
     """The section of the page; ``targets`` gives each target its number."""
     parts = [
@@ -54,8 +58,10 @@ def graph_section(views: Sequence[ProgramView], places: Places, targets: Sequenc
         )
         parts.append(_key())
     parts.append('<div id="pictures">')
+    left = MAX_DRAWN
     for view in views:
-        parts.append(_program(view, targets.index(view.target), places, len(targets) > 1))
+        parts.append(_program(view, targets.index(view.target), places, len(targets) > 1, left))
+        left = max(0, left - len(view.groups))
     return "\n".join([*parts, "</div></section>"])
 
 
@@ -73,13 +79,14 @@ def _key() -> str:
     return f'<ul class="key" aria-label="Key">{"".join(entries)}</ul>'
 
 
-def _program(view: ProgramView, number: int, places: Places, named: bool) -> str:
+def _program(view: ProgramView, number: int, places: Places, named: bool, drawn: int) -> str:
     parts = [f"<div data-group><h3>{code(view.target)}</h3>" if named else "<div>"]
     parts += [f'<p class="soft">{escape(note)}</p>' for note in view.notes]
     if view.problem:
         parts.append(f'<p class="verdict failed">{escape(view.problem)}</p>')
     if view.groups:
-        for kind, picture in (("before", whole_before(view, number)), ("after", whole_after(view, number))):
+        wholes = (("before", whole_before(view, number)), ("after", whole_after(view, number)))
+        for kind, picture in wholes if len(view.groups) <= drawn else ():
             if picture.boxes:
                 title = "Before lifting" if kind == "before" else "After lifting"
                 parts.append(f'<figure class="{kind}"><figcaption>{title}</figcaption><div class="picture whole" ')
@@ -88,14 +95,18 @@ def _program(view: ProgramView, number: int, places: Places, named: bool) -> str
         level = "h4" if named else "h3"
         text = f"{count(len(view.groups), 'kind')} of reads and ops that mix the sequence"
         parts.append(f"<{level}>{text}</{level}>")
+        if len(view.groups) > drawn:
+            most = f"A page draws {count(MAX_DRAWN, 'kind')} of reads at most: of the others and the whole there are no"
+            parts.append(f'<p class="soft">{most} pictures, but their steps. A page of fewer targets draws more.</p>')
         words = _STATUS if view.kind == "program" else {**_STATUS, **_LIFTED}
-        parts += [_read(group, number, places, words[group.status]) for group in view.groups]
+        for index, group in enumerate(view.groups):
+            parts.append(_read(group, number, places, words[group.status], index < drawn))
     elif not view.problem:
         parts.append("<p>Nothing is read by position, and no op mixes the sequence.</p>")
     return "\n".join([*parts, "</div>"])
 
 
-def _read(group: ReadGroup, number: int, places: Places, status: str) -> str:
+def _read(group: ReadGroup, number: int, places: Places, status: str, drawn: bool) -> str:
     name = group_id(number, group)
     times = len(group.members)
     badge = f'<span class="badge {group.status}">{status}</span>'
@@ -113,7 +124,7 @@ def _read(group: ReadGroup, number: int, places: Places, status: str) -> str:
         parts.append(f"<p><strong>Help:</strong> {escape(group.hint)}</p>")
     parts.append('<div class="pictures">')
     for kind, picture in (("before", group.before), ("after", group.after)):
-        if picture is not None:
+        if picture is not None and drawn:
             drawing = draw_chain(picture, f"{name}-{kind}")
             only = group.after is None
             caption = "In the graph" if only else f"{kind.capitalize()} lifting"

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from buffer_lifting.inspection.places import printable
+from buffer_lifting.terminal import inert_html, inert_json
 
 
 def escape(text: object) -> str:
@@ -14,12 +15,12 @@ def escape(text: object) -> str:
 
     Lines stay lines.
     """
-    return "\n".join(html.escape(printable(line), quote=True) for line in str(text).split("\n"))
+    return inert_html("\n".join(html.escape(printable(line), quote=True) for line in str(text).split("\n")))
 
 
 def embedded_json(data: Any) -> str:
     """JSON for the content of a ``script`` element: ASCII, and no ``<``, ``>`` or ``&`` that could end it."""
-    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
+    text = inert_json(json.dumps(data, ensure_ascii=True, separators=(",", ":")))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
