@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.modeling_outputs
+from torch._export.serde.serialize import SerializeError
 from zoo.catalog import cells, entries, export_cell, export_of
 
 import buffer_lifting as bl
 from buffer_lifting.graph.archive import read_archive
+from buffer_lifting.graph.bodies import flex_nodes
 from buffer_lifting.inspection.diagnostics import check_record
 from buffer_lifting.inspection.outline import outline, outline_record
 
@@ -26,6 +28,10 @@ def test_every_export_has_the_same_findings_both_ways(name: str, tmp_path: Path)
     for _, export, shape in (cell for cell in cells() if cell[0] == name):
         program = export_cell(entry, export_of(entry, export), shape)
         path = tmp_path / f"{export}-{shape}.pt2"
+        if flex_nodes(program.graph):  # until torch can save them
+            with pytest.raises(SerializeError, match="flat_apply|func_spec"):
+                torch.export.save(program, path)
+            continue
         torch.export.save(program, path)
         loaded = torch.export.load(path)
         assert check_record(read_archive(path)) == bl.check(loaded), (export, shape)
