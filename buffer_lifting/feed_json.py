@@ -19,6 +19,7 @@ from buffer_lifting.graph_json import (
     encode_record,
 )
 from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.loss_reduction import LossReduction
 from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes, LiftedInput, ScanReport
 from buffer_lifting.tables import has_values
 from buffer_lifting.tensor_file import write_tensors
@@ -40,6 +41,7 @@ def encode_records(lifted: LiftedProgram) -> dict[str, Any]:
         "report": encode_record(lifted.report),
         "cp_size": lifted.cp_size,
         "mesh_dim": lifted.mesh_dim,
+        "losses": encode_record(lifted.losses),
     }
 
 
@@ -98,4 +100,6 @@ def decode_lifted(
     inputs = decode_record(tuple[LiftedInput, ...], records["inputs"])
     report = decode_record(ScanReport, records["report"])
     cp_size = decode_record(int | None, records["cp_size"])
-    return LiftedProgram(program, inputs, report, feed, cp_size, decode_record(str | None, records["mesh_dim"]))
+    mesh_dim = decode_record(str | None, records["mesh_dim"])
+    losses = decode_record(tuple[LossReduction, ...], records.get("losses", []))
+    return LiftedProgram(program, inputs, report, feed, cp_size, mesh_dim, losses)

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from buffer_lifting.errors import FeedError
 from buffer_lifting.feed import FeedProgram, Lengths, check_lengths
+from buffer_lifting.loss_reduction import LossReduction
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
 from buffer_lifting.sharding import shard_inputs
 from buffer_lifting.streams import axis_streams, parse_shard
@@ -28,6 +29,8 @@ class LiftedProgram:
         cp_size: the context-parallel size the program was transformed for; ``None`` before
             :func:`buffer_lifting.context_parallel`.
         mesh_dim: name of the context-parallel mesh dim.
+        losses: how each loss that the program computes itself adds up over ranks and microbatches; known after
+            :func:`buffer_lifting.context_parallel`. ``TokenLoss.of`` takes it from here.
     """
 
     program: ExportedProgram
@@ -36,6 +39,7 @@ class LiftedProgram:
     feed_program: FeedProgram
     cp_size: int | None = None
     mesh_dim: str | None = None
+    losses: tuple[LossReduction, ...] = ()
     _validated: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
