@@ -21,6 +21,7 @@ from buffer_lifting.graph_json import (
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.loss_reduction import LossReduction
 from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes, LiftedInput, ScanReport
+from buffer_lifting.table_limits import TableLimit
 from buffer_lifting.tables import has_values
 from buffer_lifting.tensor_file import write_tensors
 
@@ -38,6 +39,7 @@ def encode_records(lifted: LiftedProgram) -> dict[str, Any]:
         "input_axes": encode_record(list(feed.input_axes.items())),  # a list: their order counts
         "input_shapes": shapes,
         "max_lengths": feed.max_lengths,
+        "table_limits": encode_record(feed.table_limits),
         "report": encode_record(lifted.report),
         "cp_size": lifted.cp_size,
         "mesh_dim": lifted.mesh_dim,
@@ -96,6 +98,7 @@ def decode_lifted(
         state=dict(sorted(tables.items())),
         **{name: graphs.get(name) for name in GRAPHS},  # type: ignore[arg-type]
         max_lengths=decode_record(dict[str, int], records["max_lengths"]),
+        table_limits=decode_record(tuple[TableLimit, ...], records.get("table_limits", [])),
     )
     inputs = decode_record(tuple[LiftedInput, ...], records["inputs"])
     report = decode_record(ScanReport, records["report"])

@@ -15,6 +15,7 @@ from buffer_lifting.loss_reduction import LossReduction
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
 from buffer_lifting.sharding import shard_inputs
 from buffer_lifting.streams import axis_streams, parse_shard
+from buffer_lifting.table_limits import check_tables
 from buffer_lifting.tables import TableSource, find_values, has_values, lack_values
 
 
@@ -82,7 +83,8 @@ class LiftedProgram:
 
         Raises:
             AxesError: a size that a static program does not have, or a ``seq_len`` without one of the axes.
-            FeedError: an order, positions, inputs or shard that does not fit; one order for several axes.
+            FeedError: an order, positions, inputs or shard that does not fit; one order for several axes; a sequence
+                or position ids beyond the rows of a table that the program looks up by position.
         """
         pair = self._shard(shard)
         return self._feed(batch_size, seq_len, inputs, order, positions, pair, device)
@@ -126,6 +128,7 @@ class LiftedProgram:
             raise FeedError(f"inputs= names {unknown}, which are no inputs of the program ({sorted(self.input_axes)})")
         lengths = check_lengths(self.axes, micro or batch_size, seq_len, self.feed_program.max_lengths)
         streams = axis_streams(batch_size, lengths, order, positions, shard)
+        check_tables(self.feed_program.table_limits, streams)
         place = None if device is None else torch.device(device)
         return self.feed_program.feed(batch_size, lengths, inputs, streams, place, names)
 
