@@ -11,10 +11,12 @@ from benchmarks.report import Row, environment, markdown, plain
 SCHEMA = 1
 TOPIC = "feed"
 AT = 8  # the context-parallel size of the bars
-#: Cells whose copy is shorter are not held to FLOOR_MOST: what shows there is a call's fixed cost, some 20 us, and
-#: the check that each row of an order is a permutation, some 2 ns an entry.
-FLOOR_BYTES = {"shared": 2 << 20, "per sample": 32 << 20}
 FLOOR_MOST = 2.0
+FIXED_COSTS = (
+    "Where the copy is short, `time ÷ copy` shows what a call costs whatever its size: some 20 us of Python and of "
+    "torch's dispatch, and for an order per sample the check that each of its rows is a permutation, some 2 ns an "
+    "entry. Those cells miss the bar."
+)
 PER_SAMPLE_LEAST, PER_SAMPLE_MEMORY = 15.0, 15.0
 SHARED_LEAST = {8: 150.0, 1: 20.0}  # by batch
 
@@ -61,9 +63,8 @@ def bars(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         values = [c.times_faster() for c in shared if c.batch == batch]
         found.append(_least(f"shared order, B {batch}: times faster", values, least))
     for kind, own in (("shared", shared), ("per sample", each)):
-        values = [c.times_floor() for c in own if c.peak["floor"] >= FLOOR_BYTES[kind]]
-        value = max(values, default=None)
-        name = f"{kind} order, at least {FLOOR_BYTES[kind] >> 20} MiB: time ÷ copy"
+        value = max([c.times_floor() for c in own], default=None)
+        name = f"{kind} order, all cells: time ÷ copy"
         found.append(
             {"name": name, "value": value, "most": FLOOR_MOST, "passed": None if value is None else value <= FLOOR_MOST}
         )
@@ -143,6 +144,7 @@ def readme_block(results: dict[str, Any]) -> str:
         "head-tail inside each:",
         markdown(rows(results, AT, ("shared", "per sample")), strong),
         "\n".join(f"- {_verdict(bar)}" for bar in results["bars"]),
+        FIXED_COSTS,
         "Bytes of lifted inputs a token, by form (and those of role `col`, for all keys). A parameter or a mask is "
         "read by its index in both:",
         markdown(form_rows(results), ()),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from buffer_lifting.inspection.diagnostics import Diagnostic, check
     from buffer_lifting.lifted import LiftedProgram
     from buffer_lifting.lifting import lift, scan
+    from buffer_lifting.loss_reduction import LossReduction
     from buffer_lifting.memory import MemoryEstimate, RankMemory, StageMemory
     from buffer_lifting.package import load, load_stage
     from buffer_lifting.partitioner import partition
@@ -70,6 +71,7 @@ _PUBLIC = {
     "PositionRead": "program",
     "SequenceMixing": "program",
     "TokenLoss": "token_loss",
+    "LossReduction": "loss_reduction",
     "InputAxes": "program",
     "LiftedInput": "program",
     "VerifyReport": "program",
@@ -89,6 +91,7 @@ __all__ = [
     "LiftedInput",
     "LiftedProgram",
     "LiftingError",
+    "LossReduction",
     "MemoryEstimate",
     "PartitionError",
     "PositionRead",

@@ -22,6 +22,7 @@ from buffer_lifting.errors import AxesError, FeedError
 from buffer_lifting.feed_graph import FeedGraph
 from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes
 from buffer_lifting.streams import Streams
+from buffer_lifting.table_limits import TableLimit
 from buffer_lifting.tables import lack_values
 
 Lengths = int | Mapping[str, int]
@@ -42,8 +43,14 @@ class FeedProgram:
     substituted: FeedGraph | None = None
     hoisted: FeedGraph | None = None
     max_lengths: dict[str, int] = field(default_factory=dict)
+    table_limits: tuple[TableLimit, ...] = ()
     _tables: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
     _rows: dict[Any, tuple[Any, torch.Tensor]] = field(default_factory=dict, init=False)
+
+    def longest(self, axis: str, default: int) -> int:
+        """The longest sequence that can be fed without position ids; ``default`` if nothing says."""
+        rows = [limit.rows - limit.offset for limit in self.table_limits if limit.axis == axis]
+        return min([self.max_lengths.get(axis, default), *rows])
 
     def feed(
         self,

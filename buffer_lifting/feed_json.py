@@ -19,7 +19,9 @@ from buffer_lifting.graph_json import (
     encode_record,
 )
 from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.loss_reduction import LossReduction
 from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes, LiftedInput, ScanReport
+from buffer_lifting.table_limits import TableLimit
 from buffer_lifting.tables import has_values
 from buffer_lifting.tensor_file import write_tensors
 
@@ -37,9 +39,11 @@ def encode_records(lifted: LiftedProgram) -> dict[str, Any]:
         "input_axes": encode_record(list(feed.input_axes.items())),  # a list: their order counts
         "input_shapes": shapes,
         "max_lengths": feed.max_lengths,
+        "table_limits": encode_record(feed.table_limits),
         "report": encode_record(lifted.report),
         "cp_size": lifted.cp_size,
         "mesh_dim": lifted.mesh_dim,
+        "losses": encode_record(lifted.losses),
     }
 
 
@@ -94,8 +98,11 @@ def decode_lifted(
         state=dict(sorted(tables.items())),
         **{name: graphs.get(name) for name in GRAPHS},  # type: ignore[arg-type]
         max_lengths=decode_record(dict[str, int], records["max_lengths"]),
+        table_limits=decode_record(tuple[TableLimit, ...], records.get("table_limits", [])),
     )
     inputs = decode_record(tuple[LiftedInput, ...], records["inputs"])
     report = decode_record(ScanReport, records["report"])
     cp_size = decode_record(int | None, records["cp_size"])
-    return LiftedProgram(program, inputs, report, feed, cp_size, decode_record(str | None, records["mesh_dim"]))
+    mesh_dim = decode_record(str | None, records["mesh_dim"])
+    losses = decode_record(tuple[LossReduction, ...], records.get("losses", []))
+    return LiftedProgram(program, inputs, report, feed, cp_size, mesh_dim, losses)

@@ -15,7 +15,7 @@ from buffer_lifting.graph.record import GraphRecord, Location, Node, NodeKind, R
 from buffer_lifting.graph.sizes import divide, product
 from buffer_lifting.labels import COL, KEYS, ROW, DimLabel, Labels, has_seq, with_role
 from buffer_lifting.ops import ATTENTION, FLEX_ATTENTION, MATRIX_OPERANDS, is_pointwise, is_random
-from buffer_lifting.partial_losses import not_additive
+from buffer_lifting.partial_losses import partial_losses
 from buffer_lifting.plan import LiftPlan
 
 CODE = "BL203"
@@ -238,7 +238,7 @@ def _not_exchangeable(record: GraphRecord, plan: LiftPlan, node: Node, size: int
 def _unsupported(record: GraphRecord, plan: LiftPlan) -> list[str]:
     from buffer_lifting.axis_rules.core import TRANSPOSED
 
-    lines = [_line(*found) for found in not_additive(record, plan)]
+    lines = [_line(*found) for found in partial_losses(record, plan).problems]
     for mix in plan.report.mixing:
         node = record.nodes[mix.node]
         if mix.reason == TRANSPOSED:

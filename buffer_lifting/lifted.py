@@ -11,9 +11,11 @@ from torch.export import ExportedProgram
 
 from buffer_lifting.errors import FeedError
 from buffer_lifting.feed import FeedProgram, Lengths, check_lengths
+from buffer_lifting.loss_reduction import LossReduction
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
 from buffer_lifting.sharding import shard_inputs
 from buffer_lifting.streams import axis_streams, parse_shard
+from buffer_lifting.table_limits import check_tables
 from buffer_lifting.tables import TableSource, find_values, has_values, lack_values
 
 
@@ -28,6 +30,8 @@ class LiftedProgram:
         cp_size: the context-parallel size the program was transformed for; ``None`` before
             :func:`buffer_lifting.context_parallel`.
         mesh_dim: name of the context-parallel mesh dim.
+        losses: how each loss that the program computes itself adds up over ranks and microbatches; known after
+            :func:`buffer_lifting.context_parallel`. ``TokenLoss.of`` takes it from here.
     """
 
     program: ExportedProgram
@@ -36,6 +40,7 @@ class LiftedProgram:
     feed_program: FeedProgram
     cp_size: int | None = None
     mesh_dim: str | None = None
+    losses: tuple[LossReduction, ...] = ()
     _validated: dict[str, Any] = field(default_factory=dict, repr=False)
     #: The values inside the routing of tokens to experts, as the scan found them; not known for a loaded program.
     _routed: frozenset[str] | None = field(default=None, repr=False)
@@ -80,7 +85,8 @@ class LiftedProgram:
 
         Raises:
             AxesError: a size that a static program does not have, or a ``seq_len`` without one of the axes.
-            FeedError: an order, positions, inputs or shard that does not fit; one order for several axes.
+            FeedError: an order, positions, inputs or shard that does not fit; one order for several axes; a sequence
+                or position ids beyond the rows of a table that the program looks up by position.
         """
         pair = self._shard(shard)
         return self._feed(batch_size, seq_len, inputs, order, positions, pair, device)
@@ -124,6 +130,7 @@ class LiftedProgram:
             raise FeedError(f"inputs= names {unknown}, which are no inputs of the program ({sorted(self.input_axes)})")
         lengths = check_lengths(self.axes, micro or batch_size, seq_len, self.feed_program.max_lengths)
         streams = axis_streams(batch_size, lengths, order, positions, shard)
+        check_tables(self.feed_program.table_limits, streams)
         place = None if device is None else torch.device(device)
         return self.feed_program.feed(batch_size, lengths, inputs, streams, place, names)
 

@@ -25,6 +25,7 @@ from buffer_lifting.passes.undo_shift import undo_shifts_in
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes, Finding, PositionRead, ScanReport, SequenceMixing
 from buffer_lifting.scanner import FormOption
+from buffer_lifting.table_limits import table_limits
 from buffer_lifting.tables import lack_values, on_meta
 
 
@@ -156,6 +157,7 @@ def feed_program(
         substituted=graphs["substituted"],
         hoisted=graphs["hoisted"],
         max_lengths=_max_lengths(record, labels.lengths),
+        table_limits=table_limits(record, labels.lengths),
     )
 
 

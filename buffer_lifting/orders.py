@@ -18,15 +18,22 @@ _GROUP = 1 << 15  # indices counted at once: their counts stay in the cache of a
 _known: deque[torch.Tensor] = deque(maxlen=4)
 
 
-def resolve(name: str, order: Any) -> Any:
+def resolve(name: str, order: Any, size: int = 1) -> Any:
     """An order as it was given; of a load balancer, its indices.
 
     Raises:
-        FeedError: a load balancer that has no indices, or that refuses to make them.
+        FeedError: a load balancer that has no indices, that refuses to make them, or that was made for another number
+            of ranks than ``size`` (1: any).
     """
     if not is_load_balancer(order):
         return order
     kind = type(order).__name__
+    made_for = getattr(order, "world_size", size)  # not every balancer knows
+    if size > 1 and isinstance(made_for, int) and made_for != size:
+        raise FeedError(
+            f"{name}: the load balancer {kind} was made for {made_for} ranks, but the shard is one of {size}; make it "
+            f"with world_size={size}"
+        )
     try:
         indices = balancer_indices(order)
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:

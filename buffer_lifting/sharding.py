@@ -31,6 +31,7 @@ def shard_inputs(
     """
     names = list(dict.fromkeys(axis for own in axes.values() for _, axis, _ in own.seq_dims))
     if TARGET in inputs and TARGET not in axes:
+        _check_tensor(TARGET, inputs[TARGET])
         axes = {**axes, TARGET: _target_axes(axes, names, inputs[TARGET])}
     orders = by_axis("order", order, names)
     batch, lengths = _sizes(axes, inputs)
@@ -73,6 +74,11 @@ def _no_batch(name: str, value: torch.Tensor) -> FeedError:
     )
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise FeedError(f"input {name!r} is a {type(value).__name__}; shard_inputs takes tensors")
+
+
 def _sizes(axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor]) -> tuple[int | None, dict[str, int]]:
     """The batch and the length of each axis, on which all inputs agree."""
     batch: tuple[int, str] | None = None
@@ -81,6 +87,7 @@ def _sizes(axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor]) ->
         own = axes.get(name)
         if own is None:
             raise FeedError(f"the program has no user input {name!r} (it has {', '.join(sorted(axes)) or 'none'})")
+        _check_tensor(name, value)
         if value.ndim != own.rank:
             raise FeedError(f"input {name!r} has {value.ndim} dims, the program's has {own.rank}")
         if own.batch_dim is not None:

@@ -42,7 +42,7 @@ class Streams:
         where = f" (context-parallel rank {self.rank} of {self.size})" if self.size > 1 else ""
         if length % self.size:
             raise FeedError(f"a sequence of {length}{of} does not divide into {self.size} shards{where}")
-        order = resolve(f"order{of}", order)
+        order = resolve(f"order{of}", order, self.size)
         self.order = None if order is None else checked_order(f"order{of}", order, batch_size, length, where)
         self.positions = (
             None if positions is None else checked_positions(f"positions{of}", positions, batch_size, length, where)

@@ -44,8 +44,8 @@ def main() -> None:
     stage = staged.build_stage(mesh["pp"].get_local_rank(), "cpu", mesh=mesh)
     feed = staged.feed(BATCH, SEQ, whole, order=order, shard=mesh["cp"])
     kwargs = {**staged.shard_inputs(order=order, shard=mesh["cp"], **whole), **feed}
-    loss_fn = bl.TokenLoss(mesh["cp"], MICROBATCHES, loss=lambda output, target: output[0], reduction="mean")
-    target = feed["lifted_labels"]  # shifted by the model
+    loss_fn = bl.TokenLoss.of(staged, mesh["cp"], MICROBATCHES)
+    target = kwargs[loss_fn.target or ""]  # shifted by the model
     schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn, kwargs_chunk_spec=staged.kwargs_chunk_spec(kwargs))
     losses: list[torch.Tensor] = []
     if last:

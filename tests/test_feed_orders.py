@@ -387,3 +387,18 @@ def test_meshes(rotary: tuple[Tensor, bl.LiftedProgram]) -> None:
     outside = DeviceMesh("cpu", [0, 1], mesh_dim_names=("cp",))
     with pytest.raises(bl.FeedError, match="rank 3 is not in the mesh"):
         lifted.feed(BATCH, SEQ, order=order, shard=outside)
+
+
+@pytest.mark.parametrize("name", ["tokens", "target"])
+def test_a_list_is_no_input(rotary: tuple[Tensor, bl.LiftedProgram], name: str) -> None:
+    program = rotary[1]
+    own = next(iter(program.input_axes))
+    inputs: dict[str, Any] = {own: torch.zeros(2, SEQ, dtype=torch.int64)}
+    inputs["target" if name == "target" else own] = [[0] * SEQ] * 2
+    with pytest.raises(bl.FeedError, match=r"is a list; shard_inputs takes tensors"):
+        program.shard_inputs(shard=(0, 2), **inputs)
+
+
+def test_a_balancer_for_another_number_of_ranks(rotary: tuple[Tensor, bl.LiftedProgram]) -> None:
+    with pytest.raises(bl.FeedError, match=r"_HeadTailLoadBalancer was made for 2 ranks, but the shard is one of 4"):
+        rotary[1].feed(2, SEQ, order=head_tail(2), shard=(0, 4))

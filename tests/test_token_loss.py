@@ -178,5 +178,5 @@ def test_a_mean_over_nothing_is_refused() -> None:
 
 
 def test_another_reduction_is_refused() -> None:
-    with pytest.raises(ValueError, match="'sum' or 'mean', not 'none'"):
+    with pytest.raises(ValueError, match=r"'sum', 'mean', .*, not 'none'"):
         bl.TokenLoss(reduction="none")  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, as_it_is, rule
+from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, align, as_it_is, broadcast, rule
 from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import (
     COL,
@@ -86,13 +86,40 @@ def _from_table(view: OpView, shape: tuple[Size, ...]) -> AxisResult:
     arg = view.node.args.get("indices")
     paths = [f"indices.{d}" for d, item in enumerate(arg) if item is not None] if isinstance(arg, tuple) else ["index"]
     dim = view.dim("dim", len(view.shape("self") or ())) if paths == ["index"] else int(paths[0].partition(".")[2])
-    index = view.labels(paths[0]) if len(paths) == 1 else None
+    if len(paths) > 1:
+        return _from_matrix(view, paths, shape)
+    index = view.labels(paths[0])
     if index is None:
         return AxisResult(None)
     rest = shape[dim + len(index) :]
     out = (*features(shape[:dim]), *index, *features(rest))
     table = Alignment(features(view.shape("self") or ()), None)
     return AxisResult((out,), {paths[0]: as_it_is(index), "self": table})
+
+
+def _from_matrix(view: OpView, paths: list[str], shape: tuple[Size, ...]) -> AxisResult:
+    """Elements of a table, picked by the broadcast of several indices of neighbouring dims: ``bias[rows, columns]``."""
+    places = [int(path.partition(".")[2]) for path in paths]
+    own, known = [view.shape(path) or () for path in paths], [view.labels(path) for path in paths]
+    labels = [each for each in known if each is not None]
+    first, rank = places[0], max(len(each) for each in own)
+    if places != list(range(first, first + len(places))) or len(labels) != len(paths):
+        return AxisResult(None)
+    metas = [view.record.nodes[dict(view.node.named_refs())[path]].tensor for path in paths]
+    if any(meta is None or meta.dtype == "bool" for meta in metas):
+        return AxisResult(None)
+    picked = broadcast(labels, shape[first : first + rank])
+    if picked is None:
+        return AxisResult(None)
+    taken = [(f.axis, f.role) for dim in picked for f in dim if f.is_seq]
+    same = all(
+        mine == dim for each in labels for mine, dim in zip(each[::-1], picked[::-1], strict=False) if has_seq(mine)
+    )
+    if len(set(taken)) != len(taken) or not same:
+        return AxisResult(None)  # keys picked by data would have to be gathered
+    out = (*features(shape[:first]), *picked, *features(shape[first + rank :]))
+    operands = {path: align(picked, each) for path, each in zip(paths, own, strict=True)}
+    return AxisResult((out,), {**operands, "self": Alignment(features(view.shape("self") or ()), None)})
 
 
 @rule("repeat_interleave")

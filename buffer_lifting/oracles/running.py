@@ -284,7 +284,7 @@ def _resized(program: ExportedProgram, lifted: LiftedProgram, case: Case, seed: 
     for axis, length in case.lengths.items():
         fixed = axes.lengths.get(axis)
         # no power of two and not the table's full length: sizes at which models take another path
-        bigger = min(length + 7, lifted.feed_program.max_lengths.get(axis, length + 7) - 1)
+        bigger = min(length + 7, lifted.feed_program.longest(axis, length + 7) - 1)
         wanted = length if fixed is not None else (bigger if bigger > length else max(2, length - 2))
         if fixed is None and wanted in lengths.values() and wanted > 3:
             wanted -= 2  # axes of the same length in the example get different ones here
@@ -298,7 +298,7 @@ def resize_case(case: Case, lifted: LiftedProgram, ranks: int, seed: int) -> Cas
         return case
     lengths = {}
     for axis, length in case.lengths.items():
-        most = lifted.feed_program.max_lengths.get(axis, length + ranks)
+        most = lifted.feed_program.longest(axis, length + ranks)
         wanted = -(-length // ranks) * ranks
         lengths[axis] = wanted if wanted <= most else most // ranks * ranks
     return _redrawn(case, lifted, case.batch, lengths, seed)

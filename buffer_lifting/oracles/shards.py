@@ -19,7 +19,7 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.oracles.compare import gradients
 from buffer_lifting.oracles.equivariance import TOLERANCE, Orders, Pair
 from buffer_lifting.oracles.lockstep import run_ranks
-from buffer_lifting.oracles.losses import loss_shares, loss_values
+from buffer_lifting.oracles.losses import loss_shares
 from buffer_lifting.oracles.running import Case, double_feed, doubled, resize_case, runnable
 from buffer_lifting.passes.context_parallel import user_axes
 from buffer_lifting.passes.normalize import normalize
@@ -70,7 +70,7 @@ class _Shards(Pair):
             runnable(program, double=True), runnable(lifted.program, double=True), lifted, plan.labels_of_original()
         )
         self.size, self.plan = lifted.cp_size or 1, plan
-        self.losses = loss_values(self.changed.graph, plan)
+        self.losses = {loss.node: loss for loss in lifted.losses}
 
     def _inputs(self, case: Case, orders: Orders) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         whole = {name: doubled(value) for name, value in case.named.items()}
@@ -89,22 +89,22 @@ class _Shards(Pair):
     def _run_changed(self, values: Mapping[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
         torch.manual_seed(expected["seed"])
         ranks = [{name: parts[rank] for name, parts in values.items()} for rank in range(self.size)]
-        outputs, parameters, captured = run_ranks(self.changed, ranks, self.losses.needed)
+        outputs, parameters, _ = run_ranks(self.changed, ranks)
         kept = [
-            self._joined([own[index] for own in outputs], name, captured)
+            self._joined([own[index] for own in outputs], name, ranks)
             for index, name in zip(expected["chosen"], expected["names"], strict=True)
         ]
         return {"outputs": kept, "gradients": gradients(kept, expected["weights"], parameters)}
 
-    def _joined(self, parts: list[torch.Tensor], name: str, captured: list[dict[str, Any]]) -> torch.Tensor:
+    def _joined(self, parts: list[torch.Tensor], name: str, ranks: list[dict[str, Any]]) -> torch.Tensor:
         """One output of all ranks: their rows in a row; a loss as the context-parallel contract sums it."""
         for dim, label in enumerate(self._labels_of(name)):
             if any(factor.is_seq and factor.role == ROW for factor in label):
                 if len(label) == 1:
                     return torch.cat(parts, dim)
                 return self._joined_inside(parts, dim, label)
-        if name in self.losses.results:
-            shares = loss_shares(self.losses, captured)
+        if name in self.losses:
+            shares = loss_shares(self.losses[name], ranks)
             return torch.stack([part * share for part, share in zip(parts, shares, strict=True)]).sum(0)
         return parts[0]
 

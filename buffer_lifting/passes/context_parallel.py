@@ -15,6 +15,7 @@ from buffer_lifting.keys import plan_keys
 from buffer_lifting.labels import COL
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.lifting import describe
+from buffer_lifting.partial_losses import partial_losses
 from buffer_lifting.passes.assemble import assemble
 from buffer_lifting.passes.follow_slots import AttentionState, FollowSlots
 from buffer_lifting.passes.normalize import normalize
@@ -84,6 +85,7 @@ def context_parallel(
     plan = scan_record(record, lifted_axes(lifted))
     state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs)
     modified = FollowSlots()(state).modified
+    losses = tuple(partial_losses(record, plan).found)
     if size > 1:
         if modified:
             record = build_record(lifted.program, normalized.graph)
@@ -103,7 +105,7 @@ def context_parallel(
             columns[name] = next(dim for dim, _, role in lifted.input_axes[name].seq_dims if role == COL)
         widen_examples(program, columns, size)
     added = tuple(o.input for o in outputs)
-    return LiftedProgram(program, added, lifted.report, feed, cp_size=size, mesh_dim=mesh_dim, _routed=lifted._routed)
+    return LiftedProgram(program, added, lifted.report, feed, size, mesh_dim, losses, _routed=lifted._routed)
 
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:
