@@ -365,7 +365,7 @@ class _Scan:
             why = "a product whose matrix rows or columns are the batch has no place for values per sample"
             self.reports.refused(edge.consumer, edge.path, value, labels, Refuse(why, edge.consumer.name))
             return
-        if rebuilt.lane and lacks_batch(result):
+        if rebuilt.lane and self.inputs.batch is not None and lacks_batch(result):
             refusal = Refuse(NO_BATCH, edge.consumer.name, hint="compute it for each sample: [batch, seq], not [seq]")
             self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
             return

@@ -319,7 +319,7 @@ def test_bind_tables() -> None:
         ep = export(model, torch.zeros(2, 8, dtype=torch.int64))
     lifted = bl.lift(ep)
     refused(bl.FeedError, ["freqs_cis", "bind_tables"], lambda: lifted.feed(2, 8))
-    refused(bl.FeedError, ["freqs_cis", "not given"], lambda: lifted.bind_tables({}))
+    refused(bl.FeedError, ["freqs_cis", "no values are given"], lambda: lifted.bind_tables({}))
     wrong = {"freqs_cis": torch.zeros(TABLE, DIM + 1)}
     refused(bl.FeedError, ["freqs_cis", "(32, 9)", "(32, 8)"], lambda: lifted.bind_tables(wrong))
     table = torch.randn(TABLE, DIM)
