@@ -554,7 +554,7 @@ def test_an_exception_of_the_analysis_names_the_node(
         assert "IndexError: list index? out of range" in error and "crashed" not in error
 
 
-@pytest.mark.parametrize(("name", "count"), [("modes", 1200), ("conditions", 700), ("custom", 700), ("writes", 700)])
+@pytest.mark.parametrize(("name", "count"), [("modes", 600), ("conditions", 500), ("custom", 500), ("writes", 300)])
 def test_damaged_archives(name: str, count: int, saved: Callable[[str], Path], tmp_path: Path) -> None:
     errors, reads = _fuzz(saved(name), tmp_path / "m.pt2", count, seed=count)
     assert errors > count // 2 and reads > count // 50

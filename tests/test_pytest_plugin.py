@@ -140,7 +140,7 @@ def test_programs_in_memory(project: pytest.Pytester) -> None:
         def test_live(lifted_graph, dynamic):
             program = export(dynamic=dynamic)
             lifted = bl.lift(program)
-            staged = bl.partition(lifted, num_stages=2)
+            staged = bl.partition(lifted, split_points=["layers.1"])
             lifted_graph.assert_clean(lifted)
             lifted_graph.assert_clean(staged)
             for graph in (program, lifted, staged):
