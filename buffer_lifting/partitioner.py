@@ -120,14 +120,9 @@ def partition(
 
 
 def _routed(record: GraphRecord, lifted: LiftedProgram) -> frozenset[str]:
-    """The activations that hold tokens by expert."""
+    """The values inside the routing of tokens to experts. They keep their names, so the scan behind the lift knows."""
     if not any(makes_rows(record, node) for node in record.nodes.values()):
         return frozenset()
-    return routed_values(lifted, record)
-
-
-def routed_values(lifted: LiftedProgram, record: GraphRecord) -> frozenset[str]:
-    """The values inside the routing of tokens to experts. They keep their names, so the scan behind the lift knows."""
     return scan_record(record, lifted_axes(lifted)).routed if lifted._routed is None else lifted._routed
 
 

@@ -12,7 +12,7 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.collectives import bind_group
 from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import Stage, StagedProgram
-from buffer_lifting.tables import lack_values, move_to, stage_tables
+from buffer_lifting.tables import lack_values, move_to, put, stage_tables
 from buffer_lifting.torch_compat import generate_code
 
 #: A stage's positional inputs, and its outputs, on the meta device.
@@ -115,9 +115,7 @@ def untie(staged: StagedProgram, index: int) -> None:
         first = staged.stages[holders[0]].module.get_parameter(fqn)
         for name, parameter in list(module.named_parameters()):
             if parameter is first:
-                path, _, leaf = name.rpartition(".")
-                copy = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                setattr(module.get_submodule(path), leaf, copy)
+                put(module, name, torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def pp_group(group: Any, mesh: Any) -> Any:

@@ -92,7 +92,7 @@ def report_returned(scan: _Scan, node: Node) -> None:
 
 def under_vmap(scan: _Scan, value: Node) -> Refuse | None:
     """Why a value that is computed under ``torch.vmap`` is refused: its ops stand between calls that hold the level."""
-    if not any(scan.record.nodes[name].op.endswith("_add_batch_dim") for name in scan.planner.ancestors(value.name)):
+    if not scan.vmapped or scan.vmapped.isdisjoint(scan.planner.ancestors(value.name)):
         return None
     why = "it is computed under torch.vmap, whose hidden dims the export keeps: no part of it runs on its own"
     hint = (

@@ -100,6 +100,7 @@ class _Scan:
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.totals: set[str] = set()  # what is computed from a reduction over all tokens
         self.alignments: dict[str, dict[str, Alignment]] = {}
+        self.vmapped = {node.name for node in record.nodes.values() if node.op.endswith("_add_batch_dim")}
         self.completion = Completion(inputs)
         self.routing = Routing(record)
         if not inputs.lengths:

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from buffer_lifting.errors import FeedError
+from buffer_lifting.graph.bodies import named
 from buffer_lifting.torch_compat import is_fake
 
 #: A module that has the tables by FQN, or a mapping from FQN to tensor or from the FQN of a module to that module.
@@ -100,10 +101,15 @@ def _lookup(source: TableSource, fqn: str) -> torch.Tensor | None:
     return None
 
 
-def _attribute(module: Any, path: str) -> torch.Tensor | None:
-    for part in path.split("."):
-        module = getattr(module, part, None)
-    return module if isinstance(module, torch.Tensor) else None
+def _attribute(module: torch.nn.Module, path: str) -> torch.Tensor | None:
+    value = named(module, path)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def put(module: torch.nn.Module, fqn: str, value: torch.Tensor) -> None:
+    """Puts a tensor in the place of the one that has the FQN."""
+    path, _, leaf = fqn.rpartition(".")
+    setattr(module.get_submodule(path), leaf, value)
 
 
 def stage_tables(module: GraphModule) -> dict[str, torch.Tensor]:
@@ -133,8 +139,7 @@ def keep_transient(root: torch.nn.Module, module: GraphModule) -> None:
 def set_tables(module: GraphModule, values: Mapping[str, torch.Tensor]) -> None:
     """Puts values into a stage's tables; ops that were traced on the meta device work where its state is."""
     for fqn, value in values.items():
-        path, _, leaf = fqn.rpartition(".")
-        setattr(module.get_submodule(path), leaf, value)
+        put(module, fqn, value)
     state = [*module.parameters(), *module.buffers()]
     place = next((value.device for value in state if has_values(value)), torch.device("cpu"))
     if use_device(module.graph, place, "meta"):
@@ -145,7 +150,6 @@ def move_to(module: GraphModule, device: torch.device) -> None:
     """Makes a stage's ops and constants, which ``Module.to`` does not know of, those of another device."""
     for fqn, value in stage_tables(module).items():
         if value.device != device and has_values(value):
-            path, _, leaf = fqn.rpartition(".")
-            setattr(module.get_submodule(path), leaf, value.to(device))
+            put(module, fqn, value.to(device))
     if use_device(module.graph, device):
         module.recompile()

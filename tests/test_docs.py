@@ -27,37 +27,29 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def run(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """What a Python process prints that ends with ``code``."""
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200)
+    assert result.returncode == code, result.stderr
+    return result.stdout
+
+
 def test_python_snippets_run_as_written(tmp_path: Path) -> None:
     """Each in a process of its own."""
     snippets = blocks("python")
     assert snippets
     for snippet in snippets:
-        result = subprocess.run(
-            [sys.executable, "-c", snippet],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert result.returncode == 0, result.stderr
-        assert "torch.Size([4, 16, 64])" in result.stdout and "ok   composition" in result.stdout
+        printed = run("-c", snippet, cwd=tmp_path)
+        assert "torch.Size([4, 16, 64])" in printed and "ok   composition" in printed
 
 
 def test_the_snippets_on_scale_print_what_stands_behind_them(tmp_path: Path) -> None:
     """All in one process, each with its output."""
     text = (ROOT / "docs" / "SCALE.md").read_text()
     snippets, outputs = blocks("python", text), blocks("text", text)
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "\n".join(snippets)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(snippets) == len(outputs) == 2 and result.stdout == "".join(outputs)
+    printed = run("-W", "ignore", "-c", "\n".join(snippets), cwd=tmp_path)
+    assert len(snippets) == len(outputs) == 2 and printed == "".join(outputs)
 
 
 PAGES = {"context parallelism": CONTEXT_PARALLEL, "packages": PACKAGES, "partitioning": PARTITIONING}
@@ -70,16 +62,7 @@ def test_snippets_print_what_stands_behind_them(page: str, tmp_path: Path) -> No
     pairs = re.findall(r"```python\n.*?```\n```text\n.*?```", page, flags=re.S)
     assert len(snippets) == len(outputs) == len(pairs) > 3
     mark = "=== next ==="
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"print({mark!r})\n".join(snippets)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr
-    got = result.stdout.split(f"{mark}\n")
+    got = run("-W", "ignore", "-c", f"print({mark!r})\n".join(snippets), cwd=tmp_path).split(f"{mark}\n")
     rounding = re.compile(r"\d\.\d+e-\d+")
     assert [rounding.sub("~", text) for text in got] == [rounding.sub("~", text) for text in outputs]
 
@@ -155,16 +138,7 @@ def test_the_explanation_is_that_of_a_run(tmp_path: Path) -> None:
     command, *lines = blocks("text")[0].splitlines()
     name, *arguments = command.removeprefix("$ ").split()
     assert name == "buffer-lifting"
-    result = subprocess.run(
-        [sys.executable, "-m", "buffer_lifting", *arguments],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 1, result.stderr
-    assert result.stdout.splitlines()[: len(lines)] == lines
+    assert run("-m", "buffer_lifting", *arguments, cwd=tmp_path, code=1).splitlines()[: len(lines)] == lines
 
 
 def test_the_commands_of_the_readme_exist() -> None:
@@ -210,11 +184,7 @@ def test_the_snippet_of_causal_flags_runs(tmp_path: Path) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     (said,) = re.findall(r"```text\n(.*?)```", text, flags=re.S)
     (tmp_path / "model.py").write_text(snippet)
-    result = subprocess.run(
-        [sys.executable, "model.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert result.returncode == 0, result.stderr
-    assert re.sub(r"\[.*model.py", "[model.py", result.stdout) == said
+    assert re.sub(r"\[.*model.py", "[model.py", run("model.py", cwd=tmp_path)) == said
 
 
 @pytest.mark.multiprocess

@@ -22,10 +22,14 @@ def attribute_of(node: Node, root: GraphModule | None = None) -> Any:
     """
     if "body" in node.meta:
         return node.meta["body"]
-    value: Any = root if root is not None else node.graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
-    return value
+    return named(root if root is not None else node.graph.owning_module, str(node.target))
+
+
+def named(root: Any, path: str) -> Any:
+    """What a dotted path names below ``root``, or ``None``."""
+    for part in path.split("."):
+        root = getattr(root, part, None)
+    return root
 
 
 def body_nodes(node: Node) -> dict[str, Node]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.package.checkpoints import WeightSource, open_source
-from buffer_lifting.tables import move_to
+from buffer_lifting.tables import move_to, put
 
 _SHOWN = 8
 
@@ -124,8 +124,7 @@ def _assign(module: GraphModule, names: Sequence[str], old: torch.Tensor, value:
         return
     new = torch.nn.Parameter(value, old.requires_grad) if isinstance(old, torch.nn.Parameter) else value
     for name in names:
-        path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, new)
+        put(module, name, new)
 
 
 def _prefix_hint(checkpoint: WeightSource, fqn: str, prefix: str) -> str:
