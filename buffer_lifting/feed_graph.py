@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,12 @@ class FeedGraph:
         return dict(zip(self.targets, results, strict=True))
 
 
-def above(nodes: Mapping[str, Node], targets: Iterable[str], known: Container[str]) -> set[Node]:
+def above(
+    nodes: Mapping[str, Node],
+    targets: Iterable[str],
+    known: Container[str],
+    operands: Callable[[Node], Iterable[Node]] = lambda node: node.all_input_nodes,
+) -> set[Node]:
     """The nodes that ``targets`` are computed from, themselves included; it stops at ``known`` nodes."""
     found: set[Node] = set()
     stack = [nodes[name] for name in targets]
@@ -40,7 +45,7 @@ def above(nodes: Mapping[str, Node], targets: Iterable[str], known: Container[st
         if node not in found:
             found.add(node)
             if node.name not in known:
-                stack.extend(node.all_input_nodes)
+                stack.extend(operands(node))
     return found
 
 

@@ -117,7 +117,7 @@ class StageBuilder:
         for name in keywords:
             env[name] = graph.placeholder(name)
         for name in env:
-            env[name].meta = dict(self.nodes[name].meta)
+            env[name].meta.update(self.nodes[name].meta)
         graph.placeholder("**unread")
         root = Module()
         states: list[str] = []
@@ -130,10 +130,10 @@ class StageBuilder:
                 _register(root, node.fqn, self.state[node.fqn], node.state_kind, node.persistent)
                 states.append(node.fqn)
                 env[name] = graph.get_attr(node.fqn)
-                env[name].meta = dict(self.nodes[name].meta)
+                env[name].meta.update(self.nodes[name].meta)
             elif place is not None:
                 env[name] = graph.call_function(torch.ops.aten.sym_size.int, (env[place[0]], place[1]))
-                env[name].meta = dict(self.nodes[name].meta)
+                env[name].meta.update(self.nodes[name].meta)
             else:
                 env[name] = copy_node(graph, self.nodes[name], lambda n: env[n.name])
                 if env[name].op == "get_attr":

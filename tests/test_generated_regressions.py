@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mutants import at_input, roll
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
@@ -165,3 +166,37 @@ def test_a_fill_is_no_position(name: str, dynamic: bool) -> None:
     lifted = bl.lift(ep)
     assert lifted.inputs == ()
     assert bl.verify(ep, lifted).passed
+
+
+def causal(ids: Tensor) -> Tensor:
+    """A causal mask of positions, ``[1, 1, S, S]``."""
+    at = torch.arange(ids.shape[1])
+    return (at[None, :] <= at[:, None])[None, None]
+
+
+def test_data_that_lends_its_dtype_is_not_computed() -> None:
+    """``table.type_as(h)`` made the values oracle compute ``h`` on a shard, where attention needs all keys."""
+
+    def body(n: Net, ids: Tensor, x: Tensor) -> Tensor:
+        h = attend(x, causal(ids))
+        return h + n.learned[: ids.shape[1]].type_as(h)
+
+    ep = program(body, True)
+    assert bl.verify(ep, bl.lift(ep)).passed
+
+
+def saturated(n: Net, ids: Tensor, x: Tensor) -> Tensor:
+    """A softmax that is all but 0 and 1: its gradient is a difference of nearly equal sums."""
+    return attend(x * (1 + 3e4 * n.buffer[: ids.shape[1]].abs()), causal(ids))
+
+
+def test_a_program_that_amplifies_rounding_is_measured_by_its_own_rounding() -> None:
+    """Gradients through a saturated softmax differ by more than 1e-9 in any other order of summation."""
+    ep = program(saturated, False)
+    lifted = bl.lift(ep)
+    report = bl.verify(ep, lifted)
+    assert report.passed
+    assert any("one unit in the last place" in check.detail for check in report.checks)
+    for item in lifted.inputs:
+        with pytest.raises(bl.VerificationError):
+            bl.verify(ep, at_input(lifted, item.name, roll(1)))

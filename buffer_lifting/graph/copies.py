@@ -19,5 +19,15 @@ def copy_node(graph: Graph, node: Node, transform: Callable[[Node], Any]) -> Nod
     copied.args = map_arg(node.args, transform)
     if node.kwargs:
         copied.kwargs = map_arg(node.kwargs, transform)
-    copied.meta = dict(node.meta)
+    copied.meta.update(node.meta)  # to set an attribute of a node moves it in the graph's tables
     return copied
+
+
+def erase_unused(graph: Graph, candidate: Callable[[Node], bool]) -> None:
+    """Erases the nodes without users that are candidates, and those that have none then.
+
+    ``Graph.eliminate_dead_code`` checks the whole graph each time before it begins.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and candidate(node):
+            graph.erase_node(node)

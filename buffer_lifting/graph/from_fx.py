@@ -53,6 +53,7 @@ def build_record(program: ExportedProgram, graph: Graph | None = None, states: S
     states = StateTable(program) if states is None else states
     mutated = set(program.graph_signature.buffers_to_mutate.values())
     locations: dict[str, Location | None] = {}
+    modules: dict[tuple[Any, ...], tuple[tuple[str, str], ...]] = {}
     names = _user_names(program)
     ranges: dict[str, tuple[int, int | None]] = {}
     for name, bounds in program.range_constraints.items():
@@ -75,7 +76,10 @@ def build_record(program: ExportedProgram, graph: Graph | None = None, states: S
             node.op = _op_name(fx_node)
             node.args = {key: _arg(value) for key, value in schema_args(fx_node).items()}
             stack = fx_node.meta.get("nn_module_stack") or {}
-            node.modules = tuple([(entry[0], _class_name(entry[1])) for entry in stack.values()])
+            entries = tuple(stack.values())
+            if entries not in modules:
+                modules[entries] = tuple([(entry[0], _class_name(entry[1])) for entry in entries])
+            node.modules = modules[entries]
             trace = fx_node.meta.get("stack_trace") or ""
             if trace not in locations:
                 locations[trace] = innermost_location(trace)

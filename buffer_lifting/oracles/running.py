@@ -123,6 +123,18 @@ def runnable(program: ExportedProgram, double: bool = False) -> Runnable:
     return Runnable(normalized.graph, module, state, dict(signature.inputs_to_parameters), names)
 
 
+def nudged(original: Runnable, seed: int) -> Runnable:
+    """The same program with each element of its floating parameters one unit in the last place up or down."""
+    generator = torch.Generator().manual_seed(seed)
+    state = dict(original.state)
+    for name in original.parameters:
+        value = state[name]
+        if value.is_floating_point():
+            up = torch.rand(value.shape, generator=generator) < 0.5
+            state[name] = torch.nextafter(value, torch.where(up, torch.inf, -torch.inf).to(value))
+    return replace(original, state=state)
+
+
 def doubled(value: Any) -> Any:
     """A floating or complex tensor in double precision; anything else as it is."""
     if isinstance(value, torch.Tensor) and value.dtype in _DOUBLE:
@@ -215,14 +227,23 @@ def per_sample(lifted: LiftedProgram) -> bool:
     return lifted.axes.has_batch and all(axes.batch_dim is not None for axes in along)
 
 
+#: Casts of the first operand to the dtype of the second, whose contents do not matter: data of a shard that only
+#: context_parallel can compute, for one.
+_CASTS_LIKE = (torch.ops.aten.type_as.default, torch.ops.aten.to.other)
+
+
+def _contents(node: Node) -> list[Node]:
+    return node.all_input_nodes[:1] if node.target in _CASTS_LIKE else node.all_input_nodes
+
+
 def evaluate(graph: Graph, values: Mapping[str, Any], targets: set[str]) -> dict[str, Any]:
-    """The values of some nodes; only what they are computed from is run.
+    """The values of some nodes; only what they are computed from is run, and not a tensor that lends its dtype alone.
 
     Raises:
         KeyError: a placeholder that they need has no value.
     """
     nodes = {node.name: node for node in graph.nodes}
-    needed = above(nodes, targets, values)
+    needed = above(nodes, targets, values, _contents)
     env: dict[Node, Any] = {}
     with torch.no_grad():
         for node in graph.nodes:
@@ -232,6 +253,8 @@ def evaluate(graph: Graph, values: Mapping[str, Any], targets: set[str]) -> dict
                 env[node] = values[node.name]
             elif node.op == "placeholder":
                 raise KeyError(node.name)
+            elif node.target in _CASTS_LIKE:
+                env[node] = env[node.args[0]].to(node.meta["val"].dtype)  # type: ignore[index]
             else:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: env[n])
                 env[node] = node.target(*args, **kwargs)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from buffer_lifting.graph.copies import erase_unused
 from buffer_lifting.passes.view_inverses import INVERSES
 from buffer_lifting.torch_compat import OpOverload, functional_form, returns_alias, schema_args
 
@@ -121,7 +122,7 @@ class _Functionalizer:
         self._drop_effects()
         stale = {n for known in self.storage.values() if known.version for n in (known.base, *known.views)}
         old = set(nodes) - stale
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n in old or n.op == "placeholder" or n.is_impure())
+        erase_unused(self.graph, lambda n: n not in old and n.op != "placeholder" and not n.is_impure())
         return self.changed
 
     # -- who shares storage -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from buffer_lifting.graph.bodies import attribute_of
-from buffer_lifting.graph.copies import copy_node
+from buffer_lifting.graph.copies import copy_node, erase_unused
 from buffer_lifting.passes.autocast import with_casts
 from buffer_lifting.passes.functionalize import functionalize, writes_in_place
 from buffer_lifting.torch_compat import AUTOCAST_HOP, GRAD_MODE_HOP, tree_flatten, tree_unflatten
@@ -51,7 +51,7 @@ def normalize(program: ExportedProgram, read_only: bool = False) -> Normalized:
     inliner.copy_into(new, program.graph_module, {}, prefix="")
     _keep_output_names(new, program.graph)
     functionalize(new, _not_in_checkpoints(program))
-    new.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
+    erase_unused(new, lambda node: node.op == "get_attr")
     modules = {str(n.target): n.meta["body"] for n in new.nodes if n.op == "get_attr" and "body" in n.meta}
     return Normalized(new, modules, tuple(inliner.inlined))
 
@@ -116,7 +116,9 @@ class _Inliner:
                 copied.meta = dict(node.meta)
             else:
                 copied = copy_node(new, node, lambda n: env[n])
-            copied.name = node.name if not prefix else f"{prefix}_{node.name}"
+            name = node.name if not prefix else f"{prefix}_{node.name}"
+            if copied.name != name:
+                copied.name = name
             if node.op == "get_attr":
                 copied.meta["body"] = attribute_of(node, module)
                 copied.target = node.target if not prefix else f"{prefix}_{str(node.target).replace('.', '_')}"
