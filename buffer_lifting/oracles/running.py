@@ -254,7 +254,7 @@ def evaluate(graph: Graph, values: Mapping[str, Any], targets: set[str]) -> dict
             elif node.op == "placeholder":
                 raise KeyError(node.name)
             elif node.target in _CASTS_LIKE:
-                env[node] = env[node.args[0]].to(node.meta["val"].dtype)  # type: ignore[index]
+                env[node] = env[node.args[0]].to(node.meta["val"].dtype)
             else:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: env[n])
                 env[node] = node.target(*args, **kwargs)
