@@ -6,8 +6,9 @@ from enum import Flag, auto
 
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
-from buffer_lifting.labels import Labels, has_seq, is_labelled
+from buffer_lifting.labels import COL, Labels, has_seq, is_labelled
 from buffer_lifting.ops import INDICES, content_operands, is_mutating, is_random, is_view, length_operands
+from buffer_lifting.variation import Variation
 
 
 class Dep(Flag):
@@ -37,8 +38,9 @@ def analyse(
     lengths = frozenset(
         atom for labels in input_labels.values() for dim in labels for f in dim if f.is_seq for atom in atoms(f.size)
     )
-    nodes = record.nodes
+    nodes, variation = record.nodes, Variation(record)
     sized = {name for name, node in nodes.items() if _has_length(node, lengths)} if lengths else set()
+    whole = {name for name, labels in input_labels.items() if _is_whole(labels)}  # and all whose lengths are theirs
     deps: dict[str, int] = {}  # flags as numbers: arithmetic on the flags themselves is most of the work otherwise
     for node in nodes.values():
         dep = 0
@@ -54,7 +56,9 @@ def analyse(
             contents = content_operands(node)
             for name in contents:
                 dep |= deps[name] & ~_LENGTH if isinstance(nodes[name].meta, ScalarMeta) else deps[name]
-            if _counts(node, nodes, contents, deps, sized):
+            if whole and _follows(node, whole, sized, deps):
+                whole.add(node.name)
+            elif _counts(node, record, contents, deps, sized, variation):
                 dep |= _LENGTH
             if node.base_op == "aten.sym_size" or node.base_op in INDICES:
                 dep |= _IOTA
@@ -77,15 +81,34 @@ def _has_length(node: Node, lengths: frozenset[str]) -> bool:
     return any([type(size) is not int and not lengths.isdisjoint(atoms(size)) for shape in shapes for size in shape])
 
 
-def _counts(node: Node, nodes: dict[str, Node], contents: list[str], deps: dict[str, int], sized: set[str]) -> bool:
+def _is_whole(labels: Labels) -> bool:
+    """Whether an input runs along the keys alone (``axes=`` says so): it is as long as the sequence on every rank."""
+    roles = {factor.role for dim in labels for factor in dim if factor.is_seq}
+    return roles == {COL}
+
+
+def _follows(node: Node, whole: set[str], sized: set[str], deps: dict[str, int]) -> bool:
+    """Whether every length that a value is made from, and some is, is that of whole sequences."""
+    refs = node.refs()
+    if not any([name in whole for name in refs]):
+        return False
+    return all([name in whole for name in refs if name in sized or deps[name] & _LENGTH])
+
+
+def _counts(
+    node: Node, record: GraphRecord, contents: list[str], deps: dict[str, int], sized: set[str], variation: Variation
+) -> bool:
     """Whether a number, or a value without a sequence dim of its own, is made from the length of a sequence."""
+    nodes = record.nodes
     if isinstance(node.meta, ScalarMeta):
         return node.name in sized or any([deps[name] & _LENGTH for name in node.refs()])
     if any([deps[name] & _LENGTH and isinstance(nodes[name].meta, ScalarMeta) for _, name in length_operands(node)]):
         return True
     if node.name in sized:
         return False
-    return any([name in sized and nodes[name].tensor is not None for name in contents])
+    whole = [name for name in contents if name in sized and nodes[name].tensor is not None]
+    picks = is_view(node)  # an element of a value whose elements are all equal says nothing of how many there were
+    return any([not picks or not variation.is_uniform(name) for name in whole])
 
 
 def _differentiable(node: Node, labels: Labels | None) -> bool:

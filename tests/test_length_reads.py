@@ -83,6 +83,8 @@ PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "first row, kept": lambda x, c, p: x + c[:1],
     "second row of a part": lambda x, c, p: x + c[1:][0],
     "first index": lambda x, c, p: x + (2 * index(x) + 3)[0],
+    "element of a fill": lambda x, c, p: x + torch.ones(x.shape[1], x.shape[1])[:1, :1],
+    "element of a fill, spread": lambda x, c, p: x + torch.ones_like(c)[:1, :1].expand(x.shape[1], x.shape[2]),
 }
 #: What is refused, and why.
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
@@ -100,6 +102,7 @@ def test_each_shard_has_the_rows_of_the_original(name: str) -> None:
     exported = program({**LIFTED, **PLAIN}[name])
     assert len(bl.scan(exported).reads) == (name in LIFTED)
     lifted = bl.context_parallel(bl.lift(exported), size=2)
+    assert not bl.check(lifted)
     (ids,), _ = exported.example_inputs
     whole, parts = exported.module()(ids), []
     for rank in range(2):
