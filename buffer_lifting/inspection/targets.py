@@ -44,12 +44,28 @@ def expand(patterns: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if is_callable(pattern) or not glob.has_magic(pattern) or Path(pattern).exists():
             targets.setdefault(_identity(pattern), pattern)
             continue
-        found = [path for path in sorted(glob.glob(pattern, recursive=True)) if _is_checkable(Path(path))]
+        found = [path for path in sorted(_matches(pattern)) if _is_checkable(Path(path))]
         if not found:
             failures.append((pattern, "it matches no .pt2 file, no .lifted file and no stage directory"))
         for path in found:
             targets.setdefault(_identity(path), path)
     return list(targets.values()), failures
+
+
+def _matches(pattern: str) -> set[str]:
+    """What a glob matches; its ``**`` follows no links, which may lead in circles, and enters no hidden directory."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return set(glob.glob(pattern))
+    at = parts.index("**")
+    start, rest = "/".join(parts[:at]), "/".join(parts[at + 1 :]) or "*"
+    found: set[str] = set()
+    for base in glob.glob(f"{start}/") if start else ["/" if at else ""]:
+        for folder, names, _ in os.walk(base or "."):
+            names[:] = [name for name in names if not name.startswith(".")]
+            inside = folder if base else folder[2:]  # without "./"
+            found |= _matches(f"{glob.escape(inside.rstrip('/'))}/{rest}" if inside else rest)
+    return found
 
 
 def _identity(target: str) -> str:
