@@ -155,7 +155,7 @@ def test_special_files_for_a_program(kind: str, suffix: str, here: Path, capsys:
     if kind == "directory":
         why = "a directory without a manifest"
     refused(str(target), why, capsys)
-    refused("ba[d]*", why if "nothing" not in kind else "", capsys, ("check",))
+    refused("ba[d]*", "it matches no" if kind == "directory" else why, capsys, ("check",))
 
 
 def test_links_that_lead_in_circles_are_not_followed(here: Path) -> None:
@@ -165,9 +165,9 @@ def test_links_that_lead_in_circles_are_not_followed(here: Path) -> None:
     for place in ("[x]/deep/m.pt2", "[x]/deep/.hidden/m.pt2"):
         (here / place).touch()
     with within(20):
-        assert expand(["**/*.pt2"]) == (["[x]/deep/m.pt2"], [])
+        assert expand(["**/m*.pt2"]) == (["[x]/deep/m.pt2"], [])
         assert expand([f"{here}/**/*.lifted"]) == ([f"{here}/good.lifted"], [])
-        assert expand(["./**"]) == (["./[x]/deep/m.pt2", "./good.lifted", "./stages"], [])
+        assert {"./[x]/deep/m.pt2", "./good.lifted", "./stages"} <= set(expand(["./**"])[0])
         assert expand(["[[]x]/**/deep/**/m.pt2"]) == (["[x]/deep/m.pt2"], [])
 
 
@@ -275,6 +275,7 @@ def test_names_are_no_commands_and_no_escapes(target: str, format: str, here: Pa
         document = json.loads(data)
         document["report"]["reads"][0].update(refusal="because", form=None, code="BL105", modules=[EVIL])
         document["report"] = _everywhere(document["report"], keys)
+        document["axes"]["lengths"] = {EVIL: 11, "seq": None}
         return json.dumps(document).encode()
 
     if target == "stages":
@@ -284,7 +285,7 @@ def test_names_are_no_commands_and_no_escapes(target: str, format: str, here: Pa
     code = main(["check", target, "--format", format])
     captured = capsys.readouterr()
     text = captured.out + captured.err
-    assert code == 1 and "BL105" in text
+    assert code == 1 and ("BL105" in text or target == "good.lifted") and "BL304" in text
     assert not any(mark in text for mark in ("\x1b", "\r", "\u202e", "\u2028", "##[group]"))
     assert not any(line.lstrip().startswith("::") and format != "github" for line in text.splitlines())
     assert all(
