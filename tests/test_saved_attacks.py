@@ -337,6 +337,18 @@ def test_lies_in_64_bits(member: str, which: str, size: int, here: Path, capsys:
     refused("good.lifted", "good.lifted: ", capsys)
 
 
+def test_axes_that_do_not_fit_the_program(here: Path, capsys: Capture) -> None:
+    def change(name: str, data: bytes) -> bytes:
+        if name != MANIFEST:
+            return data
+        document = json.loads(data)
+        document["input_axes"][0][1]["seq_dims"] = [[7, "seq\x1b", "row"]]
+        return json.dumps(document).encode()
+
+    repack(here / "good.lifted", change)
+    refused("good.lifted", "the axes in it do not fit its program", capsys, ("check", "report"))
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(
     "name", [MANIFEST, MANIFEST.upper(), "../manifest.json", "/manifest.json", "a\x1b[31mb", "a\nb"]

@@ -168,7 +168,8 @@ def _seq_dims(value: dict[str, Any]) -> tuple[tuple[int, str, str], ...]:
     for item in as_dims(field(value, "seq_dims", "the records"), "seq_dims"):
         if len(as_list(item, "a dim")) != 3:
             raise SchemaError("a sequence dim is not a dim, an axis and a role")
-        dims.append((as_dim(item[0], "a dim"), as_text(item[1], "an axis"), as_text(item[2], "a role")))
+        role = _one_of(item[2], ("row", "col"), "a role")
+        dims.append((as_dim(item[0], "a dim"), as_text(item[1], "an axis"), role))
     return tuple(dims)
 
 

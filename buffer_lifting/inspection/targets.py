@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer_lifting.errors import ArchiveError, AxesError
+from buffer_lifting.graph.archive_schema import shown
 from buffer_lifting.graph.inconsistent import untrusted
 from buffer_lifting.graph.record import GraphRecord
 from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_scan
@@ -145,7 +147,11 @@ def _check_file(target: str, path: Path, axes: Axes | None) -> tuple[tuple[Diagn
         from buffer_lifting.inspection.lifted_file import lifted_findings, read_lifted_graph
 
         lifted = read_lifted_graph(path)
-        return lifted_findings(lifted), lifted
+        try:
+            return lifted_findings(lifted), lifted
+        except AxesError as error:
+            reason = shown(" ".join(str(error).split()))[:200]
+            raise ArchiveError(f"{path}: the axes in it do not fit its program: {reason}") from None
     if path.suffix != ".pt2":
         raise TargetError(f"{target}: {_EXPECTED}")
     from buffer_lifting.graph.archive import read_archive
