@@ -14,7 +14,12 @@ _LOG_COMMAND = re.compile(r"##(?=[\w.]*\[)")
 
 def inert(text: str) -> str:
     r"""The text with ``\`` where it would be a command of a CI's log: ``::error``, ``##[add-mask]``, ``##vso[...]``."""
-    return _LOG_COMMAND.sub(r"##\\", _COMMAND.sub(r"\1\\::", text))
+    return inert_inside(_COMMAND.sub(r"\1\\::", text))
+
+
+def inert_inside(text: str) -> str:
+    """The same for text that no line begins with."""
+    return _LOG_COMMAND.sub(r"##\\", text)
 
 
 def inert_json(text: str) -> str:

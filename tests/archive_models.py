@@ -254,3 +254,15 @@ def export_model(name: str) -> ExportedProgram:
     """Exports one of ``MODELS``."""
     module, args, kwargs, shapes = MODELS[name]()
     return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def regions_without_outputs(program: torch.export.ExportedProgram) -> list[str]:
+    """The regions (``with torch.no_grad():`` and the like) of a graph that give nothing, and may write in place.
+
+    ``torch.export.load`` gives such a node no ``val``, and refuses the program that ``torch.export.save`` wrote.
+    """
+    return [
+        node.name
+        for node in program.graph.nodes
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.meta.get("val") == ()
+    ]

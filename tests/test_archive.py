@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 import transformers.modeling_outputs
-from archive_models import MODELS, export_model
+from archive_models import MODELS, export_model, regions_without_outputs
 from torch._export.serde import serialize
+from torch._export.verifier import SpecViolationError
 from torch.utils._sympy import functions as torch_functions
 from zoo import CASES, export_case
 
+import buffer_lifting as bl
 from buffer_lifting.graph.archive import read_archive
 from buffer_lifting.graph.archive_schema import DTYPES, LAYOUTS, MEMORY_FORMATS
 from buffer_lifting.graph.from_fx import build_record
@@ -27,7 +29,9 @@ from buffer_lifting.graph.op_schemas import arguments_of
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind
 from buffer_lifting.graph.shape_grammar import GrammarError, parse_condition, parse_size
 from buffer_lifting.graph.sizes import Size
+from buffer_lifting.inspection.diagnostics import check_record
 from buffer_lifting.passes.normalize import normalize
+from buffer_lifting.program import Axes
 from buffer_lifting.scanner import scan_record
 from buffer_lifting.torch_compat import _convert
 
@@ -253,3 +257,25 @@ def test_other_texts_are_no_sizes(text: str) -> None:
         size: Size = parse_size(text)
         print(size)
     assert str(caught.value).isprintable()
+
+
+class _Unused(torch.nn.Module):
+    """Computes cos and sin in a region, and does not use them: Falcon does, with ALiBi."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            torch.arange(x.shape[1]).cos()
+        return x + torch.arange(x.shape[1])[:, None]
+
+
+def test_a_region_without_outputs_is_read_where_torch_cannot(tmp_path: Path) -> None:
+    """It fails on the day that torch can: then the tests of the catalog need no exception."""
+    dims = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    program = torch.export.export(_Unused(), (torch.randn(3, 11, 4),), dynamic_shapes=dims)
+    assert regions_without_outputs(program)
+    torch.export.save(program, tmp_path / "m.pt2")
+    with pytest.raises(SpecViolationError, match="missing val field"):
+        torch.export.load(tmp_path / "m.pt2")
+    axes: Axes = {"x": {0: "batch", 1: "seq"}}
+    found = check_record(read_archive(tmp_path / "m.pt2"), axes)
+    assert found == bl.check(program, axes=axes) and found

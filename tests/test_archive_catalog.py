@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.modeling_outputs
+from archive_models import regions_without_outputs
 from torch._export.serde.serialize import SerializeError
+from torch._export.verifier import SpecViolationError
 from zoo.catalog import cells, entries, export_cell, export_of
 
 import buffer_lifting as bl
@@ -33,7 +35,12 @@ def test_every_export_has_the_same_findings_both_ways(name: str, tmp_path: Path)
                 torch.export.save(program, path)
             continue
         torch.export.save(program, path)
-        loaded = torch.export.load(path)
+        if regions_without_outputs(program):  # torch cannot load what it has saved: the program itself is compared
+            with pytest.raises(SpecViolationError, match="missing val field"):
+                torch.export.load(path)
+            loaded = program
+        else:
+            loaded = torch.export.load(path)
         assert check_record(read_archive(path)) == bl.check(loaded), (export, shape)
         assert outline_record(read_archive(path)) == outline(loaded), (export, shape)
         path.unlink()

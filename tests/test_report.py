@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from report_pages import page_of_kinds
 from zoo import export_case
 
 import buffer_lifting as bl
@@ -289,6 +291,57 @@ def test_hostile_text_in_every_field(tmp_path: Path) -> None:
 def test_the_marked_part_of_a_line_is_escaped() -> None:
     assert source_line("a<b>c", 1, 3) == "<pre><code>a<mark>&lt;b&gt;</mark>c</code></pre>"
     assert source_line("<i>", 0, 3) == "<pre><code>&lt;i&gt;</code></pre>"
+
+
+# Size
+
+
+def expanded(page: str) -> str:
+    """A page with everything that it holds compressed put in its place."""
+
+    def inflated(name: str) -> str:
+        (found,) = re.findall(
+            rf'<script type="text/plain" id="{name}" data-encoding="deflate-base64">(.*?)</script>', page
+        )
+        return zlib.decompress(base64.b64decode(found, validate=True)).decode("ascii")
+
+    parts = json.loads(inflated("parts"))
+    used: list[int] = []
+
+    def part(match: re.Match[str]) -> str:
+        used.append(int(match[2]))
+        return parts[used[-1]] if match[1] == "later" else f"<div>{parts[used[-1]]}</div>"
+
+    text = re.sub(r'<script type="text/plain" id="(data|parts)".*?</script>', "", page)
+    text = re.sub(r'<noscript>.*?</noscript><p id="large".*?</p>', "", text)
+    while (text := re.sub(r'<div data-(later|body)="(\d+)"></div>', part, old := text)) != old:
+        pass
+    assert sorted(used) == list(range(len(parts))), "each part once"
+    return text.replace("</footer>", f'</footer><script type="application/json" id="data">{inflated("data")}</script>')
+
+
+@pytest.mark.parametrize(("kinds", "layers"), [(500, 1), (1, 2500), (30, 80)])
+def test_a_large_page_has_what_one_without_compression_has(
+    kinds: int, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = page_of_kinds(kinds, tmp_path, layers)
+    for name in ("FINDINGS_ROOM", "READS_ROOM"):
+        monkeypatch.setattr(f"buffer_lifting.inspection.html_report.page.{name}", 10**9)
+    monkeypatch.setattr("buffer_lifting.inspection.html_report.later.DATA_ROOM", 10**9)
+    whole, other = Page(page_of_kinds(kinds, tmp_path, layers)), Page(expanded(small))
+    assert "<img" not in expanded(small) and whole.data == other.data and not whole.all("noscript")
+
+    def content(page: Page) -> tuple[list[Any], str]:
+        """Elements but those that only hold others, and texts."""
+        kept = [found for found in page.elements if found[0] not in ("div", "script")]
+        return kept, " ".join(" ".join(data for tag, data in page.texts if tag != "script").split())
+
+    assert content(other) == content(whole)
+
+
+def test_3200_findings_are_below_two_megabytes(tmp_path: Path) -> None:
+    assert len(page_of_kinds(3200, tmp_path)) < 2e6
+    assert len(page_of_kinds(1, tmp_path, 3200)) < 1e6
 
 
 # Pictures

@@ -68,6 +68,20 @@ def as_list(value: Any, what: str) -> list[Any]:
     return value
 
 
+def as_dims(value: Any, what: str) -> list[Any]:
+    """An array of as many entries as a tensor may have dims."""
+    if len(as_list(value, what)) > MAX_DIMS:
+        raise SchemaError(f"{what} has {len(value)} dims, the limit is {MAX_DIMS}")
+    return list(value)
+
+
+def as_dim(value: Any, what: str) -> int:
+    """The number of a dim, or how many there are."""
+    if as_count(value, what) > MAX_DIMS:
+        raise SchemaError(f"{what} is {value}, the limit is {MAX_DIMS}")
+    return int(value)
+
+
 def as_int(value: Any, what: str) -> int:
     """An integer of at most 64 bits."""
     if type(value) is not int:

@@ -9,7 +9,6 @@ several roots, names that leave the archive, encryption, and compression other t
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import BinaryIO
 
 from buffer_lifting.errors import ArchiveError
 from buffer_lifting.graph.shape_grammar import short
+from buffer_lifting.regular_file import open_regular
 
 MAX_DIRECTORY = 64 * 2**20  # bytes
 MAX_MEMBERS = 200_000
@@ -72,9 +72,7 @@ class ZipArchive:
         self._rooted = rooted
         self._file: BinaryIO
         try:
-            if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
-                raise ArchiveError("cannot be opened: it is no regular file")
-            self._file = path.open("rb")
+            self._file = open_regular(path)
         except OSError as error:
             raise ArchiveError(f"cannot be opened: {error.strerror}") from None
         try:

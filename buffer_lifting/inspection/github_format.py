@@ -11,6 +11,7 @@ from collections import Counter
 from buffer_lifting.inspection.places import Places, printable
 from buffer_lifting.inspection.results import CheckResult
 from buffer_lifting.inspection.rules import SEVERITIES, Severity
+from buffer_lifting.terminal import inert_inside
 
 SHOWN = 10
 _COMMANDS: dict[Severity, str] = {"error": "error", "warning": "warning", "note": "notice"}
@@ -40,7 +41,7 @@ def render_github(result: CheckResult, places: Places) -> str:
 
 def _command(kind: str, properties: dict[str, str], message: str) -> str:
     pairs = ",".join(f"{key}={_escape_property(value)}" for key, value in properties.items())
-    lines = [_escape(printable(line)) for line in message.split("\n")]
+    lines = [_escape(inert_inside(printable(line))) for line in message.split("\n")]
     return f"::{kind} {pairs}::{'%0A'.join(lines)}"
 
 
@@ -49,4 +50,4 @@ def _escape(text: str) -> str:
 
 
 def _escape_property(text: str) -> str:
-    return _escape(printable(text)).replace(":", "%3A").replace(",", "%2C")
+    return _escape(inert_inside(printable(text))).replace(":", "%3A").replace(",", "%2C")

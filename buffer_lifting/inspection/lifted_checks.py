@@ -113,12 +113,16 @@ def _broadcasts(
     for node in nodes:
         for ref in dict.fromkeys(node.refs()):
             users.setdefault(ref, []).append(node)
+    places: dict[str, Location] = {}  # where the source of a lifted input is read in the model
+    for read in report.reads:
+        if read.location:
+            places.setdefault(read.source, read.location)
     found = []
     for node in nodes:
         item = by_name.get(node.name) if node.op == "placeholder" else None
         if item is None:
             continue
-        place = _place(item, report)
+        place = places.get(item.source)
         readers = users.get(node.name, [])
         name = f"lifted input {item.name!r}{where}"
         if len(readers) != 1 or readers[0].target != _EXPAND:
@@ -151,11 +155,6 @@ def _dims(dims: Sequence[int]) -> str:
     return f"the dims {', '.join(map(str, dims))}" if dims else "no dim"
 
 
-def _place(item: LiftedInput, report: ScanReport) -> Location | None:
-    """Where the source of a lifted input is read in the model."""
-    return next((read.location for read in report.reads if read.source == item.source and read.location), None)
-
-
 def _boundaries(stages: Sequence[PlainStage], lifted: set[str]) -> list[Diagnostic]:
     """Values that no user input and no activation enters by its contents, where a stage hands them on first."""
     found = []
@@ -165,6 +164,7 @@ def _boundaries(stages: Sequence[PlainStage], lifted: set[str]) -> list[Diagnost
         places = {name: index for index, name in enumerate(stage.activations)}
         handed: list[str] = []
         nodes = {node.name: node for node in stage.nodes}
+        written: set[str] = set()
         for node in stage.nodes:
             if node.op == "placeholder":
                 user[node.name] = node.name not in lifted
@@ -174,7 +174,7 @@ def _boundaries(stages: Sequence[PlainStage], lifted: set[str]) -> list[Diagnost
             elif node.op == "call_function":
                 user[node.name] = from_user(node, user)
                 if node.target.split(".")[1:2] and node.target.split(".")[1].endswith("_"):
-                    _write(node, user, nodes)
+                    _write(node, user, nodes, written)
             elif node.op == "output":
                 handed = node.refs()
             else:
@@ -201,11 +201,12 @@ def from_user(node: PlainNode, user: dict[str, bool]) -> bool:
     return any(user[ref] for ref in refs)
 
 
-def _write(node: PlainNode, user: dict[str, bool], nodes: dict[str, PlainNode]) -> None:
-    """An in-place op gives its dependence to what it writes to, through views."""
-    written, target = user[node.name], _refs(node.args[:1])
-    while target and nodes[target[0]].op == "call_function":
-        user[target[0]] |= written
+def _write(node: PlainNode, user: dict[str, bool], nodes: dict[str, PlainNode], written: set[str]) -> None:
+    """An in-place op gives its dependence to what it writes to, through views; ``written`` are those that have it."""
+    target = _refs(node.args[:1]) if user[node.name] else []
+    while target and nodes[target[0]].op == "call_function" and target[0] not in written:
+        user[target[0]] = True
+        written.add(target[0])
         target = _refs(nodes[target[0]].args[:1])
 
 

@@ -13,6 +13,8 @@ from buffer_lifting.graph.archive_schema import (
     as_bool,
     as_count,
     as_dict,
+    as_dim,
+    as_dims,
     as_int,
     as_list,
     as_text,
@@ -100,9 +102,9 @@ def _input_axes(value: dict[str, Any]) -> InputAxes:
     batch = field(value, "batch_dim", "an input's axes")
     return InputAxes(
         _text(value, "name"),
-        None if batch is None else as_count(batch, "batch_dim"),
+        None if batch is None else as_dim(batch, "batch_dim"),
         _seq_dims(value),
-        as_count(field(value, "rank", "an input's axes"), "rank"),
+        as_dim(field(value, "rank", "an input's axes"), "rank"),
     )
 
 
@@ -118,7 +120,7 @@ def _read(value: dict[str, Any]) -> PositionRead:
         op=_text(value, "op"),
         operand=_text(value, "operand"),
         seq_dims=_seq_dims(value),
-        batch_dim=None if batch is None else as_count(batch, "batch_dim"),
+        batch_dim=None if batch is None else as_dim(batch, "batch_dim"),
         stream=cast(Stream, _one_of(field(value, "stream", "a read"), _STREAMS, "stream")),
         form=None if form is None else cast(Form, _one_of(form, _FORMS, "form")),
         refusal=None if refusal is None else as_text(refusal, "refusal"),
@@ -147,7 +149,7 @@ def _finding(value: dict[str, Any]) -> Finding:
 
 
 def _input(value: dict[str, Any]) -> LiftedInput:
-    rows = as_list(field(value, "row_shape", "an input"), "row_shape")
+    rows = as_dims(field(value, "row_shape", "an input"), "row_shape")
     return LiftedInput(
         _text(value, "name"),
         cast(Form, _one_of(field(value, "form", "an input"), _FORMS, "form")),
@@ -163,10 +165,11 @@ def _input(value: dict[str, Any]) -> LiftedInput:
 
 def _seq_dims(value: dict[str, Any]) -> tuple[tuple[int, str, str], ...]:
     dims = []
-    for item in as_list(field(value, "seq_dims", "the records"), "seq_dims"):
+    for item in as_dims(field(value, "seq_dims", "the records"), "seq_dims"):
         if len(as_list(item, "a dim")) != 3:
             raise SchemaError("a sequence dim is not a dim, an axis and a role")
-        dims.append((as_count(item[0], "a dim"), as_text(item[1], "an axis"), as_text(item[2], "a role")))
+        role = _one_of(item[2], ("row", "col"), "a role")
+        dims.append((as_dim(item[0], "a dim"), as_text(item[1], "an axis"), role))
     return tuple(dims)
 
 

@@ -15,6 +15,7 @@ from buffer_lifting.graph.archive_schema import (
     SchemaError,
     as_count,
     as_dict,
+    as_dims,
     as_int,
     as_list,
     as_text,
@@ -26,9 +27,10 @@ from buffer_lifting.inspection.lifted_checks import PlainNode, PlainStage, lengt
 from buffer_lifting.inspection.saved_records import axes_of, input_axes_of, inputs_of, names_of, outputs_of, report_of
 from buffer_lifting.inspection.stage_directory import MANIFEST
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
+from buffer_lifting.regular_file import open_regular
 
 FEED, FORMAT, VERSION = "feed.json", "buffer_lifting.staged", 2
-MAX_STAGES = 10_000
+MAX_STAGES, MAX_OUTPUTS = 10_000, 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,11 @@ def _read(directory: Path) -> SavedPartition:
 
 
 def _bytes(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        data = stream.read(MAX_JSON + 1)
+    try:
+        with open_regular(path) as stream:
+            data = stream.read(MAX_JSON + 1)
+    except OSError as error:
+        raise ArchiveError(f"{path.name} cannot be read: {error.strerror}") from None
     if len(data) > MAX_JSON:
         raise ArchiveError(f"{path.name} has more than {MAX_JSON} bytes")
     return data
@@ -152,6 +157,8 @@ def _stage(index: int, value: dict[str, Any]) -> SavedStage:
         known.add(node.name)
         nodes.append(node)
     plain = PlainStage(index, names_of(value, "activations"), names_of(value, "outputs"), tuple(nodes))
+    if sum(len(node.refs()) for node in nodes if node.op == "output") > MAX_OUTPUTS:
+        raise ArchiveError(f"stage {index} has more than {MAX_OUTPUTS} outputs")
     size = as_count(field(value, "boundary_bytes", "a stage"), "boundary_bytes")
     parameters = names_of(value, "parameters")
     return SavedStage(plain, names_of(value, "kwargs"), outputs_of(value), size, parameters, _elements(value))
@@ -163,6 +170,5 @@ def _elements(value: dict[str, Any]) -> int:
     for item in as_list(field(value, "state", "a stage"), "state"):
         entry = as_dict(item, "a tensor")
         if entry.get("kind") == "parameter" and "same" not in entry:
-            sizes = as_list(field(entry, "shape", "a tensor"), "shape")
-            total += prod(as_count(size, "a size") for size in sizes)
+            total += prod(as_count(size, "a size") for size in as_dims(field(entry, "shape", "a tensor"), "shape"))
     return total

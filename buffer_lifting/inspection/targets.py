@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer_lifting.errors import ArchiveError, AxesError
+from buffer_lifting.graph.archive_schema import shown
 from buffer_lifting.graph.inconsistent import untrusted
 from buffer_lifting.graph.record import GraphRecord
 from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_scan
@@ -44,12 +46,28 @@ def expand(patterns: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if is_callable(pattern) or not glob.has_magic(pattern) or Path(pattern).exists():
             targets.setdefault(_identity(pattern), pattern)
             continue
-        found = [path for path in sorted(glob.glob(pattern, recursive=True)) if _is_checkable(Path(path))]
+        found = [path for path in sorted(_matches(pattern)) if _is_checkable(Path(path))]
         if not found:
             failures.append((pattern, "it matches no .pt2 file, no .lifted file and no stage directory"))
         for path in found:
             targets.setdefault(_identity(path), path)
     return list(targets.values()), failures
+
+
+def _matches(pattern: str) -> set[str]:
+    """What a glob matches; its ``**`` follows no links, which may lead in circles, and enters no hidden directory."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return set(glob.glob(pattern))
+    at = parts.index("**")
+    start, rest = "/".join(parts[:at]), "/".join(parts[at + 1 :]) or "*"
+    found: set[str] = set()
+    for base in glob.glob(f"{start}/") if start else ["/" if at else ""]:
+        for folder, names, _ in os.walk(base or "."):
+            names[:] = [name for name in names if not name.startswith(".")]
+            inside = folder if base else folder[2:]  # without "./"
+            found |= _matches(f"{glob.escape(inside.rstrip('/'))}/{rest}" if inside else rest)
+    return found
 
 
 def _identity(target: str) -> str:
@@ -129,7 +147,11 @@ def _check_file(target: str, path: Path, axes: Axes | None) -> tuple[tuple[Diagn
         from buffer_lifting.inspection.lifted_file import lifted_findings, read_lifted_graph
 
         lifted = read_lifted_graph(path)
-        return lifted_findings(lifted), lifted
+        try:
+            return lifted_findings(lifted), lifted
+        except AxesError as error:
+            reason = shown(" ".join(str(error).split()))[:200]
+            raise ArchiveError(f"{path}: the axes in it do not fit its program: {reason}") from None
     if path.suffix != ".pt2":
         raise TargetError(f"{target}: {_EXPECTED}")
     from buffer_lifting.graph.archive import read_archive

@@ -17,7 +17,7 @@ class _Group:
 
     first: Reported
     place: Place | None
-    modules: list[str] = field(default_factory=list)
+    modules: dict[str, None] = field(default_factory=dict)  # in order
     items: list[Diagnostic] = field(default_factory=list)
 
 
@@ -30,8 +30,7 @@ def render_text(result: CheckResult, places: Places, statistics: bool = False) -
         key = (item.target, place and (place.path, place.line), found.code, message, found.hint)
         group = groups.setdefault(key, _Group(item, place))
         group.items.append(found)
-        if found.module not in group.modules:
-            group.modules.append(found.module)
+        group.modules[found.module] = None
     lines: list[str] = []
     for group in groups.values():
         lines += _lines(group)
@@ -70,5 +69,5 @@ def _graph_place(group: _Group) -> str:
 
 def _spread(group: _Group) -> str:
     if len(group.modules) > 1:
-        return f"  [x{len(group.modules)} {spread(group.modules)}]"
+        return f"  [x{len(group.modules)} {spread(list(group.modules))}]"
     return f"  [x{len(group.items)}]" if len(group.items) > 1 else ""

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 
 from buffer_lifting.errors import LiftingError
+from buffer_lifting.regular_file import open_regular
 
 LIFTED, STAGED = "buffer_lifting.lifted", "buffer_lifting.staged"
 VERSIONS = {LIFTED: 1, STAGED: 2}
@@ -60,7 +61,7 @@ _line = functools.partial(json.dumps, sort_keys=True, allow_nan=False)
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -106,7 +107,8 @@ def read_json(path: Path, checksums: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         LiftingError: another checksum.
     """
-    data = path.read_bytes()
+    with open_regular(path) as stream:
+        data = stream.read()
     compare(path, hashlib.sha256(data).hexdigest(), checksums)
     return cast(dict[str, Any], json.loads(data))
 

@@ -39,6 +39,7 @@ from buffer_lifting.package.files import (
 from buffer_lifting.package.lifted_file import check_savable
 from buffer_lifting.package.loaded_stage import LoadedStage
 from buffer_lifting.package.pt2 import read_pt2_tensors, write_pt2
+from buffer_lifting.regular_file import open_regular
 from buffer_lifting.stage_builder import _register
 from buffer_lifting.stage_program import stage_parts, stage_state
 from buffer_lifting.stages import Stage, StagedProgram
@@ -125,7 +126,8 @@ def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
     """
     directory = Path(directory)
     try:
-        data = (directory / MANIFEST).read_bytes()
+        with open_regular(directory / MANIFEST) as stream:
+            data = stream.read()
         manifest = checked_manifest(data, STAGED, str(directory))
         check_seal(data, manifest, str(directory))
         count, checksums = manifest["num_stages"], manifest["sha256"]
@@ -134,7 +136,7 @@ def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
         tied = decode_record(dict[str, tuple[int, ...]], manifest["tied"])
         holders = decode_record(dict[str, tuple[int, ...]], manifest["state_dict"])
         document = read_json(directory / _FEED, checksums)
-        with (directory / _TABLES).open("rb") as stream:
+        with open_regular(directory / _TABLES) as stream:
             tables, checksum = read_tensors(stream, document["tables"], own_device=True)
         compare(directory / _TABLES, checksum, checksums)
         # feeding needs no program
@@ -156,7 +158,7 @@ def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stag
     document = read_json(directory / f"stage_{index}.json", checksums)
     state = document.pop("state")
     program = directory / f"stage_{index}.pt2"
-    with program.open("rb") as stream:
+    with open_regular(program) as stream:
         tensors, checksum = read_pt2_tensors(stream, state)
     compare(program, checksum, checksums)
     root = torch.nn.Module()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from buffer_lifting.inspection.html_report.later import Room
 from buffer_lifting.inspection.html_report.markup import code, count, escape
 from buffer_lifting.inspection.places import Place, Places
 from buffer_lifting.inspection.results import CheckResult, Reported
@@ -38,25 +39,34 @@ def cards(result: CheckResult, places: Places) -> dict[tuple[str, str], list[Car
     return grouped
 
 
-def findings_section(result: CheckResult, places: Places, targets: Sequence[str], links: Links) -> str:
+def findings_section(result: CheckResult, places: Places, targets: Sequence[str], links: Links, room: Room) -> str:
     """The section of the page; ``targets`` gives each target its number."""
     parts = ['<section id="findings" aria-labelledby="findings-title"><h2 id="findings-title">Findings</h2>']
     grouped = cards(result, places)
     if not grouped:
         parts.append("<p>There are none.</p>")
-    for (target, module), found in sorted(grouped.items(), key=lambda entry: targets.index(entry[0][0])):
-        classes = sorted({item.diagnostic.module_class for card in found for item in card.items} - {""})
-        named = code(module) if module else "the model itself, or the whole program"
-        of = f' <span class="soft">of {code(target)}</span>' if len(targets) > 1 else ""
-        kind = f' <span class="soft">({escape(", ".join(classes))})</span>' if classes and module else ""
-        number = targets.index(target)
-        parts.append(f"<div data-group><h3>{named}{kind}{of}</h3>")
-        parts += [_card(card, number, links) for card in found]
-        parts.append("</div>")
+    numbers = {target: number for number, target in enumerate(targets)}
+    ordered = sorted(grouped.items(), key=lambda entry: numbers[entry[0][0]])
+    parts += room.groups(
+        (_heading(target, module, found, len(targets) > 1), _cards(found, numbers[target], links, room))
+        for (target, module), found in ordered
+    )
     return "\n".join([*parts, "</section>"])
 
 
-def _card(card: Card, target: int, links: Links) -> str:
+def _heading(target: str, module: str, found: Sequence[Card], named_target: bool) -> str:
+    classes = sorted({item.diagnostic.module_class for card in found for item in card.items} - {""})
+    named = code(module) if module else "the model itself, or the whole program"
+    of = f' <span class="soft">of {code(target)}</span>' if named_target else ""
+    kind = f' <span class="soft">({escape(", ".join(classes))})</span>' if classes and module else ""
+    return f"<h3>{named}{kind}{of}</h3>"
+
+
+def _cards(found: Sequence[Card], target: int, links: Links, room: Room) -> Iterator[str]:
+    return (_card(card, target, links, room) for card in found)
+
+
+def _card(card: Card, target: int, links: Links, room: Room) -> str:
     found, suppression = card.first.diagnostic, card.first.suppression
     times = len(card.items)
     items = [item.diagnostic for item in card.items]
@@ -79,11 +89,8 @@ def _card(card: Card, target: int, links: Links) -> str:
         parts.append(f"<p>Suppressed by the {escape(suppression.by)}: {escape(suppression.reason)}</p>")
     if times > 1:
         rows = "".join(f"<li>{_member(item)}</li>" for item in card.items)
-        parts.append(
-            f"<details><summary>All {times} of them</summary><ul class='members'>{rows}</ul></details>".replace(
-                "'", '"'
-            )
-        )
+        members = room.body(f'<ul class="members">{rows}</ul>')
+        parts.append(f"<details><summary>All {times} of them</summary>{members}</details>")
     elif found.node:
         parts.append(f'<p class="soft">{_member(card.first)}</p>')
     link = links.get((card.first.target, found.code, found.node))

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from buffer_lifting.graph.record import Location
+from buffer_lifting.inspection.html_report.later import Room
 from buffer_lifting.inspection.html_report.markup import code, count, escape
 from buffer_lifting.inspection.html_report.pictures import input_shape
 from buffer_lifting.inspection.html_report.svg import draw_chain, draw_columns
@@ -40,7 +41,7 @@ _KEY = (
 MAX_DRAWN = 200
 
 
-def graph_section(views: Sequence[ProgramView], places: Places, targets: Sequence[str]) -> str:
+def graph_section(views: Sequence[ProgramView], places: Places, targets: Sequence[str], room: Room) -> str:
     """The section of the page; ``targets`` gives each target its number."""
     parts = [
         '<section id="graph" aria-labelledby="graph-title"><h2 id="graph-title">Graph: from sources to consumers</h2>'
@@ -60,7 +61,7 @@ def graph_section(views: Sequence[ProgramView], places: Places, targets: Sequenc
     parts.append('<div id="pictures">')
     left = MAX_DRAWN
     for view in views:
-        parts.append(_program(view, targets.index(view.target), places, len(targets) > 1, left))
+        parts.append(_program(view, targets.index(view.target), places, len(targets) > 1, left, room))
         left = max(0, left - len(view.groups))
     return "\n".join([*parts, "</div></section>"])
 
@@ -79,7 +80,7 @@ def _key() -> str:
     return f'<ul class="key" aria-label="Key">{"".join(entries)}</ul>'
 
 
-def _program(view: ProgramView, number: int, places: Places, named: bool, drawn: int) -> str:
+def _program(view: ProgramView, number: int, places: Places, named: bool, drawn: int, room: Room) -> str:
     parts = [f"<div data-group><h3>{code(view.target)}</h3>" if named else "<div>"]
     parts += [f'<p class="soft">{escape(note)}</p>' for note in view.notes]
     if view.problem:
@@ -99,25 +100,28 @@ def _program(view: ProgramView, number: int, places: Places, named: bool, drawn:
             most = f"A page draws {count(MAX_DRAWN, 'kind')} of reads at most: of the others and the whole there are no"
             parts.append(f'<p class="soft">{most} pictures, but their steps. A page of fewer targets draws more.</p>')
         words = _STATUS if view.kind == "program" else {**_STATUS, **_LIFTED}
-        for index, group in enumerate(view.groups):
-            parts.append(_read(group, number, places, words[group.status], index < drawn))
+        parts += room.run(
+            _read(group, number, places, words[group.status], index < drawn, room)
+            for index, group in enumerate(view.groups)
+        )
     elif not view.problem:
         parts.append("<p>Nothing is read by position, and no op mixes the sequence.</p>")
     return "\n".join([*parts, "</div>"])
 
 
-def _read(group: ReadGroup, number: int, places: Places, status: str, drawn: bool) -> str:
+def _read(group: ReadGroup, number: int, places: Places, status: str, drawn: bool, room: Room) -> str:
     name = group_id(number, group)
     times = len(group.members)
     badge = f'<span class="badge {group.status}">{status}</span>'
     spread = f' <span class="badge plain">&#215; {times}</span>' if times > 1 else ""
     rule = f"<strong>{escape(group.code)}</strong> " if group.code else ""
     data = f'data-code="{escape(group.code)}" data-target="{number}" data-count="{times}"'
-    parts = [
+    head = (
         f'<details class="read" id="{name}" {data}>'
         f"<summary>{badge}{spread} {rule}{escape(group.title)}<br>{_reader(group)} "
-        f'<span class="soft">{_place(group.location, places)}</span></summary><div>'
-    ]
+        f'<span class="soft">{_place(group.location, places)}</span></summary>'
+    )
+    parts = []
     if group.location is not None and (text := places.at(group.location).source):
         parts.append(f"<pre><code>{escape(text)}</code></pre>")
     if group.hint:
@@ -134,7 +138,7 @@ def _read(group: ReadGroup, number: int, places: Places, status: str, drawn: boo
             )
     parts.append("</div>")
     parts += [_nearest(group), _steps(group.rows, places), _members(group)]
-    return "\n".join([*filter(None, parts), "</div></details>"])
+    return f"{head}{room.body(chr(10).join(filter(None, parts)))}</details>"
 
 
 def _reader(group: ReadGroup) -> str:

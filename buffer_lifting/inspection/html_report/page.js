@@ -19,21 +19,68 @@
     label();
   });
 
+  // a large page: lists that follow are put in place at once, what is in a closed element when it is opened
+  let parts = [];
+  const large = one("parts");
+  async function inflated(element) {
+    const bytes = Uint8Array.from(atob(element.textContent), (char) => char.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text();
+  }
+  async function place() {
+    if (!large) return;
+    try { parts = JSON.parse(await inflated(large)); } catch { one("large").hidden = false; return; }
+    for (const spot of all("[data-later]")) spot.outerHTML = parts[spot.dataset.later];
+  }
+  function mark(item) { // the lines of an item that do not match, if it has been read and they are there
+    if (item.members) all(".members li", item.element).forEach((line, index) => { line.hidden = item.members[index].hidden; });
+  }
+  function fill(root) {
+    if (!parts.length) return;
+    for (const spot of all("[data-body]", root)) {
+      spot.innerHTML = parts[spot.dataset.body] || "";
+      delete spot.dataset.body;
+      const item = known.get(spot.closest("[data-code]"));
+      if (item) mark(item);
+    }
+  }
+  document.addEventListener("toggle", (event) => { if (event.target.open) fill(event.target); }, true);
+
   // search and filter: what is shown is an item whose text has every word, and whose code and target are chosen; of
   // several equal ones in an item, those whose line (with the item's own text) has them
   const search = one("search");
   const suppressed = one("suppressed");
   const target = one("target");
   const boxes = all(".codes input");
-  const items = all("[data-code]").map((element) => {
-    const list = element.querySelector(".members");
-    const text = list ? element.textContent.replace(list.textContent, " ") : element.textContent;
-    const members = list ? all("li", list).map((entry) => ({ entry, text: entry.textContent.toLowerCase() })) : [];
-    return { element, members, text: text.toLowerCase(), total: Number(element.dataset.count), shown: 0 };
-  });
-  const cards = items.filter((item) => item.element.classList.contains("card"));
-  const reads = items.filter((item) => item.element.classList.contains("read"));
-  const links = all("svg a");
+  const known = new Map();
+  let items = [], cards = [], reads = [], groups = [], links = [];
+  function collect() {
+    items = all("[data-code]").map((element) => ({ element, members: null, text: "", total: Number(element.dataset.count), shown: 0 }));
+    for (const item of items) known.set(item.element, item);
+    cards = items.filter((item) => item.element.classList.contains("card"));
+    reads = items.filter((item) => item.element.classList.contains("read"));
+    groups = all("[data-group]").map((element) => ({ element, items: all("[data-code]", element) }));
+    links = all("svg a");
+  }
+  const names = { lt: "<", gt: ">", quot: '"', amp: "&" };
+  const decoded = (match, name) => (name[0] !== "#" ? names[name] || match
+    : String.fromCodePoint(name[1] === "x" ? parseInt(name.slice(2), 16) : Number(name.slice(1))));
+  const plain = (markup) => markup.replace(/<[^>]*>/g, "").replace(/&(#?\w+);/g, decoded);
+  function read(item) { // the text of an item and of its members, once
+    const bodies = all("[data-body]", item.element).map((spot) => parts[spot.dataset.body] || "").join("");
+    const start = bodies.indexOf('<ul class="members">');
+    const list = item.element.querySelector(".members");
+    let own = item.element.textContent, lines = [];
+    if (start >= 0) {
+      const end = bodies.indexOf("</ul>", start);
+      lines = bodies.slice(start, end).split("<li>").slice(1).map(plain);
+      own += ` ${plain(bodies.slice(0, start))} ${plain(bodies.slice(end))}`;
+    } else {
+      own += ` ${plain(bodies)}`;
+      if (list) { own = own.replace(list.textContent, " "); lines = all("li", list).map((entry) => entry.textContent); }
+    }
+    item.text = own.toLowerCase();
+    item.members = lines.map((line) => ({ text: line.toLowerCase(), hidden: false }));
+  }
   function filter() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const codes = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
@@ -41,17 +88,23 @@
       const data = item.element.dataset;
       const chosen = (!data.code || codes.has(data.code)) && (!target || !target.value || data.target === target.value) &&
         (!("suppressed" in data) || !suppressed || suppressed.checked);
+      if (words.length && !item.members) read(item);
       const rest = words.filter((word) => !item.text.includes(word));
-      let matching = rest.length ? 0 : item.total;
-      for (const { entry, text } of item.members) {
-        entry.hidden = !rest.every((word) => text.includes(word));
-        if (rest.length && !entry.hidden) matching += 1;
+      let matching = rest.length ? 0 : item.total, changed = false;
+      for (const member of item.members || []) {
+        const hidden = !rest.every((word) => member.text.includes(word));
+        changed ||= hidden !== member.hidden;
+        member.hidden = hidden;
+        if (rest.length && !hidden) matching += 1;
       }
+      if (changed) mark(item);
       item.shown = chosen ? matching : 0;
       item.element.hidden = !chosen || (rest.length > 0 && !matching);
     }
-    for (const group of all("[data-group]")) {
-      group.hidden = all("[data-code]", group).length > 0 && all("[data-code]", group).every((item) => item.hidden);
+    for (const group of groups) {
+      const left = group.items.filter((item) => !item.hidden).length;
+      group.element.hidden = group.items.length > 0 && !left;
+      if (group.element.className === "block") group.element.style.containIntrinsicSize = `auto ${left * 8}rem`;
     }
     for (const link of links) link.classList.toggle("dim", one(link.getAttribute("href").slice(1)).hidden);
     const sum = (list, key) => list.reduce((total, item) => total + item[key], 0);
@@ -73,7 +126,6 @@
     if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) { event.preventDefault(); search.focus(); }
     if (event.key === "Escape" && document.activeElement === search) { search.value = ""; filter(); }
   });
-  filter();
 
   // pictures: before, after or both; open and close
   const pictures = one("pictures");
@@ -84,27 +136,40 @@
   if (toggle) toggle.addEventListener("click", () => {
     const shown = all(".read").filter((item) => !item.hidden);
     const open = shown.some((item) => !item.open);
+    if (open) for (const item of shown) fill(item);
     for (const item of shown) item.open = open;
   });
   function follow() {
-    let place = null;
-    try { place = one(decodeURIComponent(location.hash.slice(1))); } catch { /* no fragment of ours */ }
-    if (place && place.matches("details")) { place.hidden = false; place.open = true; place.scrollIntoView(); }
+    let found = null;
+    try { found = one(decodeURIComponent(location.hash.slice(1))); } catch { /* no fragment of ours */ }
+    if (found && found.matches("details")) { fill(found); found.hidden = false; found.open = true; found.scrollIntoView(); }
   }
   addEventListener("hashchange", follow);
-  follow();
 
   // on paper nothing can be opened
   let closed = [];
-  addEventListener("beforeprint", () => { closed = all("details:not([open])"); for (const item of closed) item.open = true; });
+  addEventListener("beforeprint", () => {
+    fill(document);
+    closed = all("details:not([open])");
+    for (const item of closed) item.open = true;
+  });
   addEventListener("afterprint", () => { for (const item of closed) item.open = false; });
 
-  one("download").addEventListener("click", () => {
-    const data = JSON.parse(one("data").textContent);
+  one("download").addEventListener("click", async () => {
+    const data = one("data");
+    const text = data.dataset.encoding ? await inflated(data) : data.textContent;
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([JSON.stringify(data, null, 2)], { type: "application/json" }));
+    link.href = URL.createObjectURL(new Blob([JSON.stringify(JSON.parse(text), null, 2)], { type: "application/json" }));
     link.download = "buffer-lifting-report.json";
     link.click();
     URL.revokeObjectURL(link.href);
   });
+
+  const start = () => {
+    collect();
+    for (const item of all("details[open]")) fill(item);
+    filter();
+    follow();
+  };
+  if (large) place().then(start); else start();
 })();

@@ -13,6 +13,7 @@ import buffer_lifting
 from buffer_lifting.inspection.html_report.data import page_data
 from buffer_lifting.inspection.html_report.findings import failures_part, findings_section
 from buffer_lifting.inspection.html_report.graph_section import graph_section, group_id
+from buffer_lifting.inspection.html_report.later import FINDINGS_ROOM, READS_ROOM, Parts, Room, data_element
 from buffer_lifting.inspection.html_report.markup import ascii_only, code, count, embedded_json, escape
 from buffer_lifting.inspection.html_report.stage_section import stages_section
 from buffer_lifting.inspection.html_report.views import ProgramView
@@ -39,15 +40,15 @@ def render_html(result: CheckResult, places: Places, views: Sequence[ProgramView
         for group in view.groups
         for member in group.members
     }
-    stages = stages_section(ordered)
+    stages, parts = stages_section(ordered), Parts()
     codes = sorted(
         {item.diagnostic.code for item in result.reported}
         | {group.code for view in ordered for group in view.groups if group.code}
     )
     body = [
         _summary(result, ordered),
-        findings_section(result, places, result.targets, links),
-        graph_section(ordered, places, result.targets),
+        findings_section(result, places, result.targets, links, Room(FINDINGS_ROOM, parts)),
+        graph_section(ordered, places, result.targets, Room(READS_ROOM, parts)),
         stages,
         _rules(codes),
     ]
@@ -61,8 +62,9 @@ def render_html(result: CheckResult, places: Places, views: Sequence[ProgramView
         script=script,
         navigation=navigation,
         filters=_filters(result, codes),
-        body="\n".join(filter(None, body)),
-        data=embedded_json(page_data(result, places, ordered)),
+        body="\n".join(filter(None, [_large(parts), *body])),
+        data=data_element(embedded_json(page_data(result, places, ordered))),
+        parts=parts.element(),
     )
     return ascii_only(page)
 
@@ -80,6 +82,19 @@ def _title(result: CheckResult) -> str:
     if len(targets) == 1:
         return f"buffer-lifting: {targets[0]}"
     return f"buffer-lifting: {count(len(targets), 'target')}"
+
+
+def _large(parts: Parts) -> str:
+    """What a reader without JavaScript has to know of a large page; empty for one that has everything as markup."""
+    if not parts.markup:
+        return ""
+    text = f"{parts.items:,} findings and reads" if parts.items else "Long lists"
+    text = f"This page is large: {text} of it are compressed, and need JavaScript to be shown."
+    return (
+        f'<noscript><p class="verdict failed">{text} <code>buffer-lifting check</code> prints the findings.</p>'
+        '</noscript><p id="large" class="verdict failed" role="alert" hidden>A part of this page cannot be shown: '
+        "this browser is too old to inflate it.</p>"
+    )
 
 
 def _filters(result: CheckResult, codes: Sequence[str]) -> str:
