@@ -37,6 +37,11 @@ class Contents:
         axes = [axis for axis, length in self.inputs.lengths.items() if size == length]
         return axes[0] if len(axes) == 1 else None
 
+    def keys_axis(self, size: Size) -> str | None:
+        """The sequence axis of which this is the length of a rank's part or, by the inputs, that of all ranks' keys."""
+        axes = {f.axis for labels in self.inputs.labels.values() for d in labels for f in d if f.role and f.size == size}
+        return self.axis_of(size) or (axes.pop() if len(axes) == 1 else None)
+
     def is_length_of_sequence(self, name: str) -> bool:
         """Whether a symbolic number is made from a sequence length."""
         meta = self.record.nodes[name].meta

@@ -268,7 +268,7 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
     chosen = dims if isinstance(dims, tuple) else () if dims is None else (dims,)
     over = sorted({d % len(shape) for d in chosen if isinstance(d, int)}) or list(range(len(shape)))
     keep = bool(node.args.get("keepdim"))
-    if chosen and not any(planner.axis_of(shape[dim]) for dim in over):
+    if chosen and not any(planner.keys_axis(shape[dim]) for dim in over):
         return over_features(planner, node, labels, context)
     if not exact and Dep.USER not in planner.deps[node.name] and not has_batch_or_seq(labels):
         return at_full_length(planner, node, [shape[dim] for dim in over])
@@ -277,7 +277,7 @@ def _reduction(planner: Planner, node: Node, labels: Labels, context: Context) -
     own: list[DimLabel] = []
     rest = list(labels)
     for dim, size in enumerate(shape):
-        along = planner.axis_of(size) if dim in over else None
+        along = planner.keys_axis(size) if dim in over else None
         own.append((Factor(along, COL, size),) if along else () if dim in over else rest[0])
         if keep or dim not in over:
             rest.pop(0)
