@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, rule
+from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, as_it_is, rule
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.graph.sizes import Size, divide
 from buffer_lifting.labels import (
@@ -211,6 +211,9 @@ def _scatter_part(view: OpView) -> AxisResult:
     if shape is None:
         return AxisResult(None)
     selects = view.node.base_op == "aten.select_scatter"
+    written = view.labels("src")
+    if not selects and view.shape("src") == shape and written is not None:
+        return AxisResult((written,), {"src": as_it_is(written)}, consumed=frozenset(["self"]))  # nothing of it is left
     parts = []
     for path in ("self", "src"):
         labels = view.labels(path)
