@@ -153,7 +153,45 @@ def alibi_interleaved_heads(net: Net, ids: Tensor) -> Tensor:
     return folded(net, ids, bias.transpose(0, 1).flatten(0, 1))
 
 
+def table(net: Net, ids: Tensor) -> Tensor:
+    """A learned table, expanded to the batch before its rows are read."""
+    return net.pe.weight[None].expand(ids.shape[0], -1, -1)
+
+
+def expanded_table(net: Net, ids: Tensor) -> Tensor:
+    """Rows of it by a slice."""
+    return net.h(net.e(ids) + table(net, ids)[:, 2 : 2 + ids.shape[1]])
+
+
+def expanded_rows(net: Net, ids: Tensor) -> Tensor:
+    """Rows by an index, of copies that repeat made."""
+    copies = net.pe.weight.repeat(ids.shape[0], 1, 1)
+    return net.h(net.e(ids) + copies.index_select(1, torch.arange(ids.shape[1]) + 1))
+
+
+def expanded_index(net: Net, ids: Tensor) -> Tensor:
+    """The same, by indexing."""
+    return net.h(net.e(ids) + table(net, ids)[:, torch.arange(ids.shape[1])])
+
+
+def expanded_number(net: Net, ids: Tensor) -> Tensor:
+    """One number a position, expanded to the batch and to the features."""
+    return net.h(net.e(ids) * net.pe.weight[:, :1].expand(ids.shape[0], -1, WIDTH).narrow(1, 3, ids.shape[1]))
+
+
+def expanded_bias(net: Net, ids: Tensor) -> Tensor:
+    """A learned bias of queries and keys, expanded to the batch and to the heads."""
+    bias = (net.pe.weight @ net.pe.weight.T)[None, None].expand(ids.shape[0], HEADS, -1, -1)
+    own = bias[:, :, : ids.shape[1], : ids.shape[1]]
+    return net.done(F.scaled_dot_product_attention(*net.heads(net.e(ids)), attn_mask=own))
+
+
 LIFTED = [
+    expanded_table,
+    expanded_rows,
+    expanded_index,
+    expanded_number,
+    expanded_bias,
     key_gate,
     key_bias,
     key_mask,
@@ -280,7 +318,20 @@ def heads_first(net: Net, ids: Tensor) -> Tensor:
     return net.done((scores.softmax(-1) @ v).unflatten(0, (HEADS, x.shape[0])).transpose(0, 1))
 
 
+def row_for_each_sample(net: Net, ids: Tensor) -> Tensor:
+    """Another table for each sample: what microbatches would read is not theirs."""
+    return net.h(net.e(ids) + net.pe.weight.view(4, 16, WIDTH)[: ids.shape[0], : ids.shape[1]])
+
+
+def copies_along_the_sequence(net: Net, ids: Tensor) -> Tensor:
+    """Rows repeated one after another, for each sample."""
+    return net.h(net.e(ids) + net.pe.weight[:8].repeat(ids.shape[0], 4, 1)[:, : ids.shape[1]])
+
+
 NEAR_MISSES: list[tuple[Body, bool, str]] = [
+    (row_for_each_sample, False, "a table with a batch dim"),
+    (copies_along_the_sequence, True, "a table with a batch dim"),
+    (copies_along_the_sequence, False, "a table with a batch dim"),
     (bias_of_rows, True, "elements at different sequence positions meet"),
     (bias_of_rows, False, "elements at different sequence positions meet"),
     (wide_conv, True, "conv1d"),
