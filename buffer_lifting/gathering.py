@@ -43,7 +43,7 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
             raise Refuse("the rows of a table are folded with other dims", node.name)
     while not natural and base.base_op in ("aten.slice", "aten.narrow", *SPREADS) and base.tensor is not None:
         source, shape = operand_of(planner, base)
-        if base.base_op in SPREADS:
+        if base.base_op not in ("aten.slice", "aten.narrow"):
             below = under_spread(planner, base, labels, starts)
             if below is None or not _is_spread_table(planner, base, labels, starts):
                 break
@@ -53,6 +53,7 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
             computed = [(d - spread.missing, plan) for d, plan in computed]
             continue
         dim = int(base.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+        assert base.tensor is not None
         if base.tensor.shape[dim] != shape[dim]:
             if dim not in starts:
                 break

@@ -207,8 +207,13 @@ class _Scan:
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]
 
-    def _positional(self, name: str, of_users: bool = False) -> Labels | None:
-        """The labels of a value without user contents: dims that have the length of an axis, and vary along it."""
+    def _positional(self, name: str, of_users: bool = False, new: bool = False) -> Labels | None:
+        """The labels of a value without user contents: dims that have the length of an axis, and vary along it.
+
+        With ``new`` they must be more than a size: made from an index, of a size of no features, or of a symbol.
+        """
+        if new and Dep.IOTA not in self.deps[name] and not self.planner.has_rows(name):
+            return None
         meta, dep = self.record.nodes[name].tensor, self.deps[name]
         known = Dep.USER not in dep and bool(dep & (Dep.IOTA | Dep.STATE | Dep.PARAM))
         if meta is None or Dep.DATA in dep or not (known or of_users):

@@ -366,3 +366,42 @@ def test_a_square_example_asks_for_axes_and_the_hint_works() -> None:
     with pytest.raises(bl.AxesError, match="both the batch size and the sequence length"):
         bl.lift(ep)
     lift_and_verify(ep, axes={"given": {0: "batch", 1: "seq"}})
+
+
+def einsum_projection(net: Net, ids: Tensor) -> Tensor:
+    """Queries of all heads by an einsum with a weight whose dims are as long as the sequence."""
+    weight = net.h.weight.new_ones(WIDTH, HEADS, WIDTH // HEADS) * net.qkv.bias[:WIDTH].view(HEADS, -1)
+    q = torch.einsum("bsd,dhk->bshk", torch.einsum("bsd,ed->bse", net.embed(ids), net.conv.weight[..., 0]), weight)
+    scores = torch.einsum("bshk,bthk->bhst", q, q).masked_fill(~causal(ids.shape[1]), -1e9)
+    return net.h(torch.einsum("bhst,bthk->bshk", scores.softmax(-1), q).flatten(2))
+
+
+@pytest.mark.parametrize("axes", [None, {"ids": {0: "batch", 1: "seq"}}], ids=["inferred", "given"])
+@pytest.mark.parametrize("length", [WIDTH, HEADS, WIDTH // HEADS])
+def test_features_of_an_einsum_are_no_keys(length: int, axes: Any) -> None:
+    """A static sequence as long as the model is wide, or has heads: the weight's dims stay features."""
+    lift_and_verify(program(einsum_projection, False, shape=(BATCH, length)), axes=axes)
+
+
+def key_table(net: Net, ids: Tensor) -> Tensor:
+    """Queries meet a learned vector of each key's position."""
+    q, k, v = net.heads(net.e(ids))
+    rows = net.pe.weight[: ids.shape[1], : WIDTH // HEADS]
+    return net.done((q @ k.mT + torch.einsum("bhid,jd->bhij", q, rows)).softmax(-1) @ v)
+
+
+def rows_of_tokens(net: Net, ids: Tensor) -> Tensor:
+    """Tokens mixed by a learned matrix of positions."""
+    return net.h(torch.einsum("bsd,st->btd", net.e(ids), net.pe.weight[: ids.shape[1], : ids.shape[1]]))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_rows_of_a_table_in_an_einsum_are_keys(dynamic: bool) -> None:
+    lift_and_verify(program(key_table, dynamic))
+
+
+@pytest.mark.parametrize("body", [key_table, rows_of_tokens])
+def test_where_features_may_be_keys_the_refusal_says_so(body: Body) -> None:
+    """Sizes alone do not tell: refused, and the hint names the length."""
+    with pytest.raises(bl.UnsupportedReadError, match=r"the sequence is 8 long, and so are features: .*dynamic.*axes="):
+        bl.lift(program(body, False, shape=(BATCH, WIDTH)))

@@ -129,10 +129,12 @@ def _einsum(view: OpView) -> AxisResult:
             if known != dim:
                 by_letter[letter] = with_role(dim, COL)  # summed over: the keys of scores and of values
     for (path, _), letters in zip(view.tensors(), left.split(","), strict=True):
-        for letter, dim in zip(letters, view.positional(path) or (), strict=False):
+        shared = any(has_seq(by_letter.get(letter, ())) for letter in letters)
+        rows = view.positional(path) if shared else view.brings(path)  # not the features of a projection
+        for letter, dim in zip(letters, rows or (), strict=False):
             if has_seq(dim) and letter in target and letter not in by_letter:  # relative positions bring the keys
-                rows = any(f.axis == dim[0].axis for known in by_letter.values() for f in known)
-                by_letter[letter] = with_role(dim, COL if rows else ROW)
+                known_rows = any(f.axis == dim[0].axis for known in by_letter.values() for f in known)
+                by_letter[letter] = with_role(dim, COL if known_rows else ROW)
     out: list[DimLabel] = []
     for letter, size in zip(target, shape, strict=True):
         dim = by_letter.get(letter, feature(size))

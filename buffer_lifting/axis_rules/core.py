@@ -60,7 +60,7 @@ class OpView:
         record: GraphRecord,
         node: Node,
         known: dict[str, tuple[Labels, ...] | None],
-        positional: Callable[..., Labels | None] = lambda name, of_users=False: None,
+        positional: Callable[..., Labels | None] = lambda name, of_users=False, new=False: None,
         lengths: Mapping[str, Size] | None = None,
         data: Callable[[str], bool] = lambda name: True,
         varies: Callable[[str], tuple[bool, ...]] | None = None,
@@ -82,6 +82,11 @@ class OpView:
         """The labels of an operand without user contents, by its sizes; ``None`` for anything else."""
         name = self.node.ref(path)
         return self._positional(name) if name and self.known.get(name) is None else None
+
+    def brings(self, path: str) -> Labels | None:
+        """The same, of a value that has sequence dims of its own: a weight that is as wide as a sequence has none."""
+        name = self.node.ref(path)
+        return self._positional(name, False, True) if name and self.known.get(name) is None else None
 
     def by_sizes(self, path: str) -> Labels | None:
         """The same, of a value of user contents as well: what it is made of has to bear it out."""
