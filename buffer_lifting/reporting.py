@@ -34,8 +34,9 @@ class Reports:
         self.reads: list[PositionRead] = []
         self.mixing: list[SequenceMixing] = []
 
-    def mix(self, node: Node, reason: str, handled: bool, code: str) -> None:
+    def mix(self, node: Node, reason: str, handled: bool, code: str, hint: str = "") -> None:
         """Reports an op on data that mixes the sequence, or is not known on its axis."""
+        known = hint
         hint = "" if handled else "lift with strict=False if the sequence is never reordered or sharded"
         if not handled and "batch" in reason and "sequence" not in reason:
             hint = (
@@ -43,7 +44,7 @@ class Reports:
                 "if the batch is never cut"
             )
         if not handled:
-            hint += self._ambiguous()
+            hint = (known or hint) + self._ambiguous()
         modules = (node.module,) if node.module else ()
         self.mixing.append(SequenceMixing(node.name, node.op, reason, node.location, modules, handled, code, hint))
 

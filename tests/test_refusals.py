@@ -405,3 +405,63 @@ def test_where_features_may_be_keys_the_refusal_says_so(body: Body) -> None:
     """Sizes alone do not tell: refused, and the hint names the length."""
     with pytest.raises(bl.UnsupportedReadError, match=r"the sequence is 8 long, and so are features: .*dynamic.*axes="):
         bl.lift(program(body, False, shape=(BATCH, WIDTH)))
+
+
+OF_THE_BATCH: dict[str, tuple[Body, str]] = {
+    "flip": (lambda n, i: n.h(n.embed(i) + n.e(i).flip(0)), "aten.flip moves elements along the batch"),
+    "roll": (lambda n, i: n.h(n.embed(i) + n.e(i).roll(1, 0)), "aten.roll moves elements along the batch"),
+    "index": (lambda n, i: n.h(n.embed(i) + n.e(i)[torch.arange(2, -1, -1)]), "aten.index picks samples of the batch"),
+    "select": (
+        lambda n, i: n.h(n.embed(i) + n.e(i).index_select(0, torch.arange(2, -1, -1))),
+        "aten.index_select picks samples of the batch",
+    ),
+    "unbind": (lambda n, i: n.h(torch.stack(n.embed(i).unbind()[::-1])), "the batch is split"),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_samples_that_meet_are_not_called_the_sequence(name: str) -> None:
+    """What is wrong with them is microbatches, not the order of tokens."""
+    body, why = OF_THE_BATCH[name]
+    with pytest.raises(bl.UnsupportedReadError, match=rf"BL201 .*: {why} .*-> microbatches change what it computes"):
+        bl.lift(program(body, False))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dims", [(1,), (0, 1)])
+def test_tokens_that_change_places_are(dims: tuple[int, ...], dynamic: bool) -> None:
+    with pytest.raises(bl.UnsupportedReadError, match=r"aten.flip may move elements along the sequence.*strict=False"):
+        bl.lift(program(lambda n, i: n.h(n.embed(i).flip(dims)), dynamic))
+
+
+def memory_keys(net: Net, ids: Tensor) -> Tensor:
+    """Learned keys and values in front of those of the tokens."""
+    q, k, v = net.heads(net.embed(ids))
+    memory = net.pe.weight[:6].view(HEADS, -1, WIDTH // HEADS).expand(ids.shape[0], -1, -1, -1)
+    keys, values = torch.cat((memory, k), 2), torch.cat((memory, v), 2)
+    return net.done(F.scaled_dot_product_attention(q, keys, values))
+
+
+def prefix_tokens(net: Net, ids: Tensor) -> Tensor:
+    """Learned tokens in front of the others, cut off again."""
+    x = torch.cat((net.pe.weight[:3].expand(ids.shape[0], -1, -1), net.embed(ids)), 1)
+    return net.done(F.scaled_dot_product_attention(*net.heads(x)))[:, 3:]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("body", [memory_keys, prefix_tokens])
+def test_rows_that_are_no_tokens_are_refused_as_such(body: Body, dynamic: bool) -> None:
+    """One finding for each join, which says what joins: it named a read of a parameter that there is not."""
+    report = bl.scan(program(body, dynamic))
+    why = "rows that are no tokens (memory keys, prefix tokens) are joined to the sequence"
+    joins = [mix for mix in report.mixing if mix.reason.startswith(why)]
+    assert len(joins) == (2 if body is memory_keys else 1)
+    assert all(mix.code == "BL201" and "num_mem_kv" in mix.hint for mix in joins)
+    assert not any(read.refusal for read in report.reads)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_sequence_joined_to_itself_has_other_words(dynamic: bool) -> None:
+    twice = lambda n, i: n.h(torch.cat((n.embed(i), n.e(i)), 1))  # noqa: E731
+    with pytest.raises(bl.UnsupportedReadError, match="values are joined along the sequence"):
+        bl.lift(program(twice, dynamic))

@@ -199,6 +199,11 @@ def _softmax(view: OpView) -> AxisResult:
     return AxisResult((labels,))
 
 
+_OVER_SEQUENCE = "a reduction over the sequence"
+_POOLED = (
+    "pool outside the model, of values for each token that it returns; a loss: reduce batch and sequence in one op; lift "
+    "with strict=False if the sequence is never reordered or sharded"
+)
 _REDUCTIONS = """sum mean amax amin prod var std logsumexp norm linalg_vector_norm all any argmax argmin max min
 nansum median var_mean std_mean count_nonzero"""
 
@@ -235,12 +240,13 @@ def _reduce(view: OpView) -> AxisResult:
                 "aten.mean",
                 "aten.nansum",
             )  # everything is reduced: a loss, which the CP contract normalises
-            mixing = "a loss: a reduction over all tokens" if handled else "a reduction over the sequence"
+            mixing = "a loss: a reduction over all tokens" if handled else _OVER_SEQUENCE
         elif is_labelled(dim) and len(over) < rank:
             mixing = mixing or "a reduction over the batch"
         if keep:
             out.append(())
-    return AxisResult((tuple(out),) * len(view.shapes_out()), {}, mixing, handled)
+    hint = _POOLED if mixing == _OVER_SEQUENCE else ""
+    return AxisResult((tuple(out),) * len(view.shapes_out()), {}, mixing, handled, hint=hint)
 
 
 @rule("broadcast_tensors")

@@ -50,6 +50,7 @@ class AxisResult:
     mixing: str = ""  # why the op moves information along the sequence; "" if it does not
     handled: bool = False  # the context-parallel pass takes care of it
     consumed: frozenset[str] = frozenset()  # operands without data that are no reads by position (accumulators)
+    hint: str = ""  # what to do about the mixing, if there is more to say than of any
 
 
 class OpView:

@@ -127,7 +127,7 @@ def _split(view: OpView) -> AxisResult:
         return AxisResult(None)
     dim = view.dim("dim", len(labels))
     if is_labelled(labels[dim]):
-        return AxisResult(None, mixing="the sequence is split")
+        return AxisResult(None, mixing=f"the {'sequence' if has_seq(labels[dim]) else 'batch'} is split")
     return AxisResult(tuple((*labels[:dim], feature(s[dim]), *labels[dim + 1 :]) for s in view.shapes_out()))
 
 
@@ -138,7 +138,7 @@ def _unbind(view: OpView) -> AxisResult:
         return AxisResult(None)
     dim = view.dim("dim", len(labels))
     if is_labelled(labels[dim]):
-        return AxisResult(None, mixing="the sequence is split")
+        return AxisResult(None, mixing=f"the {'sequence' if has_seq(labels[dim]) else 'batch'} is split")
     return AxisResult(((*labels[:dim], *labels[dim + 1 :]),) * len(view.shapes_out()))
 
 
@@ -188,7 +188,7 @@ def _cat(view: OpView) -> AxisResult:
     if joined:
         extended = _joined(view, joined, dim, shape)
         if extended is None:
-            return AxisResult(None, mixing="values are joined along the sequence or batch")
+            return _not_joined(view, dim)
         parts = [(*labels[:dim], extended, *labels[dim + 1 :]) for labels in parts]
     out = broadcast(parts, shape)
     if out is None:
@@ -202,6 +202,28 @@ def _cat(view: OpView) -> AxisResult:
         own_dims = (*out[:dim], *out[dim + 1 :]) if stacked else (*out[:dim], (), *out[dim + 1 :])
         operands[path] = Alignment(own_dims, None if batch is None else len(out) - batch)
     return AxisResult((out,), operands)
+
+
+def _not_joined(view: OpView, dim: int) -> AxisResult:
+    """Why values cannot be joined along ``dim``: the parts of which run along the batch or the sequence."""
+    known = {path: view.labels(path) for path, _ in view.tensors()}
+    follow = [labels[dim] for labels in known.values() if labels is not None and is_labelled(labels[dim])]
+    if not any(has_seq(dim) for dim in follow):
+        return AxisResult(None, mixing="values are joined along the batch")
+    if len(follow) == len(known):
+        return AxisResult(None, mixing="values are joined along the sequence")
+    plain = [(path, own) for path, own in view.tensors() if known[path] is None and view.positional(path) is None]
+    others = {path: Alignment(features(own), None) for path, own in plain}
+    why = (
+        "rows that are no tokens (memory keys, prefix tokens) are joined to the sequence: they have no slot in an order"
+    )
+    return AxisResult(None, others, why, hint=_NO_TOKENS)
+
+
+_NO_TOKENS = (
+    "export the model without them (num_memory_tokens, num_mem_kv, prefix length 0); a constant column of the scores "
+    "behind the keys can stay (attention sinks); lift with strict=False if the sequence is never reordered or sharded"
+)
 
 
 @rule("slice_scatter", "select_scatter")
