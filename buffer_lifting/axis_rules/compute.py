@@ -201,8 +201,8 @@ def _softmax(view: OpView) -> AxisResult:
 
 _OVER_SEQUENCE = "a reduction over the sequence"
 _POOLED = (
-    "pool outside the model, of values for each token that it returns; a loss: reduce batch and sequence in one op; lift "
-    "with strict=False if the sequence is never reordered or sharded"
+    "pool outside the model, of values for each token that it returns; a loss: reduce batch and sequence in one op; "
+    "lift with strict=False if the sequence is never reordered or sharded"
 )
 _REDUCTIONS = """sum mean amax amin prod var std logsumexp norm linalg_vector_norm all any argmax argmin max min
 nansum median var_mean std_mean count_nonzero"""
