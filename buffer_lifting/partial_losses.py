@@ -110,7 +110,8 @@ class _Search:
             divided = node.name in self.names and multiple  # by a number of tokens of its own
             below = frozenset().union(*(roots[name] for name in parts))
             roots[node.name] = frozenset([node.name]) if divided else below
-            if len(roots[node.name]) > 1 and not self._count_alike(parts):
+            sums = all(_is_sum(self.record.nodes[name]) for name in roots[node.name])
+            if len(roots[node.name]) > 1 and not sums and not self._count_alike(parts):
                 yield node, "it adds up losses that count tokens of their own", _EACH
             elif not multiple:
                 yield node, "it is computed from a loss, of which a rank has a part", _OUTSIDE
