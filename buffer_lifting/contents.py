@@ -55,6 +55,24 @@ class Contents:
         """Whether a value can differ along one of the sequence dims of ``labels``."""
         return any(flag and has_seq(dim) for flag, dim in zip(self.variation.of(name), labels, strict=True))
 
+    def has_rows(self, name: str) -> bool:
+        """Whether a value of state has the length of a sequence because rows are read, not as a number of features."""
+        meta = self.record.nodes[name].tensor
+        sizes = {size for size in meta.shape if self.axis_of(size) is not None} if meta is not None else set()
+        if not all(isinstance(size, int) for size in sizes):
+            return True
+        return not sizes & self.inputs.features and any(self._cuts(each, sizes) for each in self.ancestors(name))
+
+    def _cuts(self, name: str, sizes: set[Size]) -> bool:
+        """Whether an op cuts a dim to one of some sizes."""
+        node = self.record.nodes[name]
+        source = node.args.get("self")
+        if node.base_op not in ("aten.slice", "aten.narrow") or not isinstance(source, Ref) or node.tensor is None:
+            return False
+        before = self.record.nodes[source.name].tensor
+        both = zip(node.tensor.shape, before.shape, strict=True) if before is not None else ()
+        return any(size != old and size in sizes for size, old in both)
+
     # -- what a value holds -----------------------------------------------------------------------------------
 
     def is_table(self, name: str) -> bool:

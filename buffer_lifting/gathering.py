@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from buffer_lifting.graph.record import Node, Ref, ScalarMeta, TensorMeta
 from buffer_lifting.graph.sizes import Size, bounds
-from buffer_lifting.labels import Labels, has_seq, is_labelled
+from buffer_lifting.labels import BATCH, Labels, has_seq, is_labelled
 from buffer_lifting.plan import Call, Context, Existing, Plan, Refuse, Value
 
 if TYPE_CHECKING:
@@ -35,12 +37,23 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
     base, starts = node, {dim: 0 for dim, label in enumerate(labels) if has_seq(label)}
     computed: list[tuple[int, Plan]] = []
     steps: dict[int, int] = {}
+    spreads: list[Spread] = []
     for dim in starts:
         if len(labels[dim]) != 1:
             raise Refuse("the rows of a table are folded with other dims", node.name)
-    while not natural and base.base_op in ("aten.slice", "aten.narrow") and base.tensor is not None:
+    while not natural and base.base_op in ("aten.slice", "aten.narrow", *SPREADS) and base.tensor is not None:
         source, shape = operand_of(planner, base)
+        if base.base_op not in ("aten.slice", "aten.narrow"):
+            below = under_spread(planner, base, labels, starts)
+            if below is None or not _is_spread_table(planner, base, labels, starts):
+                break
+            base, labels, spread = below
+            spreads.append(spread)
+            starts, steps = ({d - spread.missing: n for d, n in own.items()} for own in (starts, steps))
+            computed = [(d - spread.missing, plan) for d, plan in computed]
+            continue
         dim = int(base.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+        assert base.tensor is not None
         if base.tensor.shape[dim] != shape[dim]:
             if dim not in starts:
                 break
@@ -79,7 +92,65 @@ def gather_rows(planner: Planner, node: Node, labels: Labels, context: Context, 
         for _, plan in (pair for pair in computed if pair[0] == dim):
             index = Call("aten.add.Tensor", (index, plan), node.name)
         indices.append((dim, index))
-    return gather(node.name, table, len(base.tensor.shape), indices, len(labels))
+    value = gather(node.name, table, len(base.tensor.shape), indices, len(labels))
+    for spread in reversed(spreads):
+        value = spread.again(value, node.name)
+    return value
+
+
+def _is_spread_table(planner: Planner, base: Node, labels: Labels, starts: Collection[int]) -> bool:
+    """Whether a value is no table by itself, or one that was repeated for the batch."""
+    batched = any(is_labelled(label) for dim, label in enumerate(labels) if dim not in starts)
+    return batched or not planner.is_table(base.name)
+
+
+SPREADS = ("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.repeat")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Copies of a value along dims of size 1 or in front; ``sizes``: of each dim of the result (-1: as it is)."""
+
+    missing: int
+    sizes: tuple[int, ...]
+
+    def again(self, value: Value, anchor: str) -> Value:
+        """The copies of a value with a lane, which is its batch: a batch dim of its own has size 1."""
+        plan = value.plan
+        for _ in range(self.missing):
+            plan = Call("aten.unsqueeze.default", (plan, 1), anchor)
+        if any(size not in (-1, 1) for size in self.sizes):
+            plan = Call("aten.expand.default", (plan, (-1, *self.sizes)), anchor)
+        return Value(plan, True, len(self.sizes))
+
+
+def under_spread(
+    planner: Planner, node: Node, labels: Labels, along: Collection[int]
+) -> tuple[Node, Labels, Spread] | None:
+    """What a value repeats, for the batch say, with its labels; ``None`` unless dims ``along`` are as they were."""
+    while node.base_op == "aten.slice" and operand_of(planner, node)[0].tensor == node.tensor:
+        node, _ = operand_of(planner, node)
+    if node.base_op not in SPREADS or node.tensor is None:
+        return None
+    source, shape = operand_of(planner, node)
+    missing = len(labels) - len(shape)
+    own, sizes = [], []
+    for dim, (label, size) in enumerate(zip(labels, node.tensor.shape, strict=True)):
+        before: Size = 1 if dim < missing else shape[dim - missing]
+        batched = len(label) == 1 and label[0].axis == BATCH
+        if dim in along:
+            if dim < missing or before != size:
+                return None
+            sizes.append(-1)
+        elif before == size != 1:
+            sizes.append(-1)
+        elif before != 1 or not (batched or (isinstance(size, int) and not is_labelled(label))):
+            return None
+        else:
+            sizes.append(1 if batched else int(size))  # type: ignore[arg-type]
+        if dim >= missing:
+            own.append(() if before == 1 else label)
+    return source, tuple(own), Spread(missing, tuple(sizes))
 
 
 def _from_the_end(planner: Planner, start: str, size: Size, node: Node) -> int:

@@ -2,7 +2,7 @@
 
 The parts of ranks and microbatches are weighed and added up (:class:`buffer_lifting.TokenLoss`), so the result has to
 be a multiple of one reduction over all tokens. The root of a loss, its exponential, or the sum of two reductions that
-count other tokens is something else on every rank.
+count other tokens is something else on every rank. The sum of reductions that count the same is weighed as each is.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ _PRODUCTS = frozenset({"aten.mul", "aten.multiply"})
 _QUOTIENTS = frozenset({"aten.div", "aten.divide", "aten.true_divide"})
 _MEAN, _SUM = 1, 2
 _OUTSIDE = "return the logits, or each loss by itself, and do this outside the model"
+_EACH = (
+    "return each loss by itself, with a TokenLoss.of(program, output=...) for each, or let all of them count alike: "
+    "means over the same labels, means over all tokens, or sums"
+)
 _COUNTS = "divide by (labels != ignore_index).sum() of an input of labels, or return reduction='sum' undivided"
 _TARGETS = "compute the labels outside the model and give them as an input"
 
@@ -106,11 +110,17 @@ class _Search:
             divided = node.name in self.names and multiple  # by a number of tokens of its own
             below = frozenset().union(*(roots[name] for name in parts))
             roots[node.name] = frozenset([node.name]) if divided else below
-            if len(roots[node.name]) > 1 and not all(_is_sum(self.record.nodes[name]) for name in roots[node.name]):
-                yield node, "it adds up losses that count tokens of their own", _OUTSIDE
+            sums = all(_is_sum(self.record.nodes[name]) for name in roots[node.name])
+            if len(roots[node.name]) > 1 and not sums and not self._count_alike(parts):
+                yield node, "it adds up losses that count tokens of their own", _EACH
             elif not multiple:
                 yield node, "it is computed from a loss, of which a rank has a part", _OUTSIDE
             self.losses[node.name] = self._multiple(node, [self.losses[name] for name in parts], divided)
+
+    def _count_alike(self, parts: list[str]) -> bool:
+        """Whether the parts of several losses are weighed alike, so that the sum of the losses is too."""
+        losses = [self.losses[name] for name in parts]
+        return all(loss.problem is None and loss == losses[0] for loss in losses)
 
     def _root(self, node: Node) -> _Loss:
         if _is_sum(node):
@@ -134,7 +144,7 @@ class _Search:
         if problem is not None:
             return replace(first, problem=problem)
         if any(part != first for part in parts):
-            return replace(first, problem=(node, "it adds up losses that count other things", _OUTSIDE))
+            return replace(first, problem=(node, "it adds up losses that count other things", _EACH))
         if divided:
             return self._divided(node, first)
         if node.base_op not in _PRODUCTS | _QUOTIENTS:

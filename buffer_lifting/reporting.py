@@ -34,16 +34,30 @@ class Reports:
         self.reads: list[PositionRead] = []
         self.mixing: list[SequenceMixing] = []
 
-    def mix(self, node: Node, reason: str, handled: bool, code: str) -> None:
+    def mix(self, node: Node, reason: str, handled: bool, code: str, hint: str = "") -> None:
         """Reports an op on data that mixes the sequence, or is not known on its axis."""
+        known = hint
         hint = "" if handled else "lift with strict=False if the sequence is never reordered or sharded"
         if not handled and "batch" in reason and "sequence" not in reason:
             hint = (
                 "microbatches change what it computes; if that dim is the sequence, pass axes=; lift with strict=False "
                 "if the batch is never cut"
             )
+        if not handled:
+            hint = (known or hint) + self._ambiguous()
         modules = (node.module,) if node.module else ()
         self.mixing.append(SequenceMixing(node.name, node.op, reason, node.location, modules, handled, code, hint))
+
+    def _ambiguous(self) -> str:
+        """What to add to a hint where features of a static program may be taken for the sequence, and it for them."""
+        inputs = self.planner.inputs
+        both = sorted(size for size in inputs.lengths.values() if isinstance(size, int) and size in inputs.features)
+        if not both:
+            return ""
+        return (
+            f"; the sequence is {both[0]} long, and so are features: if one was taken for the other, export with a "
+            "dynamic sequence dim or another length, or pass axes= for the inputs"
+        )
 
     def accepted(self, edge: Edge, stream: Stream, form: Form) -> PositionRead:
         """Reports a read that is rebuilt, and returns it."""
@@ -61,7 +75,7 @@ class Reports:
         hint = (
             refusal.hint
             or "compute the value in another way in the model, or lift with strict=False and feed it yourself"
-        )
+        ) + self._ambiguous()
         self._record(
             Edge(node, path, value, alignment),
             kind,

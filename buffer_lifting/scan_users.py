@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from buffer_lifting.axis_rules import OVER_KEYS, AxisResult
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
-from buffer_lifting.labels import BATCH, Labels, has_seq
+from buffer_lifting.labels import BATCH, Labels, has_seq, is_labelled
+from buffer_lifting.local_rules.core import at_full_length
 from buffer_lifting.ops import ATTENTION, content_operands
-from buffer_lifting.plan import Refuse
+from buffer_lifting.plan import Refuse, Value
+from buffer_lifting.planner import Planner
 from buffer_lifting.program import Finding
 
 if TYPE_CHECKING:
@@ -62,6 +64,24 @@ def lacks_batch(result: tuple[Labels, ...] | None) -> bool:
     """Whether data runs along the sequence and not along the batch: one value for all samples."""
     axes = {f.axis for own in result or () for dim in own for f in dim}
     return any(has_seq(dim) for own in result or () for dim in own) and BATCH not in axes
+
+
+def is_number(result: tuple[Labels, ...] | None) -> bool:
+    """Whether data has no dim that runs along batch or sequence: a loss has no place for values per sample."""
+    return result is not None and not any(is_labelled(dim) for own in result for dim in own)
+
+
+def number_of_whole(planner: Planner, value: Node) -> Value:
+    """A value without sequence dims that meets a loss: made from the whole sequences, once for all samples.
+
+    Raises:
+        Refuse: it is made from user inputs, of which every sample has its own.
+    """
+    if Dep.USER in planner.deps[value.name]:
+        raise Refuse(NO_BATCH, value.name, hint="reduce it over the batch too, or the loss for each sample")
+    ancestors = [planner.record.nodes[name].tensor for name in sorted(planner.ancestors(value.name))]
+    planner.trail.clear()
+    return at_full_length(planner, value, [size for meta in ancestors if meta is not None for size in meta.shape])
 
 
 def report_returned(scan: _Scan, node: Node) -> None:

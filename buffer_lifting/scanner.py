@@ -53,7 +53,16 @@ from buffer_lifting.program import (
 from buffer_lifting.reporting import Edge, Reports, written_state
 from buffer_lifting.routing import Routing
 from buffer_lifting.routing.facts import has_routed
-from buffer_lifting.scan_users import NO_BATCH, label_user_value, lacks_batch, no_axis, report_returned, under_vmap
+from buffer_lifting.scan_users import (
+    NO_BATCH,
+    is_number,
+    label_user_value,
+    lacks_batch,
+    no_axis,
+    number_of_whole,
+    report_returned,
+    under_vmap,
+)
 
 FormOption = str | Mapping[str, str]
 
@@ -174,7 +183,8 @@ class _Scan:
         else:
             self.labels[node.name] = self._outputs(node, result)
             if result.mixing and (result.outputs is None or carries):
-                self.reports.mix(node, result.mixing, result.handled, "BL200" if result.handled else "BL201")
+                code = "BL200" if result.handled else "BL201"
+                self.reports.mix(node, result.mixing, result.handled, code, result.hint)
         self._total(node, result)
         if result is not None:
             self.alignments[node.name] = result.operands
@@ -207,8 +217,13 @@ class _Scan:
     def _is_data(self, name: str) -> bool:
         return Dep.DATA in self.deps[name]
 
-    def _positional(self, name: str, of_users: bool = False) -> Labels | None:
-        """The labels of a value without user contents: dims that have the length of an axis, and vary along it."""
+    def _positional(self, name: str, of_users: bool = False, new: bool = False) -> Labels | None:
+        """The labels of a value without user contents: dims that have the length of an axis, and vary along it.
+
+        With ``new`` they must be more than a size: made from an index, of a size of no features, or of a symbol.
+        """
+        if new and Dep.IOTA not in self.deps[name] and not self.planner.has_rows(name):
+            return None
         meta, dep = self.record.nodes[name].tensor, self.deps[name]
         known = Dep.USER not in dep and bool(dep & (Dep.IOTA | Dep.STATE | Dep.PARAM))
         if meta is None or Dep.DATA in dep or not (known or of_users):
@@ -358,10 +373,16 @@ class _Scan:
                 self.reports.refused(edge.consumer, edge.path, value, labels, refusal)
                 return
             rebuilt, form = natural, "natural"
+        result = self.labels.get(edge.consumer.name)
+        if rebuilt.lane and not seq_axes(labels) and self.inputs.batch is not None and is_number(result):
+            try:
+                rebuilt = number_of_whole(self.planner, value)
+            except Refuse as of_users:
+                self.reports.refused(edge.consumer, edge.path, value, labels, of_users)
+                return
         used = list(dict.fromkeys(self.planner.trail))
         if not used or not rebuilt.changed:
             return
-        result = self.labels.get(edge.consumer.name)
         if rebuilt.lane and batch_is_a_matrix_dim(edge.consumer, result):
             why = "a product whose matrix rows or columns are the batch has no place for values per sample"
             self.reports.refused(edge.consumer, edge.path, value, labels, Refuse(why, edge.consumer.name))

@@ -54,6 +54,15 @@ ADDITIVE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "by valid": lambda logits, hidden, labels: cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum(),
     "smooth": lambda logits, hidden, labels: cross_entropy(logits, labels, label_smoothing=0.1),
     "two sums": lambda logits, hidden, labels: cross_entropy(logits, labels, reduction="sum") + hidden.pow(2).sum(),
+    "two means of all": lambda logits, hidden, labels: hidden.pow(2).mean() + 0.1 * logits.logsumexp(-1).pow(2).mean(),
+    "two means of labels": lambda logits, hidden, labels: (
+        cross_entropy(logits, labels)
+        + 0.1 * (logits.logsumexp(-1).pow(2) * (labels != -100)).sum() / (labels != -100).sum()
+    ),
+    "by positions": lambda logits, hidden, labels: hidden.pow(2).sum() / torch.arange(1, hidden.shape[1] + 1).sum(),
+    "weighed by positions": lambda logits, hidden, labels: (lambda w: (hidden.pow(2).sum(-1) * w).sum() / w.sum())(
+        torch.arange(1, hidden.shape[1] + 1).sqrt()
+    ),
     "mean of all": lambda logits, hidden, labels: hidden.pow(2).mean(),
     "squared error": lambda logits, hidden, labels: F.mse_loss(hidden, hidden.detach() * 2 + labels[..., None]),
     "absolute error": lambda logits, hidden, labels: F.l1_loss(logits[..., 0], labels.float(), reduction="sum"),
@@ -96,6 +105,11 @@ NOT_ADDITIVE: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] 
         ),
         r"adds up losses that count tokens of",
     ),
+    "other tokens": (
+        lambda g, h, labels: cross_entropy(g, labels) + cross_entropy(g, labels.clamp(0), ignore_index=0),
+        r"adds up losses that count tokens of",
+    ),
+    "mean and sum": (lambda g, h, labels: h.pow(2).mean() + g.pow(2).sum(), r"adds up losses that count tokens of"),
     "penalty": (lambda g, h, labels: cross_entropy(g, labels) + 1.0, r"add.*computed from a loss"),
     "weights": (
         lambda g, h, labels: cross_entropy(g, labels, weight=torch.arange(1.0, VOCAB + 1)),
@@ -115,6 +129,23 @@ def test_what_is_no_multiple_of_a_loss_runs_on_one_rank(name: str) -> None:
         bl.context_parallel(lifted, size=2)
 
 
+def test_losses_that_count_other_tokens_are_to_be_returned_each() -> None:
+    lifted = bl.lift(program(NOT_ADDITIVE["two"][0]))
+    with pytest.raises(bl.UnsupportedReadError, match=r"-> return each loss by itself, with a TokenLoss.of\(program"):
+        bl.context_parallel(lifted, size=2)
+
+
+def test_a_mean_for_each_sample_says_how_to_write_the_loss() -> None:
+    """A rank has a part of each sample's tokens: pooled values go on into the model, where nothing adds them up."""
+
+    def pooled(logits: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+        kept = (labels != -100)[..., None]
+        return ((hidden * kept).sum(1) / kept.sum(1)).pow(2).mean()
+
+    with pytest.raises(bl.UnsupportedReadError, match=r"a reduction over the sequence .*-> pool outside .*in one op"):
+        bl.lift(program(pooled))
+
+
 #: Totals of user inputs that are wrong on a part of the tokens, or in another order: no lift.
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
     "shifted count": (
@@ -122,6 +153,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
         "mixes the sequence",
     ),
     "count of all": (lambda g, h, labels: h / (labels != -100).sum(), "a reduction over all tokens of a user input"),
+    "longest sample": (
+        lambda g, h, labels: h.pow(2).sum() / (labels != -100).sum(1).max(),
+        "mixes the sequence",
+    ),
     "share": (lambda g, h, labels: h * (labels > 3).float().mean(), "a reduction over all tokens of a user input"),
     "bounded": (lambda g, h, labels: h / labels.sum().clamp(min=1), "a reduction over all tokens of a user input"),
 }

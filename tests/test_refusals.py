@@ -153,7 +153,45 @@ def alibi_interleaved_heads(net: Net, ids: Tensor) -> Tensor:
     return folded(net, ids, bias.transpose(0, 1).flatten(0, 1))
 
 
+def table(net: Net, ids: Tensor) -> Tensor:
+    """A learned table, expanded to the batch before its rows are read."""
+    return net.pe.weight[None].expand(ids.shape[0], -1, -1)
+
+
+def expanded_table(net: Net, ids: Tensor) -> Tensor:
+    """Rows of it by a slice."""
+    return net.h(net.e(ids) + table(net, ids)[:, 2 : 2 + ids.shape[1]])
+
+
+def expanded_rows(net: Net, ids: Tensor) -> Tensor:
+    """Rows by an index, of copies that repeat made."""
+    copies = net.pe.weight.repeat(ids.shape[0], 1, 1)
+    return net.h(net.e(ids) + copies.index_select(1, torch.arange(ids.shape[1]) + 1))
+
+
+def expanded_index(net: Net, ids: Tensor) -> Tensor:
+    """The same, by indexing."""
+    return net.h(net.e(ids) + table(net, ids)[:, torch.arange(ids.shape[1])])
+
+
+def expanded_number(net: Net, ids: Tensor) -> Tensor:
+    """One number a position, expanded to the batch and to the features."""
+    return net.h(net.e(ids) * net.pe.weight[:, :1].expand(ids.shape[0], -1, WIDTH).narrow(1, 3, ids.shape[1]))
+
+
+def expanded_bias(net: Net, ids: Tensor) -> Tensor:
+    """A learned bias of queries and keys, expanded to the batch and to the heads."""
+    bias = (net.pe.weight @ net.pe.weight.T)[None, None].expand(ids.shape[0], HEADS, -1, -1)
+    own = bias[:, :, : ids.shape[1], : ids.shape[1]]
+    return net.done(F.scaled_dot_product_attention(*net.heads(net.e(ids)), attn_mask=own))
+
+
 LIFTED = [
+    expanded_table,
+    expanded_rows,
+    expanded_index,
+    expanded_number,
+    expanded_bias,
     key_gate,
     key_bias,
     key_mask,
@@ -280,7 +318,20 @@ def heads_first(net: Net, ids: Tensor) -> Tensor:
     return net.done((scores.softmax(-1) @ v).unflatten(0, (HEADS, x.shape[0])).transpose(0, 1))
 
 
+def row_for_each_sample(net: Net, ids: Tensor) -> Tensor:
+    """Another table for each sample: what microbatches would read is not theirs."""
+    return net.h(net.e(ids) + net.pe.weight.view(4, 16, WIDTH)[: ids.shape[0], : ids.shape[1]])
+
+
+def copies_along_the_sequence(net: Net, ids: Tensor) -> Tensor:
+    """Rows repeated one after another, for each sample."""
+    return net.h(net.e(ids) + net.pe.weight[:8].repeat(ids.shape[0], 4, 1)[:, : ids.shape[1]])
+
+
 NEAR_MISSES: list[tuple[Body, bool, str]] = [
+    (row_for_each_sample, False, "a table with a batch dim"),
+    (copies_along_the_sequence, True, "a table with a batch dim"),
+    (copies_along_the_sequence, False, "a table with a batch dim"),
     (bias_of_rows, True, "elements at different sequence positions meet"),
     (bias_of_rows, False, "elements at different sequence positions meet"),
     (wide_conv, True, "conv1d"),
@@ -315,3 +366,102 @@ def test_a_square_example_asks_for_axes_and_the_hint_works() -> None:
     with pytest.raises(bl.AxesError, match="both the batch size and the sequence length"):
         bl.lift(ep)
     lift_and_verify(ep, axes={"given": {0: "batch", 1: "seq"}})
+
+
+def einsum_projection(net: Net, ids: Tensor) -> Tensor:
+    """Queries of all heads by an einsum with a weight whose dims are as long as the sequence."""
+    weight = net.h.weight.new_ones(WIDTH, HEADS, WIDTH // HEADS) * net.qkv.bias[:WIDTH].view(HEADS, -1)
+    q = torch.einsum("bsd,dhk->bshk", torch.einsum("bsd,ed->bse", net.embed(ids), net.conv.weight[..., 0]), weight)
+    scores = torch.einsum("bshk,bthk->bhst", q, q).masked_fill(~causal(ids.shape[1]), -1e9)
+    return net.h(torch.einsum("bhst,bthk->bshk", scores.softmax(-1), q).flatten(2))
+
+
+@pytest.mark.parametrize("axes", [None, {"ids": {0: "batch", 1: "seq"}}], ids=["inferred", "given"])
+@pytest.mark.parametrize("length", [WIDTH, HEADS, WIDTH // HEADS])
+def test_features_of_an_einsum_are_no_keys(length: int, axes: Any) -> None:
+    """A static sequence as long as the model is wide, or has heads: the weight's dims stay features."""
+    lift_and_verify(program(einsum_projection, False, shape=(BATCH, length)), axes=axes)
+
+
+def key_table(net: Net, ids: Tensor) -> Tensor:
+    """Queries meet a learned vector of each key's position."""
+    q, k, v = net.heads(net.e(ids))
+    rows = net.pe.weight[: ids.shape[1], : WIDTH // HEADS]
+    return net.done((q @ k.mT + torch.einsum("bhid,jd->bhij", q, rows)).softmax(-1) @ v)
+
+
+def rows_of_tokens(net: Net, ids: Tensor) -> Tensor:
+    """Tokens mixed by a learned matrix of positions."""
+    return net.h(torch.einsum("bsd,st->btd", net.e(ids), net.pe.weight[: ids.shape[1], : ids.shape[1]]))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_rows_of_a_table_in_an_einsum_are_keys(dynamic: bool) -> None:
+    lift_and_verify(program(key_table, dynamic))
+
+
+@pytest.mark.parametrize("body", [key_table, rows_of_tokens])
+def test_where_features_may_be_keys_the_refusal_says_so(body: Body) -> None:
+    """Sizes alone do not tell: refused, and the hint names the length."""
+    with pytest.raises(bl.UnsupportedReadError, match=r"the sequence is 8 long, and so are features: .*dynamic.*axes="):
+        bl.lift(program(body, False, shape=(BATCH, WIDTH)))
+
+
+OF_THE_BATCH: dict[str, tuple[Body, str]] = {
+    "flip": (lambda n, i: n.h(n.embed(i) + n.e(i).flip(0)), "aten.flip moves elements along the batch"),
+    "roll": (lambda n, i: n.h(n.embed(i) + n.e(i).roll(1, 0)), "aten.roll moves elements along the batch"),
+    "index": (lambda n, i: n.h(n.embed(i) + n.e(i)[torch.arange(2, -1, -1)]), "aten.index picks samples of the batch"),
+    "select": (
+        lambda n, i: n.h(n.embed(i) + n.e(i).index_select(0, torch.arange(2, -1, -1))),
+        "aten.index_select picks samples of the batch",
+    ),
+    "unbind": (lambda n, i: n.h(torch.stack(n.embed(i).unbind()[::-1])), "the batch is split"),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_samples_that_meet_are_not_called_the_sequence(name: str) -> None:
+    """What is wrong with them is microbatches, not the order of tokens."""
+    body, why = OF_THE_BATCH[name]
+    with pytest.raises(bl.UnsupportedReadError, match=rf"BL201 .*: {why} .*-> microbatches change what it computes"):
+        bl.lift(program(body, False))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dims", [(1,), (0, 1)])
+def test_tokens_that_change_places_are(dims: tuple[int, ...], dynamic: bool) -> None:
+    with pytest.raises(bl.UnsupportedReadError, match=r"aten.flip may move elements along the sequence.*strict=False"):
+        bl.lift(program(lambda n, i: n.h(n.embed(i).flip(dims)), dynamic))
+
+
+def memory_keys(net: Net, ids: Tensor) -> Tensor:
+    """Learned keys and values in front of those of the tokens."""
+    q, k, v = net.heads(net.embed(ids))
+    memory = net.pe.weight[:6].view(HEADS, -1, WIDTH // HEADS).expand(ids.shape[0], -1, -1, -1)
+    keys, values = torch.cat((memory, k), 2), torch.cat((memory, v), 2)
+    return net.done(F.scaled_dot_product_attention(q, keys, values))
+
+
+def prefix_tokens(net: Net, ids: Tensor) -> Tensor:
+    """Learned tokens in front of the others, cut off again."""
+    x = torch.cat((net.pe.weight[:3].expand(ids.shape[0], -1, -1), net.embed(ids)), 1)
+    return net.done(F.scaled_dot_product_attention(*net.heads(x)))[:, 3:]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("body", [memory_keys, prefix_tokens])
+def test_rows_that_are_no_tokens_are_refused_as_such(body: Body, dynamic: bool) -> None:
+    """One finding for each join, which says what joins: it named a read of a parameter that there is not."""
+    report = bl.scan(program(body, dynamic))
+    why = "rows that are no tokens (memory keys, prefix tokens) are joined to the sequence"
+    joins = [mix for mix in report.mixing if mix.reason.startswith(why)]
+    assert len(joins) == (2 if body is memory_keys else 1)
+    assert all(mix.code == "BL201" and "num_mem_kv" in mix.hint for mix in joins)
+    assert not any(read.refusal for read in report.reads)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_sequence_joined_to_itself_has_other_words(dynamic: bool) -> None:
+    twice = lambda n, i: n.h(torch.cat((n.embed(i), n.e(i)), 1))  # noqa: E731
+    with pytest.raises(bl.UnsupportedReadError, match="values are joined along the sequence"):
+        bl.lift(program(twice, dynamic))

@@ -102,8 +102,37 @@ def _distances(n: Net, i: Tensor) -> Tensor:
     return (scores.softmax(-1) @ x)[:, 0]
 
 
+def _rotary(x: Tensor, n: Net, length: int, first: slice, second: slice) -> Tensor:
+    """Both halves of the features written into storage of their own."""
+    cos, sin = n.t[:length, :4].cos(), n.t[:length, :4].sin()
+    out = torch.empty_like(x)
+    out[:, :, first] = x[:, :, first] * cos - x[:, :, second] * sin
+    out[:, :, second] = x[:, :, second] * cos + x[:, :, first] * sin
+    return out
+
+
+def _rotary_halves(n: Net, i: Tensor) -> Tensor:
+    return _rotary(n.e(i), n, i.shape[1], slice(0, 4), slice(4, None))
+
+
+def _rotary_pairs(n: Net, i: Tensor) -> Tensor:
+    return _rotary(n.e(i), n, i.shape[1], slice(0, None, 2), slice(1, None, 2))
+
+
+def _whole_in_place(n: Net, i: Tensor) -> Tensor:
+    """Rows written over all of a value, and then over all of data."""
+    x, rows = n.e(i), torch.ones(i.shape[1], WIDTH)
+    rows[:, :] = n.p[: i.shape[1]]
+    kept = torch.zeros_like(x)
+    kept[:, : i.shape[1]] = x * torch.slice_scatter(torch.zeros_like(rows), rows)
+    return torch.slice_scatter(torch.empty_like(x), kept, 1)
+
+
 LIFTED: dict[str, Body] = {
     "halves": _halves,
+    "rotary_halves": _rotary_halves,
+    "rotary_pairs": _rotary_pairs,
+    "whole_in_place": _whole_in_place,
     "bucket": _bucket,
     "cold_cache": _cold_cache,
     "causal_fill": _causal_fill,
@@ -131,6 +160,33 @@ def test_lifted_and_right(name: str, dynamic: bool) -> None:
     if dynamic or name not in ("length", "highest"):  # a static program states its length
         assert lifted.inputs
     assert bl.verify(ep, lifted).passed
+
+
+def _neighbours(n: Net, i: Tensor) -> Tensor:
+    """Each token, but the first, has the features of the one before."""
+    x = n.e(i)
+    out = x + n.t[: i.shape[1]]
+    out[:, 1:, :4] = x[:, :-1, :4]
+    return out
+
+
+def _first_token(n: Net, i: Tensor) -> Tensor:
+    out = n.e(i) + n.t[: i.shape[1]]
+    out[:, 0] = 0
+    return out
+
+
+def _first_rows(n: Net, i: Tensor) -> Tensor:
+    rows = torch.zeros(i.shape[1], WIDTH)
+    rows[:4] = n.p[:4]
+    return n.e(i) + rows
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("body", [_neighbours, _first_token, _first_rows])
+def test_writes_to_a_part_of_the_sequence_stay_refused(body: Body, dynamic: bool) -> None:
+    with pytest.raises(bl.UnsupportedReadError, match=r"test_writes.py:\d+\] ->"):
+        bl.lift(program(body, dynamic))
 
 
 UNIFORM: dict[str, Body] = {

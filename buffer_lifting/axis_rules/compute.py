@@ -129,10 +129,12 @@ def _einsum(view: OpView) -> AxisResult:
             if known != dim:
                 by_letter[letter] = with_role(dim, COL)  # summed over: the keys of scores and of values
     for (path, _), letters in zip(view.tensors(), left.split(","), strict=True):
-        for letter, dim in zip(letters, view.positional(path) or (), strict=False):
+        shared = any(has_seq(by_letter.get(letter, ())) for letter in letters)
+        rows = view.positional(path) if shared else view.brings(path)  # not the features of a projection
+        for letter, dim in zip(letters, rows or (), strict=False):
             if has_seq(dim) and letter in target and letter not in by_letter:  # relative positions bring the keys
-                rows = any(f.axis == dim[0].axis for known in by_letter.values() for f in known)
-                by_letter[letter] = with_role(dim, COL if rows else ROW)
+                known_rows = any(f.axis == dim[0].axis for known in by_letter.values() for f in known)
+                by_letter[letter] = with_role(dim, COL if known_rows else ROW)
     out: list[DimLabel] = []
     for letter, size in zip(target, shape, strict=True):
         dim = by_letter.get(letter, feature(size))
@@ -197,6 +199,11 @@ def _softmax(view: OpView) -> AxisResult:
     return AxisResult((labels,))
 
 
+_OVER_SEQUENCE = "a reduction over the sequence"
+_POOLED = (
+    "pool outside the model, of values for each token that it returns; a loss: reduce batch and sequence in one op; "
+    "lift with strict=False if the sequence is never reordered or sharded"
+)
 _REDUCTIONS = """sum mean amax amin prod var std logsumexp norm linalg_vector_norm all any argmax argmin max min
 nansum median var_mean std_mean count_nonzero"""
 
@@ -233,12 +240,13 @@ def _reduce(view: OpView) -> AxisResult:
                 "aten.mean",
                 "aten.nansum",
             )  # everything is reduced: a loss, which the CP contract normalises
-            mixing = "a loss: a reduction over all tokens" if handled else "a reduction over the sequence"
+            mixing = "a loss: a reduction over all tokens" if handled else _OVER_SEQUENCE
         elif is_labelled(dim) and len(over) < rank:
             mixing = mixing or "a reduction over the batch"
         if keep:
             out.append(())
-    return AxisResult((tuple(out),) * len(view.shapes_out()), {}, mixing, handled)
+    hint = _POOLED if mixing == _OVER_SEQUENCE else ""
+    return AxisResult((tuple(out),) * len(view.shapes_out()), {}, mixing, handled, hint=hint)
 
 
 @rule("broadcast_tensors")

@@ -50,6 +50,7 @@ class AxisResult:
     mixing: str = ""  # why the op moves information along the sequence; "" if it does not
     handled: bool = False  # the context-parallel pass takes care of it
     consumed: frozenset[str] = frozenset()  # operands without data that are no reads by position (accumulators)
+    hint: str = ""  # what to do about the mixing, if there is more to say than of any
 
 
 class OpView:
@@ -60,7 +61,7 @@ class OpView:
         record: GraphRecord,
         node: Node,
         known: dict[str, tuple[Labels, ...] | None],
-        positional: Callable[..., Labels | None] = lambda name, of_users=False: None,
+        positional: Callable[..., Labels | None] = lambda name, of_users=False, new=False: None,
         lengths: Mapping[str, Size] | None = None,
         data: Callable[[str], bool] = lambda name: True,
         varies: Callable[[str], tuple[bool, ...]] | None = None,
@@ -82,6 +83,11 @@ class OpView:
         """The labels of an operand without user contents, by its sizes; ``None`` for anything else."""
         name = self.node.ref(path)
         return self._positional(name) if name and self.known.get(name) is None else None
+
+    def brings(self, path: str) -> Labels | None:
+        """The same, of a value that has sequence dims of its own: a weight that is as wide as a sequence has none."""
+        name = self.node.ref(path)
+        return self._positional(name, False, True) if name and self.known.get(name) is None else None
 
     def by_sizes(self, path: str) -> Labels | None:
         """The same, of a value of user contents as well: what it is made of has to bear it out."""

@@ -53,6 +53,8 @@ def _moves(view: OpView) -> AxisResult:
         over = {d % len(labels) for d in dims if isinstance(d, int)} if isinstance(dims, tuple) else set()
         if over and not any(is_labelled(labels[d]) for d in over):
             return AxisResult((labels,))
+        if over and not any(has_seq(labels[d]) for d in over):
+            return AxisResult((labels,), mixing=f"{op} moves elements along the batch")
     if op in ("aten.constant_pad_nd", "aten.pad"):
         # by the widths, not by the sizes: (1, -1) shifts a dim and keeps its size
         widths = view.node.args.get("pad")
@@ -70,6 +72,8 @@ def _moves(view: OpView) -> AxisResult:
             if op == "aten.index_select":
                 return AxisResult((out,), {"index": Alignment((picked,), None)})
             return AxisResult((out,), {"index": align(out, view.shape("index") or ())})
+        if not has_seq(labels[dim]):
+            return AxisResult(None, mixing=f"{op} picks samples of the batch")
     return AxisResult(None, mixing=f"{op} may move elements along the sequence")
 
 
@@ -153,6 +157,8 @@ def _index(view: OpView, labels: Labels, shape: tuple[Size, ...]) -> AxisResult:
     given = (
         [(d, f"indices.{d}") for d, arg in enumerate(indices) if arg is not None] if isinstance(indices, tuple) else []
     )
+    if given and all(is_labelled(labels[d]) and not has_seq(labels[d]) for d, _ in given):
+        return AxisResult(None, mixing="aten.index picks samples of the batch")
     if len(given) != 1 or is_labelled(labels[given[0][0]]):
         return AxisResult(None, mixing="aten.index may move elements along the sequence")
     dim, path = given[0]

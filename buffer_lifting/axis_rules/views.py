@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, rule
+from buffer_lifting.axis_rules.core import Alignment, AxisResult, OpView, as_it_is, rule
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.graph.sizes import Size, divide
 from buffer_lifting.labels import (
@@ -127,7 +127,7 @@ def _split(view: OpView) -> AxisResult:
         return AxisResult(None)
     dim = view.dim("dim", len(labels))
     if is_labelled(labels[dim]):
-        return AxisResult(None, mixing="the sequence is split")
+        return AxisResult(None, mixing=f"the {'sequence' if has_seq(labels[dim]) else 'batch'} is split")
     return AxisResult(tuple((*labels[:dim], feature(s[dim]), *labels[dim + 1 :]) for s in view.shapes_out()))
 
 
@@ -138,7 +138,7 @@ def _unbind(view: OpView) -> AxisResult:
         return AxisResult(None)
     dim = view.dim("dim", len(labels))
     if is_labelled(labels[dim]):
-        return AxisResult(None, mixing="the sequence is split")
+        return AxisResult(None, mixing=f"the {'sequence' if has_seq(labels[dim]) else 'batch'} is split")
     return AxisResult(((*labels[:dim], *labels[dim + 1 :]),) * len(view.shapes_out()))
 
 
@@ -188,7 +188,7 @@ def _cat(view: OpView) -> AxisResult:
     if joined:
         extended = _joined(view, joined, dim, shape)
         if extended is None:
-            return AxisResult(None, mixing="values are joined along the sequence or batch")
+            return _not_joined(view, dim)
         parts = [(*labels[:dim], extended, *labels[dim + 1 :]) for labels in parts]
     out = broadcast(parts, shape)
     if out is None:
@@ -204,6 +204,28 @@ def _cat(view: OpView) -> AxisResult:
     return AxisResult((out,), operands)
 
 
+def _not_joined(view: OpView, dim: int) -> AxisResult:
+    """Why values cannot be joined along ``dim``: the parts of which run along the batch or the sequence."""
+    known = {path: view.labels(path) for path, _ in view.tensors()}
+    follow = [labels[dim] for labels in known.values() if labels is not None and is_labelled(labels[dim])]
+    if not any(has_seq(dim) for dim in follow):
+        return AxisResult(None, mixing="values are joined along the batch")
+    if len(follow) == len(known):
+        return AxisResult(None, mixing="values are joined along the sequence")
+    plain = [(path, own) for path, own in view.tensors() if known[path] is None and view.positional(path) is None]
+    others = {path: Alignment(features(own), None) for path, own in plain}
+    why = (
+        "rows that are no tokens (memory keys, prefix tokens) are joined to the sequence: they have no slot in an order"
+    )
+    return AxisResult(None, others, why, hint=_NO_TOKENS)
+
+
+_NO_TOKENS = (
+    "export the model without them (num_memory_tokens, num_mem_kv, prefix length 0); a constant column of the scores "
+    "behind the keys can stay (attention sinks); lift with strict=False if the sequence is never reordered or sharded"
+)
+
+
 @rule("slice_scatter", "select_scatter")
 def _scatter_part(view: OpView) -> AxisResult:
     """A part of a dim replaced: keys assembled from two halves."""
@@ -211,6 +233,9 @@ def _scatter_part(view: OpView) -> AxisResult:
     if shape is None:
         return AxisResult(None)
     selects = view.node.base_op == "aten.select_scatter"
+    written = view.labels("src")
+    if not selects and view.shape("src") == shape and written is not None:
+        return AxisResult((written,), {"src": as_it_is(written)}, consumed=frozenset(["self"]))  # nothing of it is left
     parts = []
     for path in ("self", "src"):
         labels = view.labels(path)

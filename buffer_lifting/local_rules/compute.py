@@ -181,9 +181,12 @@ def _part_replaced(planner: Planner, node: Node, labels: Labels, context: Contex
     source, shape = operand_of(planner, node)
     part, _ = operand_of(planner, node, "src")
     dim = int(node.args.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+    selects = node.base_op == "aten.select_scatter"
+    if not selects and part.tensor == source.tensor:  # nothing of it is left
+        value = planner.rebuild(part.name, labels, context)
+        return unchanged(node, value) or value
     if is_labelled(labels[dim]):
         raise Refuse("a part of the sequence replaced", node.name)
-    selects = node.base_op == "aten.select_scatter"
     own = (*labels[:dim], *labels[dim + 1 :]) if selects else (*labels[:dim], (), *labels[dim + 1 :])
     whole, piece = planner.rebuild(source.name, labels, context), planner.rebuild(part.name, own, context)
     same = unchanged(node, whole, piece)

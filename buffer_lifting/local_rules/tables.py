@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from buffer_lifting.gathering import gather, gather_lane, operand_of
+from buffer_lifting.gathering import gather, gather_lane, operand_of, under_spread
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.labels import COL, ROW, Labels, is_labelled
 from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, unchanged, widened
@@ -89,7 +89,15 @@ def _index_select(planner: Planner, node: Node, labels: Labels, context: Context
 def _rows_again(
     planner: Planner, node: Node, source: Node, rest: Labels, dim: int, index: Plan, context: Context
 ) -> Value:
-    """Rows along one dim of a value that follows the sequence along another: the columns of a mask's rows."""
+    """Rows along one dim of a value that follows the sequence along another: the columns of a mask's rows.
+
+    Or rows of a table that is repeated for the batch.
+    """
+    below = under_spread(planner, source, rest, (dim,))
+    if below is not None and not has_batch_or_seq(below[1]) and planner.is_table(below[0].name):
+        table, own, spread = below
+        value = gather(node.name, Existing(table.name), len(own), [(dim - spread.missing, index)], len(own))
+        return spread.again(value, node.name)
     if not planner.is_fixed_along(source.name, dim):
         raise Refuse("a gather from a value that follows the sequence", node.name)
     value = planner.rebuild(source.name, rest, context, picked=dim)

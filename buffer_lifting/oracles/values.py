@@ -234,7 +234,7 @@ class _Values:
 
         if own is None:
             if batch is None or value.ndim == len(labels) < batch:
-                return value.unsqueeze(0).expand(case.batch if batch else 1, *value.shape)
+                return value.unsqueeze(0).expand(case.batch, *value.shape)
             at = value.ndim - batch
             moved = _one_head(value, at, case.batch).movedim(at, 0)
             kept = moved.shape[moved.ndim - len(labels) :] if moved.ndim > len(labels) else None

@@ -125,7 +125,7 @@ COMPLEX: dict[str, Step] = {
     "scale": _tensorwise(lambda v: v * 0.5),
     "conj": _tensorwise(torch.conj),
     "clone": _tensorwise(lambda v: v.clone()),
-    "as_real": _tensorwise(lambda v: torch.view_as_complex(torch.view_as_real(v) * 2)),
+    "as_real": _tensorwise(lambda v: torch.view_as_complex(torch.view_as_real(v.resolve_conj()) * 2)),
     "permute": _permute,
     "split_merge": _tensorwise(_split_merge),
     "unsqueeze": REAL["unsqueeze"],
