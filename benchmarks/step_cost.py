@@ -93,7 +93,9 @@ class Variants:
     stage_inputs: tuple[str, ...]
 
 
-def make_step(module: Callable[..., Tensor], parameters: Sequence[nn.Parameter], h: Tensor, *args: Tensor, **kwargs: Tensor) -> Callable[[], list[Tensor]]:
+def make_step(
+    module: Callable[..., Tensor], parameters: Sequence[nn.Parameter], h: Tensor, *args: Tensor, **kwargs: Tensor
+) -> Callable[[], list[Tensor]]:
     """A step of a module on the activation ``h``, as a schedule of torch runs it."""
 
     def step() -> list[Tensor]:

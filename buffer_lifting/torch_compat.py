@@ -244,6 +244,23 @@ class LazyGraphModule(_LazyGraphModule):
         cls.forward = _AtFirstUse()
 
 
+class StageModule(LazyGraphModule):
+    """The module of a stage: its code calls ops as :func:`buffer_lifting.stage_code.spelled` says.
+
+    Private: ``_graph``, which the code is written from, and ``_real_recompile``, which writes it.
+    """
+
+    def _real_recompile(self) -> Any:
+        from buffer_lifting.stage_code import spelled
+
+        graph = self._graph
+        self._graph = spelled(graph)
+        try:
+            return super()._real_recompile()
+        finally:
+            self._graph = graph
+
+
 def generate_code(module: GraphModule) -> None:
     """Writes the code of a module whose code was put off."""
     if isinstance(module, LazyGraphModule):
