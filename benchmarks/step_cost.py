@@ -1,8 +1,8 @@
 """The measurements of :mod:`benchmarks.step_time`.
 
 A step is the forward and the backward of one microbatch: gradients of all parameters and of the activation that the
-stage gets. A round runs a step of each variant, in random order; a sample is ``calls`` steps in a row. Ratios are those of
-the samples of one round, so that what disturbs the machine disturbs both.
+stage gets. A round runs a step of each variant, in random order; a sample is ``calls`` steps in a row. Ratios are those
+of the samples of one round, so that what disturbs the machine disturbs both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The layers that are timed: a Llama in the style of pytorch/torchtitan PR #1797, in two sizes.
 
-Each exists three times: as the whole model, which is exported, lifted and split; by hand, as layers that take the lifted
-input as an argument; and as layers that read the table themselves, as the model does, which are exported unlifted.
+Each exists three times: as the whole model, which is exported, lifted and split; by hand, as layers that take the
+lifted input as an argument; and as layers that read the table themselves, as the model does, which are exported
+unlifted.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ class Unlifted(Layers):
 class ByHand(Layers):
     """The layers of the second stage with the lifted input as an argument, as PR #1797 writes them.
 
-    ``lifted`` is ``[batch, seq, head_dim // 2]`` rows of the table, or positions ``[batch, seq]``, which look them up: once,
-    for all layers.
+    ``lifted`` is ``[batch, seq, head_dim // 2]`` rows of the table, or positions ``[batch, seq]``, which look them up:
+    once, for all layers.
     """
 
     freqs_cis: Tensor

@@ -1,4 +1,4 @@
-"""Times a step of a lifted stage beside the same layers written by hand and exported unlifted; writes docs/COMPILED_STAGES.md.
+"""Times a step of a lifted stage beside the same layers by hand and unlifted; writes docs/COMPILED_STAGES.md.
 
     python benchmarks/step_time.py           # two sizes, both forms: some minutes
     python benchmarks/step_time.py --quick   # the small size, few rounds
@@ -84,8 +84,8 @@ def block(cells: Sequence[Cell], command: str) -> str:
         f"`{command}` wrote this block (torch {torch.__version__}, one thread). Step of a lifted stage ÷ step of the "
         "same layers, medians of the ratios of rounds, in brackets the 95% percentile bootstrap interval of the median "
         f"({RESAMPLES} resamples of rounds). In a round each variant runs once, in random order; outputs and gradients "
-        "of all are equal bit for bit. *By hand*: an `nn.Module` that takes the lifted input as an argument. *Unlifted*: "
-        f"the layers exported with their own table. {shapes}."
+        "of all are equal bit for bit. *By hand*: an `nn.Module` that takes the lifted input as an argument. "
+        f"*Unlifted*: the layers exported with their own table. {shapes}."
     )
     verdicts = missed(cells)
     bars = [f"- slower: {item}" for item in verdicts] or [
@@ -96,8 +96,8 @@ def block(cells: Sequence[Cell], command: str) -> str:
             text,
             markdown(rows(cells), ()),
             "\n".join(bars),
-            "Lifted inputs of the stage, and the most memory that making them and a step hold at once (another order for "
-            "each sample):",
+            "Lifted inputs of the stage, and the most memory that making them and a step hold at once (another order "
+            "for each sample):",
             markdown(memory_rows(cells), ()),
         ]
     )
