@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from buffer_lifting.partitioner import partition
     from buffer_lifting.passes.causal_flags import causal_flags
     from buffer_lifting.passes.context_parallel import context_parallel
+    from buffer_lifting.passes.real_pairs import real_pairs
     from buffer_lifting.placement import stage_ranks
     from buffer_lifting.program import (
         InputAxes,
@@ -51,6 +52,7 @@ _PUBLIC = {
     "lift": "lifting",
     "context_parallel": "passes.context_parallel",
     "causal_flags": "passes.causal_flags",
+    "real_pairs": "passes.real_pairs",
     "partition": "partitioner",
     "stage_ranks": "placement",
     "CostWeights": "cost_model",
@@ -114,6 +116,7 @@ __all__ = [
     "load",
     "load_stage",
     "partition",
+    "real_pairs",
     "scan",
     "stage_ranks",
     "verify",

@@ -1,8 +1,8 @@
 """The Python code of a stage: what its graph computes, with torch's own bindings of the ops.
 
-A call of ``torch.ops.aten.view.default(x, [2, 3])`` looks the op up and boxes its arguments; ``x.view([2, 3])`` calls the
-same kernel, and costs a microsecond or two less: with small microbatches, several percent of a step. The graph of a stage
-stays a graph of aten ops.
+A call of ``torch.ops.aten.view.default(x, [2, 3])`` looks the op up and boxes its arguments; ``x.view([2, 3])`` calls
+the same kernel, and costs a microsecond or two less: with small microbatches, several percent of a step. The graph of a
+stage stays a graph of aten ops.
 """
 
 from __future__ import annotations
