@@ -1,4 +1,4 @@
-"""The public :func:`real_pairs`: complex numbers become pairs of real ones, for backends that compute with no others."""
+"""The public :func:`real_pairs`: complex numbers become pairs of real ones, for backends that want no others."""
 
 from __future__ import annotations
 
@@ -152,5 +152,5 @@ def _refusal(node: Node, why: str) -> str:
     location = innermost_location(node.meta.get("stack_trace") or "")
     return (
         f"node {node.name!r} ({node.target}) cannot be written with pairs of real numbers: {why}"
-        f"{f' [{location}]' if location else ''} -> write it with real tensors in the model, or leave the program complex"
+        f"{f' [{location}]' if location else ''} -> write it with real tensors in the model, or leave it complex"
     )
