@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from buffer_lifting.agreement import check_orders
+    from buffer_lifting.compiled import CompiledStage, compile_package, load_compiled
     from buffer_lifting.cost_model import CostWeights
     from buffer_lifting.errors import (
         AxesError,
@@ -62,6 +63,9 @@ _PUBLIC = {
     "verify": "verification",
     "check": "inspection.diagnostics",
     "check_orders": "agreement",
+    "compile_package": "compiled",
+    "load_compiled": "compiled",
+    "CompiledStage": "compiled",
     "load": "package",
     "load_stage": "package",
     "Diagnostic": "inspection.diagnostics",
@@ -86,6 +90,7 @@ _PUBLIC = {
 }
 __all__ = [
     "AxesError",
+    "CompiledStage",
     "CostWeights",
     "Diagnostic",
     "FeedError",
@@ -111,9 +116,11 @@ __all__ = [
     "causal_flags",
     "check",
     "check_orders",
+    "compile_package",
     "context_parallel",
     "lift",
     "load",
+    "load_compiled",
     "load_stage",
     "partition",
     "real_pairs",

@@ -436,6 +436,19 @@ def guards_on(program: ExportedProgram, names: Collection[str]) -> list[str]:
     ]
 
 
+def example_size(value: int | torch.SymInt) -> int:
+    """A size at the example inputs of its program. Private: ``SymInt.node.hint`` (no public reader)."""
+    return value if isinstance(value, int) else int(value.node.hint)
+
+
+def finite_range(limits: Any) -> tuple[int, int]:
+    """The limits of a dynamic size, an int64. Private: the class of the values of ``range_constraints``."""
+    most = 2**63 - 1
+    return tuple(
+        int(limit) if limit.is_Integer and abs(limit) < most else most for limit in (limits.lower, limits.upper)
+    )
+
+
 def max_operator_version() -> int:
     """The version of aten's operators, which every archive states. Private: torch has no public name for it."""
     return int(torch._C._get_max_operator_version())
