@@ -1,8 +1,8 @@
 """Stages compiled ahead of time: packages of AOTInductor, for inference.
 
-Compiled code takes the strides, dtypes and ranks of its inputs for granted: given others, it reads wrong numbers, or memory
-that is not its own, and says nothing. The lifted inputs of an order that all samples share have a batch stride of 0. So a
-package gets a list of its inputs, and what loads it checks each call and lays the inputs out.
+Compiled code takes the strides, dtypes and ranks of its inputs for granted: given others, it reads wrong numbers, or
+memory that is not its own, and says nothing. The lifted inputs of an order that all samples share have a batch stride of
+0. So a package gets a list of its inputs, and what loads it checks each call and lays the inputs out.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def compile_package(program: ExportedProgram, path: str | os.PathLike[str], **op
         ``path``.
 
     Raises:
-        LiftingError: an input whose elements do not lie densely in the export, a nested input, a parameter without values.
+        LiftingError: an input whose elements do not lie densely in the export, a nested input, weights without values.
     """
     empty = sorted(fqn for fqn, value in program.state_dict.items() if value.is_meta)
     if empty:

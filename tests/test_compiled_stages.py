@@ -166,7 +166,7 @@ class Recorded:
 def test_inputs_of_a_compiled_stage() -> None:
     """Strides are those of the export; what the code would misread is refused by name."""
     _, staged = staged_case("llama_pr1797", pairs=True)
-    inputs, examples, keywords = _inputs(staged.exported(1))
+    inputs, examples, _ = _inputs(staged.exported(1))
     (hidden,) = examples
     assert [(item.name, item.keyword, item.dtype) for item in inputs] == [
         (staged.stages[1].activations[0], False, "float32"),
