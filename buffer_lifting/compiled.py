@@ -1,8 +1,8 @@
 """Stages compiled ahead of time: packages of AOTInductor, for inference.
 
 Compiled code takes the strides, dtypes and ranks of its inputs for granted: given others, it reads wrong numbers, or
-memory that is not its own, and says nothing. The lifted inputs of an order that all samples share have a batch stride of
-0. So a package gets a list of its inputs, and what loads it checks each call and lays the inputs out.
+memory that is not its own, and says nothing. The lifted inputs of an order that all samples share have a batch stride
+of 0. So a package gets a list of its inputs, and what loads it checks each call and lays the inputs out.
 """
 
 from __future__ import annotations

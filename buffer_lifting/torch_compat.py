@@ -444,9 +444,8 @@ def example_size(value: int | torch.SymInt) -> int:
 def finite_range(limits: Any) -> tuple[int, int]:
     """The limits of a dynamic size, an int64. Private: the class of the values of ``range_constraints``."""
     most = 2**63 - 1
-    return tuple(
-        int(limit) if limit.is_Integer and abs(limit) < most else most for limit in (limits.lower, limits.upper)
-    )
+    low, high = (int(limit) if limit.is_Integer and abs(limit) < most else most for limit in (limits.lower, limits.upper))
+    return low, high
 
 
 def max_operator_version() -> int:

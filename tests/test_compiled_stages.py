@@ -5,6 +5,7 @@ The slow tests compile C++ (Inductor, AOTInductor). They need g++, and fail with
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Callable
@@ -91,6 +92,11 @@ def test_stages_compile_whole() -> None:
     compiled = run_stages(staged, lambda m: torch.compile(m, backend=backend, fullgraph=True), inputs, feed)
     assert_same(compiled, run_stages(staged, lambda m: m, inputs, feed))
     assert len(graphs) == len(staged.stages)
+    module = copy.deepcopy(staged.stages[0].module)
+    module.compile(backend=backend, fullgraph=True)  # in place, as for a PipelineStage
+    (tokens,) = inputs.values()
+    assert torch.equal(module(tokens, **feed), staged.stages[0].module(tokens, **feed))
+    assert len(graphs) == len(staged.stages) + 1
 
 
 def needs_compiler() -> None:
@@ -149,8 +155,8 @@ def test_why_inputs_are_laid_out(tmp_path: Path) -> None:
     needs_compiler()
     _, staged = staged_case("llama_pr1797", pairs=True)
     package = bl.load_compiled(bl.compile_package(staged.exported(1), tmp_path / "stage.pt2"))
-    hidden = torch.randn(1, 9, 32)
-    shared = {name: value[:, ::2] for name, value in staged.feed(1, 18).items()}
+    hidden = torch.randn(2, 9, 32)
+    shared = staged.feed(2, 9)
     wanted = staged.stages[1].module(hidden, **shared)
     torch.testing.assert_close(package(hidden, **shared), wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(package.package(hidden, **shared), wanted, rtol=1e-5, atol=1e-5)
