@@ -17,7 +17,7 @@ import torch
 from torch.export import ExportedProgram
 
 from buffer_lifting.errors import FeedError, LiftingError
-from buffer_lifting.torch_compat import example_size, finite_range
+from buffer_lifting.torch_compat import aoti_compile, aoti_load, example_size, finite_range
 
 _KEY = "buffer_lifting"
 
@@ -92,11 +92,7 @@ def compile_package(program: ExportedProgram, path: str | os.PathLike[str], **op
     program.example_inputs = (examples, keywords)
     try:
         with torch.no_grad():
-            return str(
-                torch._inductor.aoti_compile_and_package(
-                    program, package_path=os.fspath(path), inductor_configs=settings
-                )
-            )
+            return aoti_compile(program, os.fspath(path), settings)
     finally:
         program.example_inputs = before
 
@@ -107,7 +103,7 @@ def load_compiled(path: str | os.PathLike[str]) -> CompiledStage:
     Raises:
         LiftingError: a package that :func:`compile_package` did not make.
     """
-    package = torch._inductor.aoti_load_package(os.fspath(path))
+    package = aoti_load(os.fspath(path))
     document = package.get_metadata().get(_KEY)
     if document is None:
         raise LiftingError(f"{os.fspath(path)} is no package of compile_package: it does not say what its inputs are")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from buffer_lifting.torch_compat import GELU, SILU
+
 _aten = torch.ops.aten
 
 #: Aten ops whose positional arguments a method of their first operand takes, in the same order.
@@ -41,8 +43,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     _aten.div.Tensor: operator.truediv,
     _aten.neg.default: operator.neg,
     _aten.linear.default: torch.nn.functional.linear,
-    _aten.silu.default: torch._C._nn.silu,
-    _aten.gelu.default: torch._C._nn.gelu,
+    _aten.silu.default: SILU,
+    _aten.gelu.default: GELU,
     _aten.rms_norm.default: torch.rms_norm,
     _aten.layer_norm.default: torch.layer_norm,
     _aten.embedding.default: torch.embedding,
@@ -64,7 +66,6 @@ _MOST: dict[Any, int] = {_aten.to.dtype: 2}
 def spelled(graph: Graph) -> Graph:
     """A copy of ``graph`` in which ops are called by torch's own bindings, where both take the same arguments."""
     copied, env = Graph(), dict[Node, Node]()
-    copied.set_codegen(graph._codegen)
     for node in graph.nodes:
         target, most = node.target, _MOST.get(node.target, len(node.args))
         env[node] = new = copied.node_copy(node, env.__getitem__)

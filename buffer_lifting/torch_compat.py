@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -46,6 +47,9 @@ FLEX_ARGUMENTS = (
     "score_buffers",
     "mask_buffers",
 )
+
+#: What ``torch.nn.functional`` calls (its own are Python functions, which cost as much as a small op).
+SILU, GELU = torch._C._nn.silu, torch._C._nn.gelu
 
 _SIZES: dict[sympy.Expr, sizes.Size] = {}
 _EXPRESSIONS: dict[sympy.Expr, str] = {}
@@ -436,6 +440,18 @@ def guards_on(program: ExportedProgram, names: Collection[str]) -> list[str]:
     ]
 
 
+def aoti_compile(program: ExportedProgram, path: str, settings: dict[str, Any]) -> str:
+    """Compiles a program with AOTInductor. Private: the module of a documented function."""
+    inductor: Any = importlib.import_module("torch._inductor")
+    return str(inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings))
+
+
+def aoti_load(path: str) -> Any:
+    """Loads what :func:`aoti_compile` wrote. Private: the module of a documented function."""
+    inductor: Any = importlib.import_module("torch._inductor")
+    return inductor.aoti_load_package(path)
+
+
 def example_size(value: int | torch.SymInt) -> int:
     """A size at the example inputs of its program. Private: ``SymInt.node.hint`` (no public reader)."""
     return value if isinstance(value, int) else int(value.node.hint)
@@ -444,7 +460,9 @@ def example_size(value: int | torch.SymInt) -> int:
 def finite_range(limits: Any) -> tuple[int, int]:
     """The limits of a dynamic size, an int64. Private: the class of the values of ``range_constraints``."""
     most = 2**63 - 1
-    low, high = (int(limit) if limit.is_Integer and abs(limit) < most else most for limit in (limits.lower, limits.upper))
+    low, high = (
+        int(limit) if limit.is_Integer and abs(limit) < most else most for limit in (limits.lower, limits.upper)
+    )
     return low, high
 
 

@@ -6,6 +6,7 @@ The slow tests compile C++ (Inductor, AOTInductor). They need g++, and fail with
 from __future__ import annotations
 
 import copy
+import importlib
 import shutil
 import warnings
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def test_training_with_inductor(name: str, pairs: bool) -> None:
     needs_compiler()
     _, staged = staged_case(name, pairs)
     torch._dynamo.reset()
-    torch._inductor.lowering._warn_complex_not_supported.cache_clear()
+    importlib.import_module("torch._inductor.lowering")._warn_complex_not_supported.cache_clear()
     compiled: dict[int, Any] = {}
 
     def run(module: nn.Module) -> Any:
