@@ -254,6 +254,11 @@ class StageModule(LazyGraphModule):
     Private: ``_graph``, which the code is written from, and ``_real_recompile``, which writes it.
     """
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As ``torch.nn.Module.compile``; Dynamo could not trace that the code is written."""
+        self.real_recompile()
+        super().compile(*args, **kwargs)
+
     def _real_recompile(self) -> Any:
         from buffer_lifting.stage_code import spelled
 
