@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from buffer_lifting.agreement import check_orders
+    from buffer_lifting.compiled import CompiledStage, compile_package, load_compiled
     from buffer_lifting.cost_model import CostWeights
     from buffer_lifting.errors import (
         AxesError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from buffer_lifting.partitioner import partition
     from buffer_lifting.passes.causal_flags import causal_flags
     from buffer_lifting.passes.context_parallel import context_parallel
+    from buffer_lifting.passes.real_pairs import real_pairs
     from buffer_lifting.placement import stage_ranks
     from buffer_lifting.program import (
         InputAxes,
@@ -51,6 +53,7 @@ _PUBLIC = {
     "lift": "lifting",
     "context_parallel": "passes.context_parallel",
     "causal_flags": "passes.causal_flags",
+    "real_pairs": "passes.real_pairs",
     "partition": "partitioner",
     "stage_ranks": "placement",
     "CostWeights": "cost_model",
@@ -60,6 +63,9 @@ _PUBLIC = {
     "verify": "verification",
     "check": "inspection.diagnostics",
     "check_orders": "agreement",
+    "compile_package": "compiled",
+    "load_compiled": "compiled",
+    "CompiledStage": "compiled",
     "load": "package",
     "load_stage": "package",
     "Diagnostic": "inspection.diagnostics",
@@ -84,6 +90,7 @@ _PUBLIC = {
 }
 __all__ = [
     "AxesError",
+    "CompiledStage",
     "CostWeights",
     "Diagnostic",
     "FeedError",
@@ -109,11 +116,14 @@ __all__ = [
     "causal_flags",
     "check",
     "check_orders",
+    "compile_package",
     "context_parallel",
     "lift",
     "load",
+    "load_compiled",
     "load_stage",
     "partition",
+    "real_pairs",
     "scan",
     "stage_ranks",
     "verify",

@@ -39,7 +39,8 @@ class Contents:
 
     def keys_axis(self, size: Size) -> str | None:
         """The sequence axis of which this is the length of a rank's part or, by the inputs, that of all ranks' keys."""
-        axes = {f.axis for labels in self.inputs.labels.values() for d in labels for f in d if f.role and f.size == size}
+        labels = [dim for own in self.inputs.labels.values() for dim in own]
+        axes = {factor.axis for dim in labels for factor in dim if factor.is_seq and factor.size == size}
         return self.axis_of(size) or (axes.pop() if len(axes) == 1 else None)
 
     def is_length_of_sequence(self, name: str) -> bool:

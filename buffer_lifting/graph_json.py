@@ -130,8 +130,8 @@ def _encode(value: Any, node: Node) -> Any:
     )
 
 
-def decode_graph(nodes: Any, root: torch.nn.Module) -> GraphModule:
-    """The module of :func:`encode_graph`; ``root`` holds its state.
+def decode_graph(nodes: Any, root: torch.nn.Module, kind: type[GraphModule] = GraphModule) -> GraphModule:
+    """The module of :func:`encode_graph`, of class ``kind``; ``root`` holds its state.
 
     Raises:
         LiftingError: no such document, a call of something that is neither an aten op nor size arithmetic.
@@ -157,7 +157,7 @@ def decode_graph(nodes: Any, root: torch.nn.Module) -> GraphModule:
                 raise LiftingError(f"node {name!r} has the op {op!r}")
             env[name] = graph.create_node(op, resolved, args, kwargs, name=name)
         graph.lint()
-        module = GraphModule(root, graph)
+        module = kind(root, graph)
         keep_transient(root, module)
         return module
     except LiftingError:

@@ -13,8 +13,9 @@ from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.graph.record import GraphRecord, NodeKind, ScalarMeta, StateKind, TensorMeta
 from buffer_lifting.graph.sizes import product
+from buffer_lifting.shared_nodes import SharedNodes
 from buffer_lifting.tables import keep_transient
-from buffer_lifting.torch_compat import LazyGraphModule, returns_alias, size_of
+from buffer_lifting.torch_compat import StageModule, returns_alias, size_of
 
 
 @dataclass
@@ -121,6 +122,7 @@ class StageBuilder:
         graph.placeholder("**unread")
         root = Module()
         states: list[str] = []
+        shared = SharedNodes(self.record, self.nodes, self.stage_of, self.needed, self.sent)
         for name in sorted(self.needed, key=self.order.__getitem__):
             if name in env:
                 continue
@@ -132,15 +134,24 @@ class StageBuilder:
                 env[name] = graph.get_attr(node.fqn)
                 env[name].meta.update(self.nodes[name].meta)
             elif place is not None:
-                env[name] = graph.call_function(torch.ops.aten.sym_size.int, (env[place[0]], place[1]))
-                env[name].meta.update(self.nodes[name].meta)
+                size = shared.size(env[place[0]], place[1])
+                if size is None:
+                    size = graph.call_function(torch.ops.aten.sym_size.int, (env[place[0]], place[1]))
+                    size.meta.update(self.nodes[name].meta)
+                    shared.note_size(size, env[place[0]], place[1])
+                env[name] = size
             else:
+                known = shared.known(name, env)
+                if known is not None:
+                    env[name] = known
+                    continue
                 env[name] = copy_node(graph, self.nodes[name], lambda n: env[n.name])
+                shared.note(name, env)
                 if env[name].op == "get_attr":
                     _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
         results = [self._fresh(graph, env[name], name, last) for name in self.sent]
         graph.output(results[0] if len(results) == 1 else tuple(results))
-        module = LazyGraphModule(root, graph)
+        module = StageModule(root, graph)
         keep_transient(root, module)
         return StageGraph(module, tuple(arguments), tuple(keywords), tuple(self.sent), tuple(states))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -46,6 +47,9 @@ FLEX_ARGUMENTS = (
     "score_buffers",
     "mask_buffers",
 )
+
+#: What ``torch.nn.functional`` calls (its own are Python functions, which cost as much as a small op).
+SILU, GELU = torch._C._nn.silu, torch._C._nn.gelu
 
 _SIZES: dict[sympy.Expr, sizes.Size] = {}
 _EXPRESSIONS: dict[sympy.Expr, str] = {}
@@ -244,6 +248,28 @@ class LazyGraphModule(_LazyGraphModule):
         cls.forward = _AtFirstUse()
 
 
+class StageModule(LazyGraphModule):
+    """The module of a stage: its code calls ops as :func:`buffer_lifting.stage_code.spelled` says.
+
+    Private: ``_graph``, which the code is written from, and ``_real_recompile``, which writes it.
+    """
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As ``torch.nn.Module.compile``; Dynamo could not trace that the code is written."""
+        self.real_recompile()
+        super().compile(*args, **kwargs)
+
+    def _real_recompile(self) -> Any:
+        from buffer_lifting.stage_code import spelled
+
+        graph = self._graph
+        self._graph = spelled(graph)
+        try:
+            return super()._real_recompile()
+        finally:
+            self._graph = graph
+
+
 def generate_code(module: GraphModule) -> None:
     """Writes the code of a module whose code was put off."""
     if isinstance(module, LazyGraphModule):
@@ -417,6 +443,32 @@ def guards_on(program: ExportedProgram, names: Collection[str]) -> list[str]:
     return [
         guard for guard in program._guards_code if all(name in names for name in re.findall(r"L\['(\w+)'\]", guard))
     ]
+
+
+def aoti_compile(program: ExportedProgram, path: str, settings: dict[str, Any]) -> str:
+    """Compiles a program with AOTInductor. Private: the module of a documented function."""
+    inductor: Any = importlib.import_module("torch._inductor")
+    return str(inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings))
+
+
+def aoti_load(path: str) -> Any:
+    """Loads what :func:`aoti_compile` wrote. Private: the module of a documented function."""
+    inductor: Any = importlib.import_module("torch._inductor")
+    return inductor.aoti_load_package(path)
+
+
+def example_size(value: int | torch.SymInt) -> int:
+    """A size at the example inputs of its program. Private: ``SymInt.node.hint`` (no public reader)."""
+    return value if isinstance(value, int) else int(value.node.hint)
+
+
+def finite_range(limits: Any) -> tuple[int, int]:
+    """The limits of a dynamic size, an int64. Private: the class of the values of ``range_constraints``."""
+    most = 2**63 - 1
+    low, high = (
+        int(limit) if limit.is_Integer and abs(limit) < most else most for limit in (limits.lower, limits.upper)
+    )
+    return low, high
 
 
 def max_operator_version() -> int:

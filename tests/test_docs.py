@@ -27,10 +27,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(*arguments: str, cwd: Path, code: int = 0) -> str:
+def run(*arguments: str, cwd: Path, code: int = 0, timeout: float = 200) -> str:
     """What a Python process prints that ends with ``code``."""
     command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert result.returncode == code, result.stderr
     return result.stdout
 
@@ -65,6 +65,25 @@ def test_snippets_print_what_stands_behind_them(page: str, tmp_path: Path) -> No
     got = run("-W", "ignore", "-c", f"print({mark!r})\n".join(snippets), cwd=tmp_path).split(f"{mark}\n")
     rounding = re.compile(r"\d\.\d+e-\d+")
     assert [rounding.sub("~", text) for text in got] == [rounding.sub("~", text) for text in outputs]
+
+
+COMPILED = (ROOT / "docs" / "COMPILED_STAGES.md").read_text()
+
+
+def test_the_first_snippet_on_compiled_stages(tmp_path: Path) -> None:
+    """It prints what stands behind it; the others compile C++ (the next test)."""
+    printed = run("-W", "ignore", "-c", blocks("python", COMPILED)[0], cwd=tmp_path)
+    assert printed == blocks("text", COMPILED)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_snippets_on_compiled_stages(tmp_path: Path) -> None:
+    """All in one process, each with its output."""
+    snippets, outputs = blocks("python", COMPILED), blocks("text", COMPILED)
+    (tmp_path / "page.py").write_text("\n".join(snippets))
+    assert len(snippets) == len(outputs) == 3
+    assert run("-W", "ignore", "page.py", cwd=tmp_path, timeout=2300) == "".join(outputs)
 
 
 def test_links_and_commands_on_context_parallelism_exist() -> None:

@@ -44,6 +44,7 @@ from buffer_lifting.stage_builder import _register
 from buffer_lifting.stage_program import stage_parts, stage_state
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tensor_file import read_tensors
+from buffer_lifting.torch_compat import StageModule
 
 _FEED, _TABLES = "feed.json", "feed.bin"
 _KINDS = {
@@ -170,7 +171,7 @@ def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stag
             value = tensors[source]
             made[source] = torch.nn.Parameter(value, entry["requires_grad"]) if kind is StateKind.PARAMETER else value
         _register(root, name, made[source], kind, entry["persistent"])
-    module = decode_graph(document.pop("graph"), root)
+    module = decode_graph(document.pop("graph"), root, StageModule)
     hints = get_type_hints(Stage)
     known = {field.name for field in _record_fields()}
     unknown = sorted(document.keys() - known)
