@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from buffer_lifting.inspection.diagnostics import Diagnostic, check
+    from buffer_lifting.joint import lift_graph
     from buffer_lifting.lifted import LiftedProgram
+    from buffer_lifting.lifted_graph import LiftedGraph
     from buffer_lifting.lifting import lift, scan
     from buffer_lifting.loss_reduction import LossReduction
     from buffer_lifting.memory import MemoryEstimate, RankMemory, StageMemory
@@ -49,6 +51,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "scan": "lifting",
     "lift": "lifting",
+    "lift_graph": "joint",
     "context_parallel": "passes.context_parallel",
     "causal_flags": "passes.causal_flags",
     "partition": "partitioner",
@@ -64,6 +67,7 @@ _PUBLIC = {
     "load_stage": "package",
     "Diagnostic": "inspection.diagnostics",
     "LiftedProgram": "lifted",
+    "LiftedGraph": "lifted_graph",
     "StagedProgram": "stages",
     "Stage": "stages",
     "StepRunner": "step_runner",
@@ -88,6 +92,7 @@ __all__ = [
     "Diagnostic",
     "FeedError",
     "InputAxes",
+    "LiftedGraph",
     "LiftedInput",
     "LiftedProgram",
     "LiftingError",
@@ -111,6 +116,7 @@ __all__ = [
     "check_orders",
     "context_parallel",
     "lift",
+    "lift_graph",
     "load",
     "load_stage",
     "partition",

@@ -1,0 +1,124 @@
+"""What :func:`buffer_lifting.lift_graph` leaves with a graph: how its lifted inputs are made, and that it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from buffer_lifting.errors import FeedError
+from buffer_lifting.feed import FeedProgram, Lengths
+from buffer_lifting.joint_program import JointProgram
+from buffer_lifting.labels import Labels
+from buffer_lifting.lifted import LiftedProgram
+from buffer_lifting.plan import LiftPlan
+from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport, VerifyReport
+from buffer_lifting.tables import TableSource
+from buffer_lifting.torch_compat import tree_flatten
+
+#: Where a lifted graph module has its :class:`LiftedGraph` (``gm.meta``).
+META = "buffer_lifting"
+
+
+@dataclass
+class LiftedGraph:
+    """The lifted inputs of a graph, and how they are made.
+
+    Attributes:
+        inputs: the lifted inputs, in the order of their placeholders.
+        report: what the scan of the original graph found, backward included.
+        place: index of the first lifted placeholder among all of them.
+        original: the graph module that was lifted, for :meth:`verify`.
+        follows_slots: whether attention that is causal by flag follows the slots.
+    """
+
+    inputs: tuple[LiftedInput, ...]
+    report: ScanReport
+    place: int
+    original: GraphModule = field(repr=False)
+    follows_slots: bool = False
+    _lifted: LiftedProgram = field(repr=False, kw_only=True)
+    _labels: dict[str, Labels] = field(repr=False, kw_only=True)
+    _tangents: tuple[str, ...] = field(default=(), repr=False)
+    _gradients: dict[str, str] = field(default_factory=dict, repr=False)  # result -> whose gradient it is
+
+    @classmethod
+    def of(
+        cls,
+        original: GraphModule,
+        module: GraphModule,
+        joint: JointProgram,
+        plan: LiftPlan,
+        feed: FeedProgram,
+        inputs: tuple[LiftedInput, ...],
+    ) -> LiftedGraph:
+        """Of the two graphs, the plan and the feed program."""
+        names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+        own = {item.name for item in inputs}
+        place = next((index for index, name in enumerate(names) if name in own), len(names))
+        labels = {name: known[0] for name, known in plan.data_labels.items() if known}
+        lifted = LiftedProgram(None, inputs, plan.report, feed)  # type: ignore[arg-type]
+        result = cls(inputs, plan.report, place, original, _lifted=lifted, _labels=labels, _tangents=joint.tangents)
+        result._gradients = dict(joint.joint.gradients) if joint.joint else {}
+        return result
+
+    @property
+    def axes(self) -> AxesInfo:
+        """The batch size and sequence lengths; ``None`` for those that are dynamic."""
+        return self._lifted.axes
+
+    @property
+    def input_axes(self) -> dict[str, InputAxes]:
+        """The axes of each user input and of each tangent whose dims are not folded, by placeholder name."""
+        return self._lifted.input_axes
+
+    def feed(
+        self,
+        batch_size: int,
+        seq_len: Lengths,
+        inputs: Mapping[str, torch.Tensor] | None = None,
+        order: Any = None,
+        positions: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        shard: Any = (0, 1),
+        device: torch.device | str | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors for the lifted placeholders, by name: :meth:`LiftedProgram.feed`, with its errors."""
+        return self._lifted.feed(batch_size, seq_len, inputs, order, positions, shard, device)
+
+    def shard_inputs(
+        self, *, order: Any = None, shard: Any = (0, 1), **inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """User inputs and tangents in the order of the shards: :meth:`LiftedProgram.shard_inputs`."""
+        return self._lifted.shard_inputs(order=order, shard=shard, **inputs)
+
+    def bind_tables(self, source: TableSource) -> None:
+        """Gives values to tables that have none: :meth:`LiftedProgram.bind_tables`."""
+        self._lifted.bind_tables(source)
+
+    def arguments(self, inputs: Sequence[Any], feed: Mapping[str, torch.Tensor]) -> list[Any]:
+        """The flat inputs of the lifted graph: those of the original, with the lifted ones in their place.
+
+        Args:
+            inputs: what the original is called with, flat or nested.
+            feed: the result of :meth:`feed`.
+
+        Raises:
+            FeedError: a number of inputs that is not the original's, or a lifted input that ``feed`` does not have.
+        """
+        flat = list(tree_flatten(inputs)[0])
+        count = sum(node.op == "placeholder" for node in self.original.graph.nodes)
+        if len(flat) != count:
+            raise FeedError(f"the graph has {count} inputs besides the lifted ones, {len(flat)} were given")
+        missing = [item.name for item in self.inputs if item.name not in feed]
+        if missing:
+            raise FeedError(f"feed lacks {', '.join(map(repr, missing))}")
+        return [*flat[: self.place], *(feed[item.name] for item in self.inputs), *flat[self.place :]]
+
+    def verify(self, gm: GraphModule, inputs: Sequence[Any], seed: int = 0) -> VerifyReport:
+        """Compares the lifted graph with the original: see :func:`buffer_lifting.joint_verify.verify_graph`."""
+        from buffer_lifting.joint_verify import verify_graph
+
+        return verify_graph(self, gm, inputs, seed)
