@@ -77,7 +77,10 @@ class GradientSums:
                 self.scan.labels[node.name] = result.outputs
                 summed.add(node.name)
                 return True
-        why = f"the gradient of {self._of(node)}, which all samples share, is summed over the batch before this op"
+        why = (
+            f"the gradient of {self._of(node)}, which all samples share, is summed over the batch before this op, which "
+            "is not known to keep the rows of the sequence apart"
+        )
         self.scan.labels[node.name] = None
         self.scan.reports.mix(node, why, False, "BL201")
         return True

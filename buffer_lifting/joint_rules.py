@@ -147,14 +147,19 @@ def _into_zeros(view: OpView) -> AxisResult:
 
 @rule("index_put", "_unsafe_index_put")
 def _index_put(view: OpView) -> AxisResult | None:
-    """The gradient of a table of parameters: rows of data are added up where an index says."""
+    """The gradient of what an index picks: rows of a table of parameters, or features of data."""
     values, shape, indices = view.labels("values"), view.shape("out"), view.node.args.get("indices")
     if view.is_data("self") or values is None or shape is None or view.node.args.get("accumulate") is not True:
         return None
-    if not isinstance(indices, tuple) or [d for d, item in enumerate(indices) if isinstance(item, Ref)] != [0]:
+    given = [d for d, item in enumerate(indices) if isinstance(item, Ref)] if isinstance(indices, tuple) else []
+    if len(given) != 1:
         return None
-    rank = len(view.shape("indices.0") or ())
-    if any(is_labelled(dim) for dim in values[rank:]):
+    dim, rank = given[0], len(view.shape(f"indices.{given[0]}") or ())
+    if rank == 1 and len(values) == len(shape) and not is_labelled(values[dim]):
+        out = (*values[:dim], feature(shape[dim]), *values[dim + 1 :])
+        plain = {"values": as_it_is(values), "self": align(out, view.shape("self") or ())}
+        return AxisResult((out,), {**plain, f"indices.{dim}": Alignment(((),), None)})
+    if dim or any(is_labelled(own) for own in values[rank:]):
         return None
     mixing = OF_TOKENS if any(is_labelled(dim) for dim in values) else ""
     operands = {"values": as_it_is(values), "indices.0": Alignment(values[:rank], None)}

@@ -13,7 +13,7 @@ from buffer_lifting.errors import LiftingError, VerificationError
 from buffer_lifting.examples import sizes_of
 from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.labels import Labels, has_seq
-from buffer_lifting.lifted_graph import LiftedGraph
+from buffer_lifting.lifted_graph import LiftedGraph, in_layout_of
 from buffer_lifting.oracles.compare import difference, same_bits
 from buffer_lifting.oracles.equivariance import CONTROL, TOLERANCE, permuted, perturbed
 from buffer_lifting.oracles.identity import LOOSE, TABLE_TOLERANCE
@@ -52,6 +52,9 @@ def verify_graph(lifted: LiftedGraph, gm: GraphModule, inputs: Sequence[Any], se
     named = dict(zip(names, flat, strict=True))
     if any(isinstance(value, torch.Tensor) and not has_values(value) for value in flat):
         raise LiftingError("inputs to verify on need data: they are fake, or on the meta device")
+    for node in lifted.original.graph.nodes:
+        if node.name in lifted._tangents:
+            named[node.name] = in_layout_of(named[node.name], node.meta["val"])
     pair = _Pair(lifted, gm, named, seed)
     checks = (pair.identity(), pair.equivariance())
     report = VerifyReport(checks)
@@ -109,7 +112,7 @@ class _Pair:
         whole = {name: doubled(value) for name, value in self.named.items()}
         moved = {**whole, **shard_inputs(self.lifted.input_axes, {n: whole[n] for n in self.tensors}, orders, (0, 1))}
         for name in self.lifted._tangents:  # those whose dims are folded too
-            moved[name] = permuted(whole[name], self._labels(name), orders)
+            moved[name] = in_layout_of(permuted(whole[name], self._labels(name), orders), whole[name])
         users = {n: whole[n] for n in self.tensors if n not in self.lifted._tangents}
         double = double_feed(self.lifted._lifted)
         feed = double._feed(self.batch, self.lengths, users, orders, None, (0, 1), None)

@@ -59,7 +59,8 @@ class LiftedGraph:
         names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
         own = {item.name for item in inputs}
         place = next((index for index, name in enumerate(names) if name in own), len(names))
-        labels = {name: known[0] for name, known in plan.data_labels.items() if known}
+        scattered = {item.node for item in plan.gradients}  # into the rows of a table
+        labels = {name: known[0] for name, known in plan.data_labels.items() if known and name not in scattered}
         lifted = LiftedProgram(None, inputs, plan.report, feed)  # type: ignore[arg-type]
         result = cls(inputs, plan.report, place, original, _lifted=lifted, _labels=labels, _tangents=joint.tangents)
         result._gradients = dict(joint.joint.gradients) if joint.joint else {}
@@ -101,6 +102,8 @@ class LiftedGraph:
     def arguments(self, inputs: Sequence[Any], feed: Mapping[str, torch.Tensor]) -> list[Any]:
         """The flat inputs of the lifted graph: those of the original, with the lifted ones in their place.
 
+        Tangents are brought into the memory layout that the graph was captured with, as torch's runtime does.
+
         Args:
             inputs: what the original is called with, flat or nested.
             feed: the result of :meth:`feed`.
@@ -115,6 +118,9 @@ class LiftedGraph:
         missing = [item.name for item in self.inputs if item.name not in feed]
         if missing:
             raise FeedError(f"feed lacks {', '.join(map(repr, missing))}")
+        for index, node in enumerate(n for n in self.original.graph.nodes if n.op == "placeholder"):
+            if node.name in self._tangents:
+                flat[index] = in_layout_of(flat[index], node.meta["val"])
         return [*flat[: self.place], *(feed[item.name] for item in self.inputs), *flat[self.place :]]
 
     def verify(self, gm: GraphModule, inputs: Sequence[Any], seed: int = 0) -> VerifyReport:
@@ -122,3 +128,11 @@ class LiftedGraph:
         from buffer_lifting.joint_verify import verify_graph
 
         return verify_graph(self, gm, inputs, seed)
+
+
+def in_layout_of(value: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """A tensor whose dims lie in memory in the order of ``example``'s, which may be fake."""
+    strides = [int(stride) for stride in example.stride()]
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    back = [order.index(dim) for dim in range(len(order))]
+    return value.permute(order).contiguous().permute(back) if strides else value
