@@ -50,8 +50,8 @@ class GradientSums:
         if result is not None:
             return result
         result = self.scan.routing.apply(view)
-        if result is None:
-            return None
+        if result is None or not self.joint.backward:
+            return result
         result = settle(view, result)
         if result.mixing and not result.handled and self._put_off(view, result):
             return AxisResult(result.outputs, result.operands, OVER_BATCH, True)
@@ -84,6 +84,16 @@ class GradientSums:
         self.scan.labels[node.name] = None
         self.scan.reports.mix(node, why, False, "BL201")
         return True
+
+    def scales_loss(self, node: Node, path: str = "") -> bool:
+        """Whether a number of tokens divides the loss where its gradient begins, and goes into nothing else.
+
+        ``path``: the operand that the number is; without it, whether other reductions may be read there too.
+        """
+        if node.base_op == "aten.nll_loss_backward":
+            gradient = node.ref("grad_output")
+            return path in ("grad_output", "total_weight") or (not path and gradient not in self.scan.totals)
+        return bool(path) and node.tensor is not None and not node.tensor.shape
 
     def returned(self, output: Node) -> None:
         """Sums that are returned as they are: gradients of tables that are read whole."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from buffer_lifting.program import Axes, LiftedInput
 from buffer_lifting.scanner import FormOption, scan_record
 from buffer_lifting.tables import TableSource
 from buffer_lifting.torch_compat import tree_flatten, tree_unflatten
-from buffer_lifting.torch_compat_joint import codegen_with, gradient_descriptor, input_descriptors
+from buffer_lifting.torch_compat_joint import codegen_with, gradient_descriptor, input_descriptors, outside_of_modes
 
 _TAG = "partitioner_tag"  # where torch's partitioners read whether a node is forward or backward
 
@@ -38,7 +38,7 @@ def lift_graph(
     strict: bool = True,
     follow_slots: bool = True,
     state: TableSource | None = None,
-    state_fqns: Sequence[str] | None = None,
+    state_fqns: Sequence[str] | Mapping[str, str] | None = None,
 ) -> GraphModule:
     """Lifts every read by sequence position of a graph, backward included, to new placeholders.
 
@@ -62,7 +62,7 @@ def lift_graph(
             in its backward. Without it the flags stay, and the order of the sequence has to.
         state: the values of buffers, and which FQNs are parameters: the model, or a mapping from FQN to tensor. Buffers
             without values can be given later (``bind_tables``).
-        state_fqns: FQNs of the first placeholders, of graphs without descriptors.
+        state_fqns: FQNs of the first placeholders, or of placeholders by name, where descriptors do not tell.
 
     Returns:
         A new graph module. ``gm.meta["buffer_lifting"]`` is its :class:`LiftedGraph`, which makes the lifted inputs
@@ -82,7 +82,21 @@ def lift_graph(
     count = sum(node.op == "placeholder" for node in gm.graph.nodes)
     if examples is not None and len(examples) != count:
         raise TypeError(f"example_inputs has {len(examples)} values, the graph has {count} placeholders")
-    joint = joint_program(gm, examples, _by_fqn(state), state_fqns)
+    with outside_of_modes():
+        return _lift(gm, examples, axes, form, strict, follow_slots, _by_fqn(state), state_fqns)
+
+
+def _lift(
+    gm: GraphModule,
+    examples: Sequence[Any] | None,
+    axes: Axes | None,
+    form: FormOption,
+    strict: bool,
+    follow_slots: bool,
+    state: Mapping[str, torch.Tensor],
+    state_fqns: Sequence[str] | Mapping[str, str] | None,
+) -> GraphModule:
+    joint = joint_program(gm, examples, state, state_fqns)
     normalized = normalize(joint.program)
     record = build_record(joint.program, normalized.graph)
     record.joint = joint.joint
@@ -96,10 +110,7 @@ def lift_graph(
         feed = replace(feed, outputs=(*feed.outputs, *attention.added))
     inputs = tuple(output.input for output in feed.outputs)
     result = _rebuilt(gm, joint, normalized, inputs)
-    lifted = LiftedGraph.of(gm, result, joint, plan, feed, inputs)
-    if follow_slots:
-        lifted.follows_slots = True
-    result.meta[META] = lifted
+    result.meta[META] = LiftedGraph.of(gm, result, joint, plan, feed, follow_slots)
     return result
 
 

@@ -43,26 +43,29 @@ class JointProgram:
         program: its placeholders are those of the graph, and one for each tensor that the graph has by ``get_attr``.
         attributes: placeholder of the program -> the attribute of the module.
         tangents: names of the placeholders that are gradients of results, in order.
-        joint: ``None`` for a graph without a backward pass.
+        joint: what is known of the backward pass.
     """
 
     program: ExportedProgram
     attributes: dict[str, str] = field(default_factory=dict)
     tangents: tuple[str, ...] = ()
-    joint: Joint | None = None
+    joint: Joint = Joint()
 
 
 def joint_program(
-    module: GraphModule, examples: Sequence[Any] | None, state: State, fqns: Sequence[str] | None
+    module: GraphModule,
+    examples: Sequence[Any] | None,
+    state: State,
+    fqns: Sequence[str] | Mapping[str, str] | None,
 ) -> JointProgram:
     """The program of a graph.
 
-    What a placeholder is: by its descriptor (``meta["desc"]``); without one, by ``fqns``, the FQNs of the first
-    placeholders, of which ``state`` tells parameters from buffers; ``tangents_*`` are gradients of results. Any other
-    is a user input.
+    What a placeholder is: by ``fqns``, those of the first placeholders or by name, of which ``state`` tells parameters
+    from buffers; else by its descriptor (``meta["desc"]``); ``tangents_*`` are gradients of results. Any other is a user
+    input.
 
     Raises:
-        TypeError: nodes without ``meta["val"]``, or more FQNs than placeholders.
+        TypeError: nodes without ``meta["val"]``, or FQNs of placeholders that the graph does not have.
     """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     kinds = _kinds(placeholders, state, fqns or ())
@@ -82,14 +85,19 @@ def joint_program(
     return build.finish(placeholders, [n for n in placeholders if kinds[n][0] == "tangent"])
 
 
-def _kinds(placeholders: Sequence[Node], state: State, fqns: Sequence[str]) -> dict[Node, tuple[str, str]]:
-    if len(fqns) > len(placeholders):
-        raise TypeError(f"state_fqns= names {len(fqns)} placeholders, the graph has {len(placeholders)}")
+def _kinds(
+    placeholders: Sequence[Node], state: State, fqns: Sequence[str] | Mapping[str, str]
+) -> dict[Node, tuple[str, str]]:
+    names = [node.name for node in placeholders]
+    given = dict(fqns) if isinstance(fqns, Mapping) else dict(zip(names, fqns, strict=False))
+    unknown = sorted(set(given) - set(names))
+    if unknown or len(given) < len(fqns):
+        raise TypeError(f"state_fqns= names {unknown or len(fqns)} placeholders, the graph has {len(names)}: {names[:9]}")
     kinds = {}
-    for index, node in enumerate(placeholders):
+    for node in placeholders:
         kind, fqn = described(node.meta.get("desc"))
-        if not kind and index < len(fqns):
-            fqn = fqns[index]
+        if node.name in given:
+            fqn = given[node.name]
             kind = "parameter" if isinstance(state.get(fqn), torch.nn.Parameter) else "buffer"
         elif not kind:
             kind = "tangent" if node.name.startswith("tangents_") else "input"
@@ -128,6 +136,8 @@ class _Builder:
     def _state(self, node: Node, kind: str, fqn: str, value: torch.Tensor) -> None:
         keep = False if kind == "buffer" else None
         self.specs.append(InputSpec(_KINDS[kind], TensorArgument(name=node.name), fqn, persistent=keep))
+        if kind == "parameter" and not isinstance(value, torch.nn.Parameter):
+            value = torch.nn.Parameter(value, value.is_floating_point() or value.is_complex())
         (self.store if kind == "parameter" else self.constants)[fqn] = value
 
     def attribute(self, node: Node) -> None:
@@ -181,10 +191,10 @@ class _Builder:
             out_spec,
             [spec.arg.name for spec in inputs],  # type: ignore[union-attr]
         )
-        joint = self._joint(output, results, tangents) if tangents or has_backward_ops(ops) else None
+        joint = self._joint(output, results, tangents, bool(tangents) or has_backward_ops(ops))
         return JointProgram(program, self.attributes, tuple(node.name for node in tangents), joint)
 
-    def _joint(self, output: Node, results: Sequence[Any], tangents: Sequence[Node]) -> Joint:
+    def _joint(self, output: Node, results: Sequence[Any], tangents: Sequence[Node], backward: bool) -> Joint:
         descriptors = output.meta.get("desc") or [None] * len(results)
         gradients: dict[str, str] = {}
         found: dict[str, str] = dict.fromkeys((node.name for node in tangents), "")
@@ -200,7 +210,7 @@ class _Builder:
                     found[node.name] = self.env[item].name
         if not any(found.values()) and all(descriptor is None for descriptor in descriptors):
             self._by_place(results, tangents, found)
-        return Joint(found, gradients)
+        return Joint(backward, found, gradients)
 
     def _by_place(self, results: Sequence[Any], tangents: Sequence[Node], found: dict[str, str]) -> None:
         """Without descriptors: torch gives the results that require gradients first, and their tangents in order."""

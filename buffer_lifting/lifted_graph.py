@@ -53,18 +53,27 @@ class LiftedGraph:
         joint: JointProgram,
         plan: LiftPlan,
         feed: FeedProgram,
-        inputs: tuple[LiftedInput, ...],
+        follows_slots: bool,
     ) -> LiftedGraph:
         """Of the two graphs, the plan and the feed program."""
         names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+        inputs = tuple(output.input for output in feed.outputs)
         own = {item.name for item in inputs}
         place = next((index for index, name in enumerate(names) if name in own), len(names))
         scattered = {item.node for item in plan.gradients}  # into the rows of a table
         labels = {name: known[0] for name, known in plan.data_labels.items() if known and name not in scattered}
         lifted = LiftedProgram(None, inputs, plan.report, feed)  # type: ignore[arg-type]
-        result = cls(inputs, plan.report, place, original, _lifted=lifted, _labels=labels, _tangents=joint.tangents)
-        result._gradients = dict(joint.joint.gradients) if joint.joint else {}
-        return result
+        return cls(
+            inputs,
+            plan.report,
+            place,
+            original,
+            follows_slots,
+            _lifted=lifted,
+            _labels=labels,
+            _tangents=joint.tangents,
+            _gradients=dict(joint.joint.gradients),
+        )
 
     @property
     def axes(self) -> AxesInfo:

@@ -192,6 +192,7 @@ _SHAPE_ARGUMENTS = frozenset(
         "sections",
         "target",
         "output_size",
+        "input_sizes",
         "k",
         "steps",
         "implicit",
@@ -208,7 +209,7 @@ _SHAPE_ARGUMENTS = frozenset(
 
 def length_operands(node: Node) -> list[tuple[str, str]]:
     """Path and name of the symbolic numbers that enter a result's contents rather than its shape."""
-    if node.base_op in ("aten.select", "aten.slice", "aten.narrow"):
+    if node.base_op in ("aten.select", "aten.slice", "aten.narrow", "aten.select_backward", "aten.slice_backward"):
         return [(path, name) for path, name in node.named_refs() if path in ("index", "start")]
     return [(path, name) for path, name in node.named_refs() if path.partition(".")[0] not in _SHAPE_ARGUMENTS]
 

@@ -198,7 +198,7 @@ class _Scan:
             self.totals.add(node.name)
             return
         reduced = [name for name in node.refs() if name in self.totals]
-        if not reduced:
+        if not reduced or (self.gradients is not None and self.gradients.scales_loss(node)):
             return
         if self._carries(node):
             why = "a reduction over all tokens goes back into the tokens"
@@ -208,7 +208,8 @@ class _Scan:
 
     def _count(self, node: Node, path: str, value: Node) -> None:
         """A reduction over all of a user's tokens may divide a loss, and nothing else: a rank has a part of them."""
-        if any(name in self.totals for name in node.refs()) and not self._carries(node):
+        scales = self.gradients is not None and self.gradients.scales_loss(node, path)
+        if scales or (any(name in self.totals for name in node.refs()) and not self._carries(node)):
             why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"
             self.reports.mix(node, why, True, "BL200")
             return

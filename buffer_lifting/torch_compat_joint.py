@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch._functorch._aot_autograd import descriptors as _d  # what aot_export_joint_with_descriptors annotates with
+from torch.utils._python_dispatch import _disable_current_modes  # the public modes have no way to be left for a while
 from torch.fx.graph import CodeGen, Graph, _PyTreeCodeGen, _PyTreeInfo  # no public way to add an argument to a graph
 
 from buffer_lifting.torch_compat import TreeSpec, pytree, tree_flatten, tree_unflatten, with_keywords
+
+
+def outside_of_modes() -> Any:
+    """Leaves the fake mode that capturing a joint graph keeps open until it is compiled."""
+    return _disable_current_modes()
 
 
 def described(descriptor: Any) -> tuple[str, str]:
