@@ -1,8 +1,8 @@
 """Gradients in a graph of forward and backward: what its sums over tokens are, and where tables get theirs.
 
-A table of parameters that is read by position gets the gradient of its rows summed over the batch *first*, because every
-sample reads the same rows, and only then put into the rows. Where samples have orders of their own, the sum has to
-wait until the rows are known: it is put off, through all that is local in a row, to where the rows are written.
+A table of parameters that is read by position gets the gradient of its rows summed over the batch *first*, because
+every sample reads the same rows, and only then put into the rows. Where samples have orders of their own, the sum has
+to wait until the rows are known: it is put off, through all that is local in a row, to where the rows are written.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import AxisResult, OpView
 from buffer_lifting.dataflow import Dep
-from buffer_lifting.graph.record import Joint, Node, Ref, TensorMeta
+from buffer_lifting.graph.record import Node, Ref, TensorMeta
 from buffer_lifting.joint_rules import OF_TOKENS, backward_rule, settle
-from buffer_lifting.labels import BATCH, DimLabel, Labels, features, has_batch, has_seq, is_labelled, seq_axes
+from buffer_lifting.labels import BATCH, DimLabel, Factor, Labels, features, has_batch, has_seq, is_labelled, seq_axes
 from buffer_lifting.ops import content_operands, is_pointwise, is_view
-from buffer_lifting.plan import Call, Context, Existing, GradientPlan, Lifted, Plan, Refuse, Value
+from buffer_lifting.plan import Call, Context, Existing, GradientPlan, Plan, Refuse, Value
 
 if TYPE_CHECKING:
     from buffer_lifting.scanner import _Scan
@@ -78,8 +78,8 @@ class GradientSums:
                 summed.add(node.name)
                 return True
         why = (
-            f"the gradient of {self._of(node)}, which all samples share, is summed over the batch before this op, which "
-            "is not known to keep the rows of the sequence apart"
+            f"the gradient of {self._of(node)}, which all samples share, is summed over the batch before this op, "
+            "which is not known to keep the rows of the sequence apart"
         )
         self.scan.labels[node.name] = None
         self.scan.reports.mix(node, why, False, "BL201")
@@ -219,9 +219,7 @@ class GradientSums:
             return Call("aten.embedding_dense_backward.default", (value.plan, rows.plan, *rest), node.name)
         table = node.args.get("self")
         assert isinstance(table, Ref)
-        return Call(
-            "aten.index_put.default", (Existing(table.name), (rows.plan,), value.plan, True), node.name
-        )
+        return Call("aten.index_put.default", (Existing(table.name), (rows.plan,), value.plan, True), node.name)
 
     def _done(self, node: Node) -> None:
         """From here on it is a parameter's gradient like any other."""
@@ -255,7 +253,7 @@ def _is_batch(dim: DimLabel) -> bool:
     return len(dim) == 1 and dim[0].axis == BATCH
 
 
-def _one_sequence(node: Node, labels: Labels):  # type: ignore[no-untyped-def]
+def _one_sequence(node: Node, labels: Labels) -> tuple[int, Factor]:
     """The only sequence dim of a gradient and its factor."""
     seq = [d for d, dim in enumerate(labels) if has_seq(dim)]
     if len(seq) != 1 or len(labels[seq[0]]) != 1 or any(has_batch(dim) for dim in labels):
@@ -265,7 +263,6 @@ def _one_sequence(node: Node, labels: Labels):  # type: ignore[no-untyped-def]
 
 def _scatter(value: Value, index: Plan, dim: int, size: object, node: Node) -> Plan:
     """``[lane, ..., seq, ...]`` added up in rows ``index`` ``[lane, seq]`` of zeros with ``size`` rows at ``dim``."""
-    assert isinstance(index, Lifted | Call)
     shape = node.tensor.shape if node.tensor else ()
     others = [d for d in range(value.rank) if d != dim]
     plan: Plan = value.plan
@@ -280,6 +277,3 @@ def _scatter(value: Value, index: Plan, dim: int, size: object, node: Node) -> P
         order = [others.index(d) + 1 if d != dim else 0 for d in range(value.rank)]
         result = Call("aten.permute.default", (result, tuple(order)), node.name)
     return result
-
-
-__all__ = ["GradientSums", "Joint"]

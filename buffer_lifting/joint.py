@@ -14,10 +14,11 @@ from buffer_lifting.errors import LiftingError
 from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.joint_program import JointProgram, joint_program
-from buffer_lifting.lifted_graph import META, LiftedGraph
+from buffer_lifting.lifted_graph import META, LiftedGraph, gm_inputs
 from buffer_lifting.lifting import check_report, feed_program
 from buffer_lifting.passes.follow_slots import AttentionState, FollowSlots
 from buffer_lifting.passes.lift_buffers import LiftBuffers, LiftState
+from buffer_lifting.passes.lower_composites import lower_composites
 from buffer_lifting.passes.normalize import Normalized, normalize
 from buffer_lifting.program import Axes, LiftedInput
 from buffer_lifting.scanner import FormOption, scan_record
@@ -79,7 +80,7 @@ def lift_graph(
     if META in gm.meta:
         raise LiftingError("the graph was lifted already")
     examples = None if example_inputs is None else tree_flatten(example_inputs)[0]
-    count = sum(node.op == "placeholder" for node in gm.graph.nodes)
+    count = len(gm_inputs(gm))
     if examples is not None and len(examples) != count:
         raise TypeError(f"example_inputs has {len(examples)} values, the graph has {count} placeholders")
     with outside_of_modes():
@@ -100,6 +101,7 @@ def _lift(
     normalized = normalize(joint.program)
     record = build_record(joint.program, normalized.graph)
     record.joint = joint.joint
+    known = {node.name for node in normalized.graph.nodes}
     plan = scan_record(record, axes, form)
     check_report(plan.report, strict)
     feed = feed_program(joint.program, normalized, record, plan, axes)
@@ -108,6 +110,7 @@ def _lift(
         attention = AttentionState(normalized.graph, plan, feed.outputs)
         FollowSlots()(attention)
         feed = replace(feed, outputs=(*feed.outputs, *attention.added))
+    lower_composites(normalized.graph, known)
     inputs = tuple(output.input for output in feed.outputs)
     result = _rebuilt(gm, joint, normalized, inputs)
     result.meta[META] = LiftedGraph.of(gm, result, joint, plan, feed, follow_slots)
@@ -133,11 +136,11 @@ def _rebuilt(gm: GraphModule, joint: JointProgram, edited: Normalized, inputs: S
     output = gm.graph.output_node()
     results, spec = tree_flatten(output.args[0])
     descriptors = output.meta.get("desc")
-    gradients = len(names) if joint.tangents and len(results) > _placeholders(gm) - len(joint.tangents) else 0
+    gradients = len(names) if joint.tangents and len(results) > len(gm_inputs(gm)) - len(joint.tangents) else 0
     new = Graph()
     by_name = {node.name: node for node in edited.graph.nodes}
     env: dict[Node, Node] = {}
-    own = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    own = [node.name for node in gm_inputs(gm)]
     place = max((index + 1 for index, name in enumerate(own) if name not in joint.tangents), default=0)
     for name in (*own[:place], *names, *own[place:]):
         env[by_name[name]] = copy_node(new, by_name[name], lambda n: env[n])
@@ -152,12 +155,15 @@ def _rebuilt(gm: GraphModule, joint: JointProgram, edited: Normalized, inputs: S
             env[node].name = node.name
     kept = iter(edited.graph.output_node().args[0])  # type: ignore[arg-type]
     flat = [env[next(kept)] if isinstance(item, Node) else item for item in results]
-    made = new.output(tree_unflatten(flat, spec) if not gradients else type(output.args[0])([*flat, *[None] * gradients]))
+    whole: Any = tree_unflatten(flat, spec)
+    if gradients:
+        whole = type(whole)([*whole, *[None] * gradients])
+    made = new.output(whole)
     made.meta = dict(output.meta)
     codegen = codegen_with(gm.graph, names, len(joint.tangents), gradients)
     if codegen is None:
         raise LiftingError(
-            "the graph is called with nested inputs that have no place for the lifted ones; give a graph with flat inputs"
+            "the graph is called with nested inputs that have no place for the lifted ones; give one with flat inputs"
         )
     new.set_codegen(codegen)
     lifted = [node for node in new.nodes if node.op == "placeholder" and node.name in set(names)]
@@ -188,10 +194,6 @@ def _attribute(root: Any, target: str) -> Any:
     return root
 
 
-def _placeholders(gm: GraphModule) -> int:
-    return sum(node.op == "placeholder" for node in gm.graph.nodes)
-
-
 def _describe(graph: Graph, lifted: Sequence[Node], results: Sequence[Any] | None, gradients: int) -> None:
     """Descriptors and partitioner tags for what is new, where the rest of the graph has them."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -210,5 +212,7 @@ def _describe(graph: Graph, lifted: Sequence[Node], results: Sequence[Any] | Non
         if _TAG not in node.meta and node.op != "output":
             late = any(operand in backward for operand in node.all_input_nodes)
             node.meta[_TAG] = "is_backward" if late else "is_forward"
-        if node.meta.get(_TAG) == "is_backward" or (node.op == "placeholder" and str(node.target).startswith("tangents")):
+        if node.meta.get(_TAG) == "is_backward" or (
+            node.op == "placeholder" and str(node.target).startswith("tangents")
+        ):
             backward.add(node)

@@ -49,7 +49,7 @@ class JointProgram:
     program: ExportedProgram
     attributes: dict[str, str] = field(default_factory=dict)
     tangents: tuple[str, ...] = ()
-    joint: Joint = Joint()
+    joint: Joint = field(default_factory=Joint)
 
 
 def joint_program(
@@ -61,8 +61,8 @@ def joint_program(
     """The program of a graph.
 
     What a placeholder is: by ``fqns``, those of the first placeholders or by name, of which ``state`` tells parameters
-    from buffers; else by its descriptor (``meta["desc"]``); ``tangents_*`` are gradients of results. Any other is a user
-    input.
+    from buffers; else by its descriptor (``meta["desc"]``); ``tangents_*`` are gradients of results. Any other is a
+    user input.
 
     Raises:
         TypeError: nodes without ``meta["val"]``, or FQNs of placeholders that the graph does not have.
@@ -92,7 +92,9 @@ def _kinds(
     given = dict(fqns) if isinstance(fqns, Mapping) else dict(zip(names, fqns, strict=False))
     unknown = sorted(set(given) - set(names))
     if unknown or len(given) < len(fqns):
-        raise TypeError(f"state_fqns= names {unknown or len(fqns)} placeholders, the graph has {len(names)}: {names[:9]}")
+        raise TypeError(
+            f"state_fqns= names {unknown or len(fqns)} placeholders, the graph has {len(names)}: {names[:9]}"
+        )
     kinds = {}
     for node in placeholders:
         kind, fqn = described(node.meta.get("desc"))
@@ -189,7 +191,7 @@ class _Builder:
             self.constants,
             input_spec(tuple(0 for _ in inputs), {}),
             out_spec,
-            [spec.arg.name for spec in inputs],  # type: ignore[union-attr]
+            [spec.arg.name for spec in inputs],
         )
         joint = self._joint(output, results, tangents, bool(tangents) or has_backward_ops(ops))
         return JointProgram(program, self.attributes, tuple(node.name for node in tangents), joint)

@@ -1,7 +1,7 @@
 """How batch and sequence labels pass through the ops of a backward pass.
 
-They are asked in graphs of forward and backward only, before the general rules. A parameter's gradient is a sum over all
-tokens: it is the same in any order, and the sum of the ranks' where each has a part of them.
+They are asked in graphs of ATen ops that are no exported program, before the general rules. A parameter's gradient is
+a sum over all tokens: it is the same in any order, and the sum of the ranks' where each has a part of them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def settle(view: OpView, result: AxisResult) -> AxisResult:
     if not any(is_labelled(dim) for dim in out):
         return AxisResult(result.outputs, result.operands, OF_TOKENS, True)
     if op in MATRIX_PRODUCTS and _sums_queries(view):
-        return AxisResult((tuple(_as_rows(dim) for dim in out),), result.operands, OF_QUERIES, True)
+        return AxisResult((tuple(with_role(dim, ROW) for dim in out),), result.operands, OF_QUERIES, True)
     return result
 
 
@@ -87,10 +87,6 @@ def _sums_queries(view: OpView) -> bool:
     outer = [f for dim in (left[-2], right[-1]) for f in dim if f.axis]
     sums = len(inner) == 2 and all(f.is_seq and f.role == ROW for f in inner) and inner[0].axis == inner[1].axis
     return sums and len(outer) == 1 and outer[0].role == COL and outer[0].axis == inner[0].axis
-
-
-def _as_rows(dim: tuple) -> tuple:  # type: ignore[type-arg]
-    return with_role(dim, ROW)
 
 
 @rule("embedding_dense_backward")

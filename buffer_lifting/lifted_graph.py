@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from buffer_lifting.errors import FeedError
+from buffer_lifting.errors import FeedError, LiftingError
 from buffer_lifting.feed import FeedProgram, Lengths
 from buffer_lifting.joint_program import JointProgram
 from buffer_lifting.labels import Labels
@@ -18,6 +18,7 @@ from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport, VerifyReport
 from buffer_lifting.tables import TableSource
 from buffer_lifting.torch_compat import tree_flatten
+from buffer_lifting.torch_compat_joint import captured_inputs, extend_capture
 
 #: Where a lifted graph module has its :class:`LiftedGraph` (``gm.meta``).
 META = "buffer_lifting"
@@ -44,6 +45,7 @@ class LiftedGraph:
     _labels: dict[str, Labels] = field(repr=False, kw_only=True)
     _tangents: tuple[str, ...] = field(default=(), repr=False)
     _gradients: dict[str, str] = field(default_factory=dict, repr=False)  # result -> whose gradient it is
+    _tables: frozenset[str] = field(default=frozenset(), repr=False)  # parameters that are read by position
 
     @classmethod
     def of(
@@ -56,7 +58,7 @@ class LiftedGraph:
         follows_slots: bool,
     ) -> LiftedGraph:
         """Of the two graphs, the plan and the feed program."""
-        names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+        names = [node.name for node in gm_inputs(module)]
         inputs = tuple(output.input for output in feed.outputs)
         own = {item.name for item in inputs}
         place = next((index for index, name in enumerate(names) if name in own), len(names))
@@ -73,6 +75,7 @@ class LiftedGraph:
             _labels=labels,
             _tangents=joint.tangents,
             _gradients=dict(joint.joint.gradients),
+            _tables=frozenset(fqn for read in plan.report.reads for fqn in (read.source, *read.aliases)),
         )
 
     @property
@@ -121,22 +124,49 @@ class LiftedGraph:
             FeedError: a number of inputs that is not the original's, or a lifted input that ``feed`` does not have.
         """
         flat = list(tree_flatten(inputs)[0])
-        count = sum(node.op == "placeholder" for node in self.original.graph.nodes)
+        count = len(gm_inputs(self.original))
         if len(flat) != count:
             raise FeedError(f"the graph has {count} inputs besides the lifted ones, {len(flat)} were given")
         missing = [item.name for item in self.inputs if item.name not in feed]
         if missing:
             raise FeedError(f"feed lacks {', '.join(map(repr, missing))}")
-        for index, node in enumerate(n for n in self.original.graph.nodes if n.op == "placeholder"):
+        for index, node in enumerate(gm_inputs(self.original)):
             if node.name in self._tangents:
                 flat[index] = in_layout_of(flat[index], node.meta["val"])
         return [*flat[: self.place], *(feed[item.name] for item in self.inputs), *flat[self.place :]]
+
+    def install(self, capture: Any, gm: GraphModule) -> None:
+        """Makes the lifted graph that of the capture which the original came from, for compiling.
+
+        ``aot_compile_joint_with_descriptors(capture)`` then returns a function whose last inputs, behind the user's,
+        are the lifted ones. The original graph is not edited.
+
+        Args:
+            capture: the ``JointWithDescriptors`` of ``aot_export_joint_with_descriptors``; it is edited.
+            gm: the lifted graph module, or what later passes made of it.
+
+        Raises:
+            LiftingError: the capture's graph is not the original, or inference alone was captured.
+        """
+        if capture.graph_module is not self.original or not self._tangents:
+            raise LiftingError("install takes the capture of the joint graph that was lifted")
+        own, primals = {item.name for item in self.inputs}, len(gm_inputs(self.original)) - len(self._tangents)
+        if captured_inputs(capture) != primals or self.place != primals:
+            raise LiftingError("install does not know captures with tensor subclasses, effects or lifted random states")
+        lifted = [node for node in gm_inputs(gm) if node.name in own]
+        values, names = [node.meta["val"] for node in lifted], [node.meta["desc"] for node in lifted]
+        extend_capture(capture, gm, self.place, values, names)
 
     def verify(self, gm: GraphModule, inputs: Sequence[Any], seed: int = 0) -> VerifyReport:
         """Compares the lifted graph with the original: see :func:`buffer_lifting.joint_verify.verify_graph`."""
         from buffer_lifting.joint_verify import verify_graph
 
         return verify_graph(self, gm, inputs, seed)
+
+
+def gm_inputs(gm: GraphModule) -> list[Node]:
+    """The placeholders of a graph module."""
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def in_layout_of(value: torch.Tensor, example: torch.Tensor) -> torch.Tensor:

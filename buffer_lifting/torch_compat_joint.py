@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch._functorch._aot_autograd import descriptors as _d  # what aot_export_joint_with_descriptors annotates with
-from torch.utils._python_dispatch import _disable_current_modes  # the public modes have no way to be left for a while
+from torch._functorch._aot_autograd.schemas import InputAliasInfo, PlainTensorMeta  # what it knows of each input
+from torch.fx import GraphModule
 from torch.fx.graph import CodeGen, Graph, _PyTreeCodeGen, _PyTreeInfo  # no public way to add an argument to a graph
+from torch.utils._python_dispatch import _disable_current_modes  # the public modes have no way to be left for a while
 
-from buffer_lifting.torch_compat import TreeSpec, pytree, tree_flatten, tree_unflatten, with_keywords
+from buffer_lifting.torch_compat import TreeSpec, tree_flatten, tree_unflatten, with_keywords
 
 
 def outside_of_modes() -> Any:
@@ -18,7 +20,7 @@ def outside_of_modes() -> Any:
 
 
 def described(descriptor: Any) -> tuple[str, str]:
-    """Kind (``"parameter"``, ``"buffer"``, ``"tangent"``, ``"input"`` or ``""``) and FQN of an input by its descriptor."""
+    """Kind (``"parameter"``, ``"buffer"``, ``"tangent"``, ``"input"``, else ``""``) and FQN of an input."""
     if isinstance(descriptor, _d.ParamAOTInput):
         return "parameter", descriptor.target
     if isinstance(descriptor, _d.BufferAOTInput):
@@ -86,4 +88,49 @@ def _longer(spec: TreeSpec, side: int, count: int) -> TreeSpec:
     return tree_flatten(tuple(pair) if spec.type is tuple else pair)[1]
 
 
-__all__ = ["CodeGen", "codegen_with", "described", "gradient_descriptor", "gradient_of", "input_descriptors", "pytree", "same_result"]
+def captured_inputs(capture: Any) -> int:
+    """How many inputs the forward of a ``JointWithDescriptors`` has; -1 where they are not, one by one, the call's.
+
+    Private: as in :func:`extend_capture`.
+    """
+    state, traced = capture._aot_state, capture._aot_graph_capture
+    if traced.maybe_subclass_meta is not None or not isinstance(traced.updated_flat_args, tuple):
+        return -1
+    plain = all(isinstance(meta, PlainTensorMeta) for meta in state.fw_metadata.subclass_inp_meta)
+    same = len(state.flat_args) == len(traced.updated_flat_args[0]) == len(state.fw_metadata.input_info)
+    return len(state.flat_args) if plain and same else -1
+
+
+def extend_capture(capture: Any, module: GraphModule, place: int, values: Sequence[Any], names: Sequence[Any]) -> None:
+    """Makes a lifted graph that of a ``JointWithDescriptors``, so that it is compiled with its further inputs.
+
+    ``values`` and ``names``: fake tensors and descriptors of the further inputs, which stand at ``place`` among the
+    primals. Private: all that torch keeps beside the graph (``jd.graph_module`` has a setter, but it does not change
+    the number of inputs).
+    """
+    state, traced = capture._aot_state, capture._aot_graph_capture
+    info = InputAliasInfo(
+        is_leaf=True,
+        mutates_data=False,
+        mutates_metadata=False,
+        mutations_hidden_from_autograd=True,
+        mutations_under_no_grad_or_inference_mode=False,
+        mutation_inductor_storage_resize=False,
+        mutates_storage_metadata=False,
+        requires_grad=False,
+        keep_input_mutations=False,
+    )
+    at = slice(place, place)
+    plain = [PlainTensorMeta(unwrapped_idx=place + index) for index in range(len(values))]
+    for held, further in (
+        (state.flat_args, values),
+        (state.flat_args_descs, names),
+        (state.fw_metadata.input_info, [info] * len(values)),
+        (state.fw_metadata.subclass_inp_meta, plain),
+        (traced.updated_flat_args[0], values),
+        (traced.updated_flat_args_descs[0], names),
+    ):
+        if len(held) == place + len(values) and held[place:] == list(further):
+            continue  # one list under two names
+        held[at] = list(further)
+    capture.graph_module = module

@@ -10,8 +10,9 @@ from buffer_lifting.plan import GradientPlan
 
 def scatter_gradients(emitter: Emitter, plans: Sequence[GradientPlan]) -> None:
     """Puts each plan in the place of its node, or, if that is only returned, into the output."""
+    output = emitter.graph.output_node()
     for item in plans:
-        old = emitter.nodes[item.node]
-        new = emitter.emit(item.plan)
-        output = emitter.graph.output_node()
-        old.replace_all_uses_with(new, lambda user, item=item: user is output or not item.returned)
+        old, new = emitter.nodes[item.node], emitter.emit(item.plan)
+        readers = [output] if item.returned else [user for user in old.users if user is not new]
+        for reader in readers:
+            reader.replace_input_with(old, new)
