@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import AxisResult, OpView
 from buffer_lifting.dataflow import Dep
-from buffer_lifting.graph.record import Node, Ref, TensorMeta
+from buffer_lifting.graph.record import Node, Ref, StateKind, TensorMeta
 from buffer_lifting.joint_rules import OF_TOKENS, backward_rule, settle
 from buffer_lifting.labels import BATCH, DimLabel, Factor, Labels, features, has_batch, has_seq, is_labelled, seq_axes
 from buffer_lifting.ops import content_operands, is_pointwise, is_view
@@ -98,20 +98,50 @@ class GradientSums:
     def returned(self, output: Node) -> None:
         """Sums that are returned as they are: gradients of tables that are read whole."""
         for name in dict.fromkeys(output.refs()):
-            labels = self.scan.labels.get(name)
-            if name not in self.scan.planner.summed or not labels or not seq_axes(labels[0]):
+            known = self.scan.labels.get(name)
+            if not known or not seq_axes(known[0]) or Dep.DATA not in self.scan.deps[name]:
                 continue
-            node = self.scan.record.nodes[name]
+            node, labels = self.scan.record.nodes[name], known[0]
             try:
-                dim, factor = _one_sequence(node, labels[0])
+                if name not in self.scan.planner.summed:
+                    if not self._of_a_parameter(node, labels):
+                        continue
+                    labels = self._of_one_sample(node, labels)
+                dim, factor = _one_sequence(node, labels)
                 size = node.tensor.shape[dim] if node.tensor else 0
-                value = self._value(name, labels[0])
-                index = self.scan.planner.iota(factor, self._context(name, labels[0]))
+                value = self._value(name, labels)
+                index = self.scan.planner.iota(factor, self._context(name, labels))
                 plan = _scatter(value, index, dim, size, node)
             except Refuse as refusal:
                 self._refused(node, name, refusal)
                 continue
             self.plans.append(GradientPlan(name, plan, tuple(dict.fromkeys(self.scan.planner.trail)), True))
+
+    def _of_a_parameter(self, node: Node, labels: Labels) -> bool:
+        """Whether a result that runs along the sequence is the gradient of a parameter that is read by position.
+
+        Raises:
+            Refuse: it may be, and nothing tells.
+        """
+        reads = {fqn for read in self.scan.reports.reads for fqn in (read.source, *read.aliases)}
+        if self.joint.gradients:
+            return self.joint.gradients.get(node.name) in reads
+        parameters = [n for n in self.scan.record.nodes.values() if n.state_kind is StateKind.PARAMETER]
+        same = [n.fqn for n in parameters if n.fqn in reads and n.tensor and node.tensor == n.tensor]
+        if same and self.joint.backward:
+            why = f"whether this is the gradient of {same[0]!r} is not known: a batch of 1 has no sum over it"
+            raise Refuse(why, node.name, hint="capture the graph with a batch of 2 or more, or with descriptors")
+        return False
+
+    def _of_one_sample(self, node: Node, labels: Labels) -> Labels:
+        """Makes a gradient that no batch was summed over one that is summed over a batch of 1."""
+        if any(f.axis == BATCH and f.size != 1 for dim in labels for f in dim):
+            raise Refuse("it runs along the batch", node.name)
+        plain = tuple(tuple(f for f in dim if f.axis != BATCH) for dim in labels)
+        lane = Call("aten.unsqueeze.default", (Existing(node.name), 0), node.name)
+        self.scan.planner.batch_sums[node.name] = Value(lane, True, len(labels))
+        self.scan.planner.summed.add(node.name)
+        return plain
 
     # -- sums over the batch --------------------------------------------------------------------------------
 

@@ -154,22 +154,49 @@ def test_what_cannot_be_put_off_is_refused_by_name() -> None:
     assert bl.lift_graph(gm, strict=False).meta["buffer_lifting"].report.refused
 
 
-def test_a_cache_that_the_graph_writes_to_is_refused() -> None:
-    class Cached(models.Base):
-        cache: torch.Tensor
+class Cached(models.Base):
+    """Writes rows of positions, or of data, to a buffer and reads them back."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("cache", torch.zeros(16, models.WIDTH))
+    cache: torch.Tensor
 
-        def body(self, x: torch.Tensor) -> torch.Tensor:
-            rows = torch.sin(torch.arange(x.shape[1])[:, None] * torch.ones(models.WIDTH))
-            self.cache[: x.shape[1]] = rows
-            return x + self.cache[: x.shape[1]]
+    def __init__(self, of_data: bool) -> None:
+        super().__init__()
+        self.of_data = of_data
+        self.register_buffer("cache", torch.zeros(3, 16, models.WIDTH))
 
-    gm = models.capture(Cached(), tokens()).graph_module
-    with pytest.raises(bl.UnsupportedReadError, match=r"BL105 node 'output' reads .*it is returned"):
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.sin(torch.arange(x.shape[1])[:, None] * torch.ones(models.WIDTH))
+        self.cache[:, : x.shape[1]] = x.detach() if self.of_data else rows
+        return x + self.cache[:, : x.shape[1]]
+
+
+def test_a_cache_of_data_is_refused_and_one_of_positions_is_what_it_was() -> None:
+    """What is written is a result of the graph: rows in natural order, whatever the order of the tokens."""
+    model = Cached(of_data=False)
+    gm, new, lifted = lift(model, tokens())
+    report = lifted.verify(new, models.call(gm, model, tokens()))
+    assert report["equivariance"].compared == 2 + len(list(model.parameters()))
+    gm = models.capture(Cached(of_data=True), tokens()).graph_module
+    with pytest.raises(bl.UnsupportedReadError, match=r"BL202 node 'copy"):
         bl.lift_graph(gm)
+
+
+def test_a_batch_of_one_has_no_sums_over_it() -> None:
+    """The gradient of a whole table is put into its rows all the same; that of a part is refused."""
+    model = make("a whole parameter")
+    gm, new, lifted = lift(model, tokens(1))
+    assert not any("aten.sum" in str(node.target) and node.meta["val"].dim() == 3 for node in gm.graph.nodes)
+    assert lifted.verify(new, models.call(gm, model, tokens(1))).passed
+    model = make("indexed parameter")
+    gm, new, lifted = lift(model, tokens(1))
+    assert lifted.verify(new, models.call(gm, model, tokens(1))).passed
+    gm = models.capture(make("slice of a parameter"), tokens(1)).graph_module
+    with pytest.raises(bl.UnsupportedReadError, match=r"BL201 node 'slice_backward"):
+        bl.lift_graph(gm)
+    model = make("a whole parameter")
+    gm, flat, names = traced_step(model, mean_loss, tokens(1), tokens(1))
+    with pytest.raises(bl.UnsupportedReadError, match=r"BL105 .*the gradient of 'positions'.*batch of 1"):
+        bl.lift_graph(gm, flat, state=model, state_fqns=names)
 
 
 def test_flags_stay_if_asked() -> None:
