@@ -41,8 +41,6 @@ class GradientSums:
         for tangent in self._tangents_of.get(node.name, ()):
             known = self.scan.labels.get(node.name)
             self.scan.labels[tangent] = known[:1] if known else None
-            if known and all(len(dim) <= 1 for dim in known[0]):
-                self.scan.inputs.labels[tangent] = known[0]
 
     def apply(self, view: OpView) -> AxisResult | None:
         """The axis result of an op on data."""

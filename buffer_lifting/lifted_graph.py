@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from buffer_lifting.axes import axes_of
 from buffer_lifting.errors import FeedError, LiftingError
 from buffer_lifting.feed import FeedProgram, Lengths
 from buffer_lifting.joint_program import JointProgram
-from buffer_lifting.labels import Labels
+from buffer_lifting.labels import Labels, has_seq
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport, VerifyReport
+from buffer_lifting.sharding import shard_inputs
+from buffer_lifting.streams import parse_shard
 from buffer_lifting.tables import TableSource
 from buffer_lifting.torch_compat import tree_flatten
 from buffer_lifting.torch_compat_joint import captured_inputs, extend_capture
@@ -86,7 +89,12 @@ class LiftedGraph:
     @property
     def input_axes(self) -> dict[str, InputAxes]:
         """The axes of each user input and of each tangent whose dims are not folded, by placeholder name."""
-        return self._lifted.input_axes
+        axes = dict(self._lifted.input_axes)
+        for name in self._tangents:
+            labels = self._labels.get(name, ())
+            if any(has_seq(dim) for dim in labels) and all(len(dim) <= 1 for dim in labels):
+                axes[name] = axes_of(name, labels)
+        return axes
 
     def feed(
         self,
@@ -104,8 +112,8 @@ class LiftedGraph:
     def shard_inputs(
         self, *, order: Any = None, shard: Any = (0, 1), **inputs: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """User inputs and tangents in the order of the shards: :meth:`LiftedProgram.shard_inputs`."""
-        return self._lifted.shard_inputs(order=order, shard=shard, **inputs)
+        """User inputs and tangents in the order of the shards, as :meth:`LiftedProgram.shard_inputs` does."""
+        return shard_inputs(self.input_axes, inputs, order, parse_shard(shard))
 
     def bind_tables(self, source: TableSource) -> None:
         """Gives values to tables that have none: :meth:`LiftedProgram.bind_tables`."""
