@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from buffer_lifting.inspection.diagnostics import Diagnostic, check
+    from buffer_lifting.joint import lift_graph
     from buffer_lifting.lifted import LiftedProgram
+    from buffer_lifting.lifted_graph import LiftedGraph
     from buffer_lifting.lifting import lift, scan
     from buffer_lifting.loss_reduction import LossReduction
     from buffer_lifting.memory import MemoryEstimate, RankMemory, StageMemory
@@ -51,6 +53,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "scan": "lifting",
     "lift": "lifting",
+    "lift_graph": "joint",
     "context_parallel": "passes.context_parallel",
     "causal_flags": "passes.causal_flags",
     "real_pairs": "passes.real_pairs",
@@ -70,6 +73,7 @@ _PUBLIC = {
     "load_stage": "package",
     "Diagnostic": "inspection.diagnostics",
     "LiftedProgram": "lifted",
+    "LiftedGraph": "lifted_graph",
     "StagedProgram": "stages",
     "Stage": "stages",
     "StepRunner": "step_runner",
@@ -95,6 +99,7 @@ __all__ = [
     "Diagnostic",
     "FeedError",
     "InputAxes",
+    "LiftedGraph",
     "LiftedInput",
     "LiftedProgram",
     "LiftingError",
@@ -119,6 +124,7 @@ __all__ = [
     "compile_package",
     "context_parallel",
     "lift",
+    "lift_graph",
     "load",
     "load_compiled",
     "load_stage",

@@ -376,6 +376,11 @@ def _clash(node: Node, what: str, result: InputLabels) -> None:
 
 def as_input_axes(node: Node, labels: Labels, col_only: bool) -> InputAxes:
     """The public record of one input's labels; ``col_only`` when only keys read it."""
+    return axes_of(node.fqn, labels, col_only)
+
+
+def axes_of(name: str, labels: Labels, col_only: bool = False) -> InputAxes:
+    """The public record of an input's labels, by the name that it has for a user."""
     batch = None
     seq = []
     for dim, label in enumerate(labels):
@@ -384,4 +389,4 @@ def as_input_axes(node: Node, labels: Labels, col_only: bool) -> InputAxes:
                 batch = dim
             elif factor.is_seq:
                 seq.append((dim, factor.axis, COL if col_only else factor.role))
-    return InputAxes(node.fqn, batch, tuple(seq), len(labels))
+    return InputAxes(name, batch, tuple(seq), len(labels))

@@ -50,7 +50,8 @@ def analyse(
                 dep |= _WRITTEN
         elif node.kind is NodeKind.INPUT:
             dep = _STATE if node.name in positional else _USER
-            if dep & _USER and _differentiable(node, input_labels.get(node.name)):
+            tangent = record.joint is not None and node.name in record.joint.tangents
+            if dep & _USER and (tangent or _differentiable(node, input_labels.get(node.name))):
                 dep |= _DATA
         else:
             contents = content_operands(node)

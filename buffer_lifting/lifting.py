@@ -79,7 +79,7 @@ def lift(
     """
     program = as_program(program)
     normalized, record, plan = analyse_program(program, axes, form, read_only=False)
-    _check(plan.report, strict)
+    check_report(plan.report, strict)
     undo_shifts_in(normalized.graph, plan.shifts)
     feed = feed_program(program, normalized, record, plan, axes)
     state = LiftState(normalized.graph, plan, normalized.submodules)
@@ -96,7 +96,7 @@ def lift(
     return LiftedProgram(lifted, lifted_inputs, plan.report, feed, _routed=plan.routed)
 
 
-def _check(report: ScanReport, strict: bool) -> None:
+def check_report(report: ScanReport, strict: bool) -> None:
     axes_findings = [f for f in report.findings if f.code in ("BL103", "BL106", "BL107")]
     if axes_findings and (strict or not report.inputs):
         raise AxesError("\n".join(describe(finding) for finding in axes_findings))

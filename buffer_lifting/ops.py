@@ -121,6 +121,10 @@ MATRIX_PRODUCTS = frozenset(MATRIX_OPERANDS)
 #: Ops that make an index.
 INDICES = frozenset(["aten.arange", "aten.range", "aten.linspace", "aten.tril_indices", "aten.triu_indices"])
 ATTENTION = "aten.scaled_dot_product_attention"
+#: What fused attention is in graphs of forward and backward, where a flag of its own says that it is causal.
+FUSED_ATTENTION = ("aten._scaled_dot_product_flash_attention_for_cpu",)
+FUSED_ATTENTION_BACKWARD = tuple(f"{name}_backward" for name in FUSED_ATTENTION)
+ATTENTIONS = (ATTENTION, *FUSED_ATTENTION, *FUSED_ATTENTION_BACKWARD)
 FLEX_ATTENTION = "hop.flex_attention"
 #: Checks without a value; analysis passes over them.
 ASSERTIONS = frozenset(
@@ -154,7 +158,7 @@ def is_random(node: Node) -> bool:
     """Whether the op draws random numbers; dropout with probability 0 or outside training draws none."""
     if node.base_op in ("aten.dropout", "aten.feature_dropout"):
         return bool(node.args.get("p")) and bool(node.args.get("train"))
-    if node.base_op == ATTENTION:
+    if node.base_op in ATTENTIONS:
         return bool(node.args.get("dropout_p"))
     return node.base_op in RANDOM
 
@@ -188,6 +192,7 @@ _SHAPE_ARGUMENTS = frozenset(
         "sections",
         "target",
         "output_size",
+        "input_sizes",
         "k",
         "steps",
         "implicit",
@@ -204,7 +209,7 @@ _SHAPE_ARGUMENTS = frozenset(
 
 def length_operands(node: Node) -> list[tuple[str, str]]:
     """Path and name of the symbolic numbers that enter a result's contents rather than its shape."""
-    if node.base_op in ("aten.select", "aten.slice", "aten.narrow"):
+    if node.base_op in ("aten.select", "aten.slice", "aten.narrow", "aten.select_backward", "aten.slice_backward"):
         return [(path, name) for path, name in node.named_refs() if path in ("index", "start")]
     return [(path, name) for path, name in node.named_refs() if path.partition(".")[0] not in _SHAPE_ARGUMENTS]
 

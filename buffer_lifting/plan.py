@@ -137,6 +137,19 @@ class Replacement:
     alignment: Alignment
 
 
+@dataclass(frozen=True)
+class GradientPlan:
+    """The gradient of a table that is read by position: ``plan`` in the place of ``node``.
+
+    ``returned``: only where the graph returns it. ``keys``: the cuts that the plan reads.
+    """
+
+    node: str
+    plan: Plan
+    keys: tuple[CutKey, ...]
+    returned: bool = False
+
+
 @dataclass
 class Trace:
     """What the planner did and tried, kept as it is for ``explain.py``."""
@@ -169,6 +182,7 @@ class LiftPlan:
     #: For each dim of a value without user contents, by its name: whether its elements can differ along it.
     varies: Callable[[str], Sequence[bool]] = field(default=lambda name: ())
     lengths: dict[str, Size] = field(default_factory=dict)  # of each sequence axis
+    gradients: list[GradientPlan] = field(default_factory=list)  # of tables that are read by position
     shifts: list[LossShift] = field(default_factory=list)  # shifted losses that the record has in their longer form
 
     def labels_of_original(self) -> dict[str, tuple[Labels, ...] | None]:

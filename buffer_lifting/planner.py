@@ -60,6 +60,8 @@ class Planner(Contents):
         self.position_iotas: set[tuple[str, str]] = set()  # (arange, axis) that a one-axis read takes as position ids
         self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
         self.trace = Trace()
+        self.batch_sums: dict[str, Value] = {}  # gradient that is summed over the batch -> what it is before the sum
+        self.summed: set[str] = set()  # those, and what is computed from them row by row
         self._memo = self.trace.rebuilt
         self._scalars: dict[str, Plan] = {}
         self._whole: dict[str, Plan] = {}
@@ -163,6 +165,10 @@ class Planner(Contents):
             if node.kind is NodeKind.OP and isinstance(node.meta, tuple):
                 raise Refuse(f"{node.op} has several results", name)
             return Value(Existing(name), False, 0)
+        if name in self.batch_sums:
+            return self.batch_sums[name]
+        if name in self.summed:
+            return local(self, node, labels, context)
         if Dep.DATA in dep:
             raise Refuse("it is computed from differentiable data", name, "BL108", "positions must not depend on data")
         follows = any(has_seq(dim) for dim in labels)

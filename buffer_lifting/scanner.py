@@ -18,8 +18,10 @@ from buffer_lifting.flex import plan_flex
 from buffer_lifting.flex_plan import FlexPlan
 from buffer_lifting.folding import batch_is_a_matrix_dim, onto_folded_batch
 from buffer_lifting.gathering import gather_rows
+from buffer_lifting.gradient_sums import GradientSums
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.graph.sizes import atoms
+from buffer_lifting.joint_rules import OF_TOKENS
 from buffer_lifting.labels import (
     BATCH,
     COL,
@@ -32,10 +34,11 @@ from buffer_lifting.labels import (
     is_labelled,
     seq_axes,
 )
-from buffer_lifting.loss_shift import undo_shifts
+from buffer_lifting.loss_shift import ShiftSearch, undo_shifts
 from buffer_lifting.naming import name_outputs
 from buffer_lifting.ops import (
     ATTENTION,
+    ATTENTIONS,
     FLEX_ATTENTION,
     content_operands,
     is_pointwise,
@@ -80,7 +83,7 @@ def scan_record(record: GraphRecord, axes: Axes | None = None, form: FormOption 
         if name not in _FORMS:
             raise ValueError(f"form is one of {', '.join(_FORMS)} or a mapping from source FQN to one, not {name!r}")
     inputs = label_inputs(record, axes)
-    shifted = undo_shifts(record, inputs)
+    shifted = undo_shifts(record, inputs) if record.joint is None else ShiftSearch()  # a backward pass is of the loss
     scan = _Scan(record, inputs, form, frozenset())
     col_only = frozenset(n for n, roles in scan.planner.input_roles.items() if roles == {COL} and _one_axis(inputs, n))
     if col_only:
@@ -112,6 +115,7 @@ class _Scan:
         self.vmapped = {node.name for node in record.nodes.values() if node.op.endswith("_add_batch_dim")}
         self.completion = Completion(inputs)
         self.routing = Routing(record)
+        self.gradients = GradientSums(self) if record.joint else None
         if not inputs.lengths:
             self.findings.append(no_axis(record))
         self.findings.extend(written_state(record))
@@ -121,6 +125,10 @@ class _Scan:
                 self._visit(node)
             elif node.kind is NodeKind.OUTPUT:
                 report_returned(self, node)
+                if self.gradients is not None:
+                    self.gradients.returned(node)
+            if self.gradients is not None:
+                self.gradients.label_tangents(node)
         for node, path in self.routing.counted_sizes():
             self.reports.mix(node, f"a number of routed tokens enters at {path!r}", False, "BL201")
         self.reports.mixing.extend(self.routing.regions())
@@ -136,6 +144,7 @@ class _Scan:
             sources = sorted({read.source for read in self.reports.reads})
             raise ValueError(f"form= names {unmatched}, which match none of the sources {sources}")
         used = {key for edge in self.frontier for key in edge.keys} | {key for plan in self.flex for key in plan.keys}
+        used |= {key for plan in self.gradients.plans for key in plan.keys} if self.gradients else set()
         self.planner.cuts = {key: cut for key, cut in self.planner.cuts.items() if key in used}
         outputs, substituted = name_outputs(self.planner, self.record)
         axes = {
@@ -161,6 +170,7 @@ class _Scan:
             alignments=self.alignments,
             varies=self.planner.variation.of,
             lengths=self.inputs.lengths,
+            gradients=self.gradients.plans if self.gradients else [],
         )
 
     # -- forward --------------------------------------------------------------------------------------------
@@ -174,7 +184,9 @@ class _Scan:
         if Dep.DATA not in dep:
             label_user_value(self, node, apply_rule(view))
             return
-        result = self.routing.apply(view)
+        if self.gradients is not None and self.gradients.takes(view):
+            return
+        result = self.gradients.apply(view) if self.gradients is not None else self.routing.apply(view)
         carries = self._carries(node)
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
@@ -192,11 +204,11 @@ class _Scan:
 
     def _total(self, node: Node, result: AxisResult | None) -> None:
         """A reduction over all tokens is a loss, unless it goes back into the tokens."""
-        if result is not None and result.handled and result.mixing.startswith("a loss"):
+        if result is not None and result.handled and result.mixing.startswith(("a loss", OF_TOKENS)):
             self.totals.add(node.name)
             return
         reduced = [name for name in node.refs() if name in self.totals]
-        if not reduced:
+        if not reduced or (self.gradients is not None and self.gradients.scales_loss(node)):
             return
         if self._carries(node):
             why = "a reduction over all tokens goes back into the tokens"
@@ -206,7 +218,8 @@ class _Scan:
 
     def _count(self, node: Node, path: str, value: Node) -> None:
         """A reduction over all of a user's tokens may divide a loss, and nothing else: a rank has a part of them."""
-        if any(name in self.totals for name in node.refs()) and not self._carries(node):
+        scales = self.gradients is not None and self.gradients.scales_loss(node, path)
+        if scales or (any(name in self.totals for name in node.refs()) and not self._carries(node)):
             why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"
             self.reports.mix(node, why, True, "BL200")
             return
@@ -257,7 +270,7 @@ class _Scan:
         if node.base_op == FLEX_ATTENTION:
             plan_flex(self, node)
             return
-        if node.base_op == ATTENTION and node.args.get("is_causal") is True:
+        if node.base_op in ATTENTIONS and node.args.get("is_causal") is True:
             self.reports.causal(node)
         contents = set(content_operands(node))
         for path, name in node.named_refs():

@@ -169,6 +169,21 @@ def _walk(path: str, arg: Arg) -> Iterator[tuple[str, str]]:
             yield from _walk(f"{path}.{index}", item)
 
 
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """What is known of a graph of ATen ops that may compute gradients as well.
+
+    Attributes:
+        backward: whether it does.
+        tangents: input that is the gradient of a result -> the node of that result; ``""`` if it is not known.
+        gradients: node that is returned as a gradient -> the FQN (or input) whose gradient it is.
+    """
+
+    backward: bool = False
+    tangents: dict[str, str] = field(default_factory=dict)
+    gradients: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class GraphRecord:
     """A whole graph: nodes by name in topological order, and the bounds of its size symbols."""
@@ -177,6 +192,7 @@ class GraphRecord:
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     hints: dict[str, int] = field(default_factory=dict)  # size symbol -> its size in the example inputs
     bodies: dict[str, GraphRecord] = field(default_factory=dict)  # bodies of flex_attention, by the node that names one
+    joint: Joint | None = None  # of a graph that is no exported program
 
     def rename_symbols(self, names: dict[str, str] | dict[str, Size]) -> None:
         """Renames size symbols in every node's meta (two symbols that are known to be one size), or replaces them."""
@@ -186,8 +202,9 @@ class GraphRecord:
             body.rename_symbols(names)
 
     def inputs(self) -> list[Node]:
-        """The user inputs, in the order of the signature."""
-        return [node for node in self.nodes.values() if node.kind is NodeKind.INPUT]
+        """The user inputs, in the order of the signature; gradients of results are none."""
+        tangents = self.joint.tangents if self.joint else {}
+        return [node for node in self.nodes.values() if node.kind is NodeKind.INPUT and node.name not in tangents]
 
     def live(self) -> set[str]:
         """The nodes that an output, or a write to storage, depends on."""

@@ -259,34 +259,44 @@ class Pair:
 
     def _permute(self, value: torch.Tensor, name: str, orders: Orders) -> torch.Tensor:
         """A value of the original with its sequence dims in the order of the shards."""
-        shape: list[int] = []
-        batch: int | None = None
-        sequences: list[tuple[int, str]] = []
-        for label, size in zip(self._labels_of(name), value.shape, strict=True):
-            for factor in label or (None,):
-                if factor is not None and factor.axis == BATCH:
-                    batch = len(shape)
-                elif factor is not None and factor.is_seq:
-                    sequences.append((len(shape), factor.axis))
-                shape.append(size if len(label) <= 1 else self._factor_size(factor, orders))
-        laid = value.reshape(shape)
-        for dim, axis in sequences:
-            order = orders[axis]
-            if batch is None:
-                laid = laid.index_select(dim, order[0])
-                continue
-            moved = laid.movedim((batch, dim), (0, 1))
-            index = order.expand(moved.shape[0], -1)
-            index = index.view(*index.shape, *[1] * (moved.ndim - 2)).expand_as(moved)
-            laid = moved.gather(1, index).movedim((0, 1), (batch, dim))
-        return laid.reshape(value.shape)
+        return permuted(value, self._labels_of(name), orders)
 
-    @staticmethod
-    def _factor_size(factor: Factor | None, orders: Orders) -> int:
-        """The run-time size of a factor of a folded dim; -1 for what a reshape can infer."""
-        if factor is None or not factor.axis:
-            return factor.size if factor is not None and isinstance(factor.size, int) else -1
-        return orders[factor.axis].shape[1] if factor.is_seq else next(iter(orders.values())).shape[0]
+
+def permuted(value: torch.Tensor, labels: Labels, orders: Orders) -> torch.Tensor:
+    """A value whose dims run as ``labels`` say, with its sequence dims in the order of the shards.
+
+    Without labels it is the value itself.
+    """
+    if not labels:
+        return value
+    shape: list[int] = []
+    batch: int | None = None
+    sequences: list[tuple[int, str]] = []
+    for label, size in zip(labels, value.shape, strict=True):
+        for factor in label or (None,):
+            if factor is not None and factor.axis == BATCH:
+                batch = len(shape)
+            elif factor is not None and factor.is_seq:
+                sequences.append((len(shape), factor.axis))
+            shape.append(size if len(label) <= 1 else _factor_size(factor, orders))
+    laid = value.reshape(shape)
+    for dim, axis in sequences:
+        order = orders[axis]
+        if batch is None:
+            laid = laid.index_select(dim, order[0])
+            continue
+        moved = laid.movedim((batch, dim), (0, 1))
+        index = order.expand(moved.shape[0], -1)
+        index = index.view(*index.shape, *[1] * (moved.ndim - 2)).expand_as(moved)
+        laid = moved.gather(1, index).movedim((0, 1), (batch, dim))
+    return laid.reshape(value.shape)
+
+
+def _factor_size(factor: Factor | None, orders: Orders) -> int:
+    """The run-time size of a factor of a folded dim; -1 for what a reshape can infer."""
+    if factor is None or not factor.axis:
+        return factor.size if factor is not None and isinstance(factor.size, int) else -1
+    return orders[factor.axis].shape[1] if factor.is_seq else next(iter(orders.values())).shape[0]
 
 
 def perturbed(value: torch.Tensor, dim: int) -> list[torch.Tensor]:

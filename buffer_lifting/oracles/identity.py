@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Graph
 
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.lifted import LiftedProgram
@@ -95,8 +97,13 @@ def _why_not_bitwise(program: ExportedProgram, lifted: LiftedProgram) -> str:
     graph = normalize(program, read_only=True).graph
     if scan_record(build_record(program, graph), user_axes(lifted)).shifts:
         return "a shifted loss is taken over all positions: sums of more rows, and products of more"
+    return rounds_otherwise(graph, _lifted_reads(lifted))
+
+
+def rounds_otherwise(graph: Graph, reads: Iterable[PositionRead]) -> str:
+    """Why ops that read lifted values in the place of those of ``graph`` may round otherwise; empty if they may not."""
     nodes = {node.name: node for node in graph.nodes}
-    for read in _lifted_reads(lifted):
+    for read in reads:
         value = nodes[read.value].meta.get("val") if read.value in nodes else None
         if isinstance(value, torch.Tensor) and value.is_complex():
             return "products of complex numbers round by the operands' memory layout"

@@ -107,6 +107,16 @@ class Emitter:
         args, kwargs = replace_operands(original, {path: self._argument(value) for path, value in plan.replace})
         return self._insert(original.target, args, kwargs, plan.anchor)
 
+    def before(self, node: Node, name: str, args: tuple[Any, ...]) -> Node:
+        """A new call right before ``node``, with its metadata."""
+        target = call_operator(name)
+        args = tuple(list(arg) if isinstance(arg, tuple) else arg for arg in args)
+        with self.graph.inserting_before(node):
+            made = self.graph.call_function(target, args)
+        made.meta = {key: node.meta[key] for key in _COPIED if key in node.meta}
+        made.meta["val"] = self._fakes.of(target, args, {})
+        return made
+
     def _op(self, name: str, args: tuple[Any, ...], anchor: str) -> Node:
         args = tuple(list(arg) if isinstance(arg, tuple) else arg for arg in args)
         return self._insert(call_operator(name), args, {}, anchor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from buffer_lifting.axis_rules import Alignment
@@ -16,9 +17,10 @@ from buffer_lifting.labels import BATCH, COL, ROW, Factor, Labels, batch_dim
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.broadcast_batch import Broadcast, broadcast_batch, broadcast_nodes
 from buffer_lifting.passes.emitter import Emitter
+from buffer_lifting.passes.fused_masks import mask_for
 from buffer_lifting.plan import Call, CutKey, Lifted, LiftPlan, Plan, Replacement
 from buffer_lifting.program import FeedOutput, LiftedInput, PositionRead
-from buffer_lifting.torch_compat import set_arguments
+from buffer_lifting.torch_compat import schema_args, set_arguments
 
 
 @dataclass
@@ -63,9 +65,10 @@ class FollowSlots(GraphPass[AttentionState]):
         emitter = Emitter(state.graph, state.broadcast.nodes, state.broadcast.sizes)
         masks: dict[tuple[str, Labels], Plan] = {}
         landed: dict[int, Node] = {}
+        made: dict[tuple[Node, torch.dtype], Node] = {}
         for read in causal:
             node = emitter.nodes[read.node]
-            query = state.plan.data_labels[node.args[0].name]
+            query = state.plan.data_labels[schema_args(node)["query"].name]
             assert query is not None
             labels = query[0]
             plan = masks.setdefault((read.seq_dims[0][1], labels), self._mask(read, labels, outputs))
@@ -74,7 +77,7 @@ class FollowSlots(GraphPass[AttentionState]):
                     Replacement(node.name, "attn_mask", plan.anchor, plan, _alignment(labels))  # type: ignore[union-attr]
                 )
             mask = landed[id(plan)]
-            set_arguments(node, {"attn_mask": mask, "is_causal": False})
+            set_arguments(node, {"attn_mask": mask_for(emitter, node, mask, made), "is_causal": False})
         return PassResult(state, True)
 
     def ensures(self, result: PassResult[AttentionState]) -> None:
@@ -83,7 +86,7 @@ class FollowSlots(GraphPass[AttentionState]):
         reported = {r.node for r in result.state.plan.report.reads if r.source_kind == "is_causal"}
         for node in result.state.graph.nodes:
             if node.name in reported:
-                assert node.kwargs.get("is_causal", node.args[5] if len(node.args) > 5 else False) is False
+                assert schema_args(node)["is_causal"] is False
 
     def _mask(self, read: PositionRead, labels: Labels, outputs: dict[CutKey, FeedOutput]) -> Plan:
         axis = read.seq_dims[0][1]

@@ -19,6 +19,7 @@ from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.broadcast_batch import Broadcast, broadcast_batch
 from buffer_lifting.passes.emitter import Emitter
 from buffer_lifting.passes.flex import rewrite_flex
+from buffer_lifting.passes.gradients import scatter_gradients
 from buffer_lifting.passes.vmap import drop_vmap, holds_level
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.torch_compat import replace_operands
@@ -63,6 +64,7 @@ class LiftBuffers(GraphPass[LiftState]):
                 changes |= _with_batch(consumer, replacement.path, landed[key], plan)
             consumer.args, consumer.kwargs = replace_operands(consumer, changes)
         rewrite_flex(emitter, plan.flex, state.submodules)
+        scatter_gradients(emitter, plan.gradients)
         drop_vmap(graph)
         drop_dead(graph)
         return PassResult(state, True)
