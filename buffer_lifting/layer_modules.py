@@ -1,0 +1,223 @@
+"""Layers of a stage as modules with a forward of their own.
+
+A stage is one flat graph; its submodules hold parameters and no code. What wraps modules (FSDP, activation
+checkpointing, ``torch.compile`` of a layer) needs one module for each layer. :func:`split_layers` makes them, at the
+FQNs that the layers had in the original model, so that names of parameters, and checkpoints, stay what they were.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.nn import Module
+
+from buffer_lifting.errors import PartitionError
+from buffer_lifting.graph.bodies import attribute_of
+from buffer_lifting.graph.copies import copy_node
+from buffer_lifting.layer_regions import Region, find_regions, parent_order
+from buffer_lifting.torch_compat import LazyGraphModule, generate_code
+
+#: What ``checkpoint_wrapper`` adds to names.
+_WRAPPED = "_checkpoint_wrapped_module"
+
+
+class LayerModule(LazyGraphModule):
+    """A layer of a stage: its part of the stage's graph, and its part of the stage's state."""
+
+
+def split_layers(module: Any, layers: Iterable[str] | None = None) -> dict[str, Module]:
+    """Gives each layer of a stage a forward of its own, in place, for FSDP, activation checkpointing or compilation.
+
+    The stage computes what it did, in the same ops; the module, its parameters and their FQNs stay. Layers get what
+    they need from outside (activations, positional values, sizes) by position. A module that is split already is
+    left as it is.
+
+    Args:
+        module: a stage's module: ``stage.module``, the ``submod`` of a ``PipelineStage``, or one of
+            ``StepRunner.modules``. Split it before anything wraps it.
+        layers: FQNs of the layers in the original model; ``*`` stands for one component (``"model.layers.*"``), and
+            names that the stage has no part of do not matter. Default: the entries of the outermost module lists
+            (``"layers.0"``), whatever is in them.
+
+    Returns:
+        FQN -> module of each layer that the stage has a part of, in the order of execution.
+
+    Raises:
+        PartitionError: layers inside one another; layers that need each other's values, share a parameter, or are
+            called several times and not alike; a value that is written in place across the border of a layer.
+        TypeError: ``module`` is no stage's module.
+    """
+    if not isinstance(module, GraphModule):
+        raise TypeError(f"split_layers takes the module of a stage, not {type(module).__name__}")
+    done = _split_before(module)
+    if done:
+        return done
+    generate_code(module)
+    chosen = None if layers is None else _matcher(layers)
+    regions = find_regions(module.graph, chosen)
+    by_fqn: dict[str, list[Region]] = {}
+    for region in regions:
+        by_fqn.setdefault(region.fqn, []).append(region)
+    _check_state(module, by_fqn)
+    graphs = {region: _layer_graph(region) for region in regions}
+    for fqn, calls in by_fqn.items():
+        if len({_form(graphs[call]) for call in calls}) > 1:
+            raise PartitionError(
+                f"the layer {fqn!r} is called {len(calls)} times, and not alike; name the modules that hold it in "
+                "layers="
+            )
+    graph = _parent_graph(module.graph, regions)
+    made: dict[str, Module] = {}
+    for fqn, calls in by_fqn.items():
+        bodies = {str(node.target): attribute_of(node, module) for node in calls[0].state}
+        bodies = {name: body for name, body in bodies.items() if not isinstance(body, torch.Tensor)}
+        made[fqn] = _put_layer(module, fqn, graphs[calls[0]], bodies)
+    module.graph = graph
+    generate_code(module)
+    return made
+
+
+def graphs_of(module: Module) -> Iterator[tuple[str, GraphModule]]:
+    """The graph of a stage and those of its layers, each with what stands before the names in it (``"layers.0."``)."""
+    for name, part in module.named_modules():
+        if name == "" or isinstance(part, LayerModule):
+            assert isinstance(part, GraphModule)
+            yield f"{_plain(name)}." if name else "", part
+
+
+def is_split(module: Module) -> bool:
+    """Whether :func:`split_layers` has been here."""
+    return any(isinstance(part, LayerModule) for part in module.modules())
+
+
+def require_whole(module: Module, index: int) -> None:
+    """Refuses a stage whose layers are modules where the graph of the whole stage is read."""
+    if is_split(module):
+        raise PartitionError(
+            f"stage {index} was split into layers, which is for running it; save it, export it and estimate its "
+            "memory before split_layers"
+        )
+
+
+def _split_before(module: GraphModule) -> dict[str, Module]:
+    wrapped = {_plain(name): part for name, part in module.named_modules() if isinstance(part, LayerModule)}
+    order = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    return {name: wrapped[name] for name in dict.fromkeys(order) if name in wrapped}
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+
+
+def _matcher(layers: Iterable[str]) -> Any:
+    """Whether an FQN is one of the patterns; ``*`` stands for one component."""
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    split = [pattern.split(".") for pattern in patterns]
+
+    def matches(fqn: str) -> bool:
+        parts = fqn.split(".")
+        return any(
+            len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern)) for pattern in split
+        )
+
+    return matches
+
+
+def _check_state(module: GraphModule, by_fqn: dict[str, list[Region]]) -> None:
+    """A parameter below a layer is read by that layer alone: what wraps the layer owns it."""
+    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    inside = {id(node) for calls in by_fqn.values() for call in calls for node in call.nodes}
+    for node in module.graph.nodes:
+        if node.op != "get_attr" or node.target not in own:
+            continue
+        home = next((fqn for fqn in by_fqn if str(node.target).startswith(f"{fqn}.")), None)
+        others = [user for user in node.users if id(user) not in inside or _layer(user, by_fqn) != home]
+        if home is not None and others:
+            raise PartitionError(
+                f"the parameter {str(node.target)!r} of the layer {home!r} is read outside of it as well, at "
+                f"{others[0].name!r} ({_layer(others[0], by_fqn) or 'no layer'}): the layer cannot be wrapped alone; "
+                "give layers= without it"
+            )
+
+
+def _layer(node: Node, by_fqn: dict[str, list[Region]]) -> str | None:
+    return next((fqn for fqn, calls in by_fqn.items() for call in calls if node in call.members), None)
+
+
+def _layer_graph(region: Region) -> Graph:
+    """The layer's own graph: what it takes from outside as placeholders, its state below its FQN."""
+    graph, env = Graph(), dict[Node, Node]()
+    for source in region.inputs:
+        env[source] = graph.placeholder(source.name)
+        env[source].meta = dict(source.meta)
+    for source in region.state:
+        env[source] = graph.get_attr(str(source.target).removeprefix(f"{region.fqn}."))
+        env[source].meta = dict(source.meta)
+    for node in region.nodes:
+        env[node] = copy_node(graph, node, env.__getitem__)
+    results = tuple(env[node] for node in region.outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return graph
+
+
+def _form(graph: Graph) -> str:
+    """The same for graphs that compute the same."""
+    numbers = {node: number for number, node in enumerate(graph.nodes)}
+
+    def name(value: Any) -> Any:
+        return f"%{numbers[value]}" if isinstance(value, Node) else value
+
+    lines = []
+    for node in graph.nodes:
+        target = "" if node.op == "placeholder" else str(node.target)
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), name)
+        lines.append(f"{node.op} {target} {args} {kwargs}")
+    return "\n".join(lines)
+
+
+def _parent_graph(old: Graph, regions: list[Region]) -> Graph:
+    """The stage's graph with a call in place of each region."""
+    graph, env = Graph(), dict[Node, Node]()
+    for item in parent_order(old, regions):
+        if isinstance(item, Node):
+            env[item] = copy_node(graph, item, env.__getitem__)
+            continue
+        call = graph.create_node("call_module", item.fqn, tuple(env[source] for source in item.inputs))
+        call.meta = {key: item.nodes[-1].meta[key] for key in ("nn_module_stack",) if key in item.nodes[-1].meta}
+        if len(item.outputs) == 1:
+            env[item.outputs[0]] = call
+            call.meta["val"] = item.outputs[0].meta.get("val")
+            continue
+        call.meta["val"] = tuple(output.meta.get("val") for output in item.outputs)
+        for place, output in enumerate(item.outputs):
+            env[output] = graph.call_function(operator.getitem, (call, place))
+            env[output].meta = dict(output.meta)
+    return graph
+
+
+def _put_layer(module: GraphModule, fqn: str, graph: Graph, bodies: dict[str, Any]) -> Module:
+    """Puts a layer in the place of the module that holds its state."""
+    path, _, leaf = fqn.rpartition(".")
+    holder: Module = module
+    for part in path.split(".") if path else ():
+        if part not in holder._modules:
+            holder.add_module(part, Module())
+        holder = holder.get_submodule(part)
+    state = holder._modules.get(leaf) or Module()
+    for target, body in bodies.items():
+        setattr(state, target, body)
+    layer = LayerModule(state, graph)
+    # all of the state, in its order: what the layer does not read itself is read by others
+    for name in ("_modules", "_parameters", "_buffers"):
+        getattr(layer, name).clear()
+        getattr(layer, name).update(getattr(state, name))
+    layer._non_persistent_buffers_set = set(state._non_persistent_buffers_set)
+    layer.train(module.training)
+    holder.add_module(leaf, layer)
+    generate_code(layer)
+    return layer
