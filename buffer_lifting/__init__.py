@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from buffer_lifting.inspection.diagnostics import Diagnostic, check
+    from buffer_lifting.layer_modules import split_layers
     from buffer_lifting.lifted import LiftedProgram
     from buffer_lifting.lifting import lift, scan
     from buffer_lifting.loss_reduction import LossReduction
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         SequenceMixing,
         VerifyReport,
     )
+    from buffer_lifting.stage_gradients import StageGradients
     from buffer_lifting.stages import Stage, StagedProgram
     from buffer_lifting.step_runner import StepRunner
     from buffer_lifting.token_loss import TokenLoss
@@ -53,6 +55,8 @@ _PUBLIC = {
     "causal_flags": "passes.causal_flags",
     "partition": "partitioner",
     "stage_ranks": "placement",
+    "split_layers": "layer_modules",
+    "StageGradients": "stage_gradients",
     "CostWeights": "cost_model",
     "MemoryEstimate": "memory",
     "StageMemory": "memory",
@@ -99,6 +103,7 @@ __all__ = [
     "ScanReport",
     "SequenceMixing",
     "Stage",
+    "StageGradients",
     "StageMemory",
     "StagedProgram",
     "StepRunner",
@@ -115,6 +120,7 @@ __all__ = [
     "load_stage",
     "partition",
     "scan",
+    "split_layers",
     "stage_ranks",
     "verify",
 ]

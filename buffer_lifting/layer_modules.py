@@ -19,15 +19,9 @@ from torch.nn import Module
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.copies import copy_node
+from buffer_lifting.layer_graphs import LayerModule, plain_name
 from buffer_lifting.layer_regions import Region, find_regions, parent_order
-from buffer_lifting.torch_compat import LazyGraphModule, generate_code
-
-#: What ``checkpoint_wrapper`` adds to names.
-_WRAPPED = "_checkpoint_wrapped_module"
-
-
-class LayerModule(LazyGraphModule):
-    """A layer of a stage: its part of the stage's graph, and its part of the stage's state."""
+from buffer_lifting.torch_compat import generate_code
 
 
 def split_layers(module: Any, layers: Iterable[str] | None = None) -> dict[str, Module]:
@@ -59,11 +53,12 @@ def split_layers(module: Any, layers: Iterable[str] | None = None) -> dict[str, 
         return done
     generate_code(module)
     chosen = None if layers is None else _matcher(layers)
-    regions = find_regions(module.graph, chosen)
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    regions = find_regions(module.graph, parameters, chosen)
     by_fqn: dict[str, list[Region]] = {}
     for region in regions:
         by_fqn.setdefault(region.fqn, []).append(region)
-    _check_state(module, by_fqn)
+    _check_state(module.graph, parameters, by_fqn)
     graphs = {region: _layer_graph(region) for region in regions}
     for fqn, calls in by_fqn.items():
         if len({_form(graphs[call]) for call in calls}) > 1:
@@ -82,36 +77,10 @@ def split_layers(module: Any, layers: Iterable[str] | None = None) -> dict[str, 
     return made
 
 
-def graphs_of(module: Module) -> Iterator[tuple[str, GraphModule]]:
-    """The graph of a stage and those of its layers, each with what stands before the names in it (``"layers.0."``)."""
-    for name, part in module.named_modules():
-        if name == "" or isinstance(part, LayerModule):
-            assert isinstance(part, GraphModule)
-            yield f"{_plain(name)}." if name else "", part
-
-
-def is_split(module: Module) -> bool:
-    """Whether :func:`split_layers` has been here."""
-    return any(isinstance(part, LayerModule) for part in module.modules())
-
-
-def require_whole(module: Module, index: int) -> None:
-    """Refuses a stage whose layers are modules where the graph of the whole stage is read."""
-    if is_split(module):
-        raise PartitionError(
-            f"stage {index} was split into layers, which is for running it; save it, export it and estimate its "
-            "memory before split_layers"
-        )
-
-
 def _split_before(module: GraphModule) -> dict[str, Module]:
-    wrapped = {_plain(name): part for name, part in module.named_modules() if isinstance(part, LayerModule)}
+    wrapped = {plain_name(name): part for name, part in module.named_modules() if isinstance(part, LayerModule)}
     order = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
     return {name: wrapped[name] for name in dict.fromkeys(order) if name in wrapped}
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != _WRAPPED)
 
 
 def _matcher(layers: Iterable[str]) -> Any:
@@ -128,25 +97,26 @@ def _matcher(layers: Iterable[str]) -> Any:
     return matches
 
 
-def _check_state(module: GraphModule, by_fqn: dict[str, list[Region]]) -> None:
+def _check_state(graph: Graph, parameters: set[str], by_fqn: dict[str, list[Region]]) -> None:
     """A parameter below a layer is read by that layer alone: what wraps the layer owns it."""
-    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    inside = {id(node) for calls in by_fqn.values() for call in calls for node in call.nodes}
-    for node in module.graph.nodes:
-        if node.op != "get_attr" or node.target not in own:
+    layer_of = {node: fqn for fqn, calls in by_fqn.items() for call in calls for node in call.nodes}
+    for node in graph.nodes:
+        if node.op != "get_attr" or node.target not in parameters:
             continue
-        home = next((fqn for fqn in by_fqn if str(node.target).startswith(f"{fqn}.")), None)
-        others = [user for user in node.users if id(user) not in inside or _layer(user, by_fqn) != home]
-        if home is not None and others:
+        home = next((fqn for fqn in _prefixes(str(node.target)) if fqn in by_fqn), None)
+        other = next((user for user in node.users if layer_of.get(user) != home), None)
+        if home is not None and other is not None:
+            where = f"the layer {layer_of[other]!r}" if other in layer_of else "no layer"
             raise PartitionError(
                 f"the parameter {str(node.target)!r} of the layer {home!r} is read outside of it as well, at "
-                f"{others[0].name!r} ({_layer(others[0], by_fqn) or 'no layer'}): the layer cannot be wrapped alone; "
-                "give layers= without it"
+                f"{other.name!r} in {where}: the layer cannot be wrapped alone; give layers= without it"
             )
 
 
-def _layer(node: Node, by_fqn: dict[str, list[Region]]) -> str | None:
-    return next((fqn for fqn, calls in by_fqn.items() for call in calls if node in call.members), None)
+def _prefixes(fqn: str) -> Iterator[str]:
+    while fqn:
+        fqn = fqn.rpartition(".")[0]
+        yield fqn
 
 
 def _layer_graph(region: Region) -> Graph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +35,12 @@ class Region:
     members: set[Node] = field(default_factory=set)
 
 
-def find_regions(graph: Graph, chosen: Callable[[str], bool] | None) -> list[Region]:
-    """The layers of a graph, in order.
+def find_regions(graph: Graph, parameters: Collection[str], chosen: Callable[[str], bool] | None) -> list[Region]:
+    """The layers of a graph, in order. Position arithmetic that a stage repeats, without a parameter, is no layer.
 
     Args:
         graph: a flat one.
+        parameters: the targets of the nodes that read one.
         chosen: whether an FQN is a layer's; ``None`` for the entries of the outermost module lists.
 
     Raises:
@@ -54,6 +55,10 @@ def find_regions(graph: Graph, chosen: Callable[[str], bool] | None) -> list[Reg
                 home[node] = found
     _leave_sizes(graph, home)
     regions = _collect(graph, home)
+    for key, region in list(regions.items()):
+        if not any(_own_state(operand, region.fqn) and operand.target in parameters for operand in _operands(region)):
+            del regions[key]
+            home = {node: own for node, own in home.items() if own != key}
     for key, region in regions.items():
         _absorb(graph, region, key, home, order)
     regions = _collect(graph, home)
@@ -167,17 +172,22 @@ def _in_order(
     )
 
 
+def _operands(region: Region) -> Iterator[Node]:
+    for node in region.nodes:
+        yield from node.all_input_nodes
+
+
+def _own_state(node: Node, fqn: str) -> bool:
+    return node.op == "get_attr" and str(node.target).startswith(f"{fqn}.")
+
+
 def _connect(graph: Graph, region: Region) -> None:
     inputs: dict[Node, None] = {}
     state: dict[Node, None] = {}
-    for node in region.nodes:
-        for operand in node.all_input_nodes:
-            if operand in region.members:
-                continue
-            own = operand.op == "get_attr" and (
-                str(operand.target).startswith(f"{region.fqn}.") or "val" not in operand.meta
-            )
-            (state if own else inputs)[operand] = None
+    for operand in _operands(region):
+        if operand not in region.members:
+            body = operand.op == "get_attr" and "val" not in operand.meta
+            (state if body or _own_state(operand, region.fqn) else inputs)[operand] = None
     region.inputs, region.state = list(inputs), list(state)
     region.outputs = [node for node in region.nodes if any(user not in region.members for user in node.users)]
 
