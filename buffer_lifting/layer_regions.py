@@ -69,19 +69,28 @@ def find_regions(graph: Graph, parameters: Collection[str], chosen: Callable[[st
 
 
 def _home(node: Node, chosen: Callable[[str], bool] | None) -> Home | None:
-    stack = node.meta.get("nn_module_stack") or {}
-    found: list[Home] = []
-    for fqn, _ in stack.values():
+    """The layer that a node was traced in. A module list is not called, so that entries need not be modules that are."""
+    found: dict[str, str] = {}
+    for fqn, _ in (node.meta.get("nn_module_stack") or {}).values():
         name, _, call = str(fqn).partition("@")
-        if name and (name.rpartition(".")[2].isdigit() if chosen is None else chosen(name)):
-            found.append((name, call))
-            if chosen is None:
-                break
-    if len({name for name, _ in found}) > 1:
+        for prefix in _prefixes(name):
+            if prefix.rpartition(".")[2].isdigit() if chosen is None else chosen(prefix):
+                found.setdefault(prefix, call)
+                if chosen is None:
+                    return prefix, call
+    names = list(found)
+    if len(names) > 1:
         raise PartitionError(
-            f"the layers {found[0][0]!r} and {found[1][0]!r} lie inside one another; give layers= one kind of them"
+            f"the layers {names[0]!r} and {names[1]!r} lie inside one another; give layers= one kind of them"
         )
-    return found[-1] if found else None
+    return (names[0], found[names[0]]) if found else None
+
+
+def _prefixes(fqn: str) -> Iterator[str]:
+    """``"a"``, ``"a.b"``, ``"a.b.c"``."""
+    parts = fqn.split(".") if fqn else []
+    for end in range(1, len(parts) + 1):
+        yield ".".join(parts[:end])
 
 
 def _leave_sizes(graph: Graph, home: dict[Node, Home]) -> None:

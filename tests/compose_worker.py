@@ -29,7 +29,7 @@ from cp_worker import WORLD, fork_ranks, mesh_of  # noqa: E402
 from pipeline_worker import make_schedule, process_group, work_through  # noqa: E402
 from zoo import CASES, VOCAB  # noqa: E402
 
-LAYERS, BATCH, SEQ, MICROBATCHES, IGNORED = 4, 8, 16, 2, -100
+LAYERS, BATCH, SEQ, MICROBATCHES, IGNORED = 4, 16, 16, 4, -100
 STEPS, SAVED = 4, 2
 MAX_NORM = 0.05
 ADAM = {"lr": 1e-3, "weight_decay": 0.1}
@@ -364,30 +364,15 @@ class Rank:
     def resume(self, name: str) -> None:
         """Goes on from a checkpoint, whatever the number of stages was that wrote it."""
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-        options = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
         state = self.state()
         if not self.cell.optimizer_state:
             del state["optimizer"]
-        dcp.load(state, checkpoint_id=self.directory / name)
-        for index, module in self.modules.items():
-            own = {plain(fqn) for fqn in module.state_dict()}
-            set_state_dict(
-                module,
-                self.optimizers[index],
-                model_state_dict={fqn: value for fqn, value in state["model"].items() if fqn in own},
-                optim_state_dict={
-                    key: value for key, value in state.get("optimizer", {}).items() if belongs(key, own)
-                },
-                options=options,
-            )
-
-
-def belongs(key: str, fqns: set[str]) -> bool:
-    """Whether an entry of a flat optimizer state is about one of the parameters: ``state.FQN.exp_avg``."""
-    path = key.split(".", 1)[1].rpartition(".")[0]
-    return path in fqns
+        dcp.load(state, checkpoint_id=self.directory / name)  # into the parameters themselves
+        for index, module in self.modules.items() if self.cell.optimizer_state else ():
+            set_optimizer_state_dict(module, self.optimizers[index], state["optimizer"], options=options)
 
 
 def plain(name: str) -> str:
