@@ -54,7 +54,14 @@ def split_layers(module: Any, layers: Iterable[str] | None = None) -> dict[str, 
     generate_code(module)
     chosen = None if layers is None else _matcher(layers)
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    regions = find_regions(module.graph, parameters, chosen)
+    read = {str(node.target): attribute_of(node, module) for node in module.graph.nodes if node.op == "get_attr"}
+    bodies = {target: value for target, value in read.items() if not isinstance(value, torch.Tensor)}
+    if not any(node.meta.get("nn_module_stack") for node in module.graph.nodes):
+        raise PartitionError(
+            "the stage does not say which modules its ops were traced in: its package was saved by an earlier version "
+            "(save it again), or the program was not made by torch.export"
+        )
+    regions = find_regions(module.graph, parameters, bodies, chosen)
     by_fqn: dict[str, list[Region]] = {}
     for region in regions:
         by_fqn.setdefault(region.fqn, []).append(region)
@@ -69,9 +76,9 @@ def split_layers(module: Any, layers: Iterable[str] | None = None) -> dict[str, 
     graph = _parent_graph(module.graph, regions)
     made: dict[str, Module] = {}
     for fqn, calls in by_fqn.items():
-        bodies = {str(node.target): attribute_of(node, module) for node in calls[0].state}
-        bodies = {name: body for name, body in bodies.items() if not isinstance(body, torch.Tensor)}
-        made[fqn] = _put_layer(module, fqn, graphs[calls[0]], bodies)
+        needed = {str(node.target) for node in calls[0].state}
+        own = {target: body for target, body in bodies.items() if target in needed}
+        made[fqn] = _put_layer(module, fqn, graphs[calls[0]], own)
     module.graph = graph
     generate_code(module)
     return made
@@ -90,9 +97,7 @@ def _matcher(layers: Iterable[str]) -> Any:
 
     def matches(fqn: str) -> bool:
         parts = fqn.split(".")
-        return any(
-            len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern)) for pattern in split
-        )
+        return any(len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern)) for pattern in split)
 
     return matches
 
@@ -158,7 +163,6 @@ def _parent_graph(old: Graph, regions: list[Region]) -> Graph:
             env[item] = copy_node(graph, item, env.__getitem__)
             continue
         call = graph.create_node("call_module", item.fqn, tuple(env[source] for source in item.inputs))
-        call.meta = {key: item.nodes[-1].meta[key] for key in ("nn_module_stack",) if key in item.nodes[-1].meta}
         if len(item.outputs) == 1:
             env[item.outputs[0]] = call
             call.meta["val"] = item.outputs[0].meta.get("val")

@@ -35,12 +35,14 @@ class Region:
     members: set[Node] = field(default_factory=set)
 
 
-def find_regions(graph: Graph, parameters: Collection[str], chosen: Callable[[str], bool] | None) -> list[Region]:
+def find_regions(
+    graph: Graph, parameters: Collection[str], bodies: Collection[str], chosen: Callable[[str], bool] | None
+) -> list[Region]:
     """The layers of a graph, in order. Position arithmetic that a stage repeats, without a parameter, is no layer.
 
     Args:
         graph: a flat one.
-        parameters: the targets of the nodes that read one.
+        parameters: the targets of the nodes that read one; ``bodies``: of those that name no tensor.
         chosen: whether an FQN is a layer's; ``None`` for the entries of the outermost module lists.
 
     Raises:
@@ -60,16 +62,16 @@ def find_regions(graph: Graph, parameters: Collection[str], chosen: Callable[[st
             del regions[key]
             home = {node: own for node, own in home.items() if own != key}
     for key, region in regions.items():
-        _absorb(graph, region, key, home, order)
+        _absorb(region, key, home, order)
     regions = _collect(graph, home)
     _check_writes(graph, home, regions, order)
     for region in regions.values():
-        _connect(graph, region)
+        _connect(region, bodies)
     return [region for region in regions.values() if region.outputs]
 
 
 def _home(node: Node, chosen: Callable[[str], bool] | None) -> Home | None:
-    """The layer that a node was traced in. A module list is not called, so that entries need not be modules that are."""
+    """The layer that a node was traced in; as a module list is not called, its entries may be lists themselves."""
     found: dict[str, str] = {}
     for fqn, _ in (node.meta.get("nn_module_stack") or {}).values():
         name, _, call = str(fqn).partition("@")
@@ -97,7 +99,8 @@ def _leave_sizes(graph: Graph, home: dict[Node, Home]) -> None:
     """Sizes of what lies outside are taken outside, if another layer needs them: a layer would have to return them."""
     for node in graph.nodes:
         own = home.get(node)
-        if own is None or not isinstance(node.meta.get("val"), torch.SymInt | int):
+        size = node.target is torch.ops.aten.sym_size.int or isinstance(node.meta.get("val"), torch.SymInt | int)
+        if own is None or not size:
             continue
         outside = all(home.get(operand) != own for operand in node.all_input_nodes)
         if outside and any(home.get(user) != own for user in node.users):
@@ -114,7 +117,7 @@ def _collect(graph: Graph, home: dict[Node, Home]) -> dict[Home, Region]:
     return regions
 
 
-def _absorb(graph: Graph, region: Region, key: Home, home: dict[Node, Home], order: dict[Node, int]) -> None:
+def _absorb(region: Region, key: Home, home: dict[Node, Home], order: dict[Node, int]) -> None:
     """Takes in what computes from the layer's values, between its first node and its last, for the layer itself."""
     first, last = order[region.nodes[0]], order[region.nodes[-1]]
     if last - first + 1 == len(region.nodes):
@@ -190,12 +193,12 @@ def _own_state(node: Node, fqn: str) -> bool:
     return node.op == "get_attr" and str(node.target).startswith(f"{fqn}.")
 
 
-def _connect(graph: Graph, region: Region) -> None:
+def _connect(region: Region, bodies: Collection[str]) -> None:
     inputs: dict[Node, None] = {}
     state: dict[Node, None] = {}
     for operand in _operands(region):
         if operand not in region.members:
-            body = operand.op == "get_attr" and "val" not in operand.meta
+            body = operand.op == "get_attr" and operand.target in bodies
             (state if body or _own_state(operand, region.fqn) else inputs)[operand] = None
     region.inputs, region.state = list(inputs), list(state)
     region.outputs = [node for node in region.nodes if any(user not in region.members for user in node.users)]

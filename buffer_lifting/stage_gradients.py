@@ -62,9 +62,9 @@ class StageGradients:
         mesh: Any = None,
     ) -> None:
         self._group = pp_group(group, mesh) if dist.is_initialized() else None
-        if not isinstance(modules, Mapping):
-            modules = {stage.stage_index: stage.submod for stage in modules}
-        self.modules: dict[int, Module] = dict(modules)
+        given: Any = modules
+        by_index = given if isinstance(given, Mapping) else {stage.stage_index: stage.submod for stage in given}
+        self.modules: dict[int, Module] = dict(by_index)
         tied, records, count = _records(stages)
         local = {fqn: _copies(fqn, holders, self.modules, records) for fqn, holders in sorted(tied.items())}
         notes = {
@@ -179,7 +179,7 @@ class StageGradients:
 
     def _subgroup(self, ranks: list[int]) -> Any:
         """The process group of some ranks of the pipeline; the others need not call this."""
-        whole = self._group if self._group is not None else dist.group.WORLD
+        whole: Any = self._group if self._group is not None else dist.group.WORLD
         if len(ranks) == dist.get_world_size(whole):
             return whole
         chosen = [dist.get_global_rank(whole, rank) for rank in ranks]
