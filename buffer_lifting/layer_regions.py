@@ -73,8 +73,8 @@ def find_regions(
 def _home(node: Node, chosen: Callable[[str], bool] | None) -> Home | None:
     """The layer that a node was traced in; as a module list is not called, its entries may be lists themselves."""
     found: dict[str, str] = {}
-    for fqn, _ in (node.meta.get("nn_module_stack") or {}).values():
-        name, _, call = str(fqn).partition("@")
+    for key, (fqn, _) in (node.meta.get("nn_module_stack") or {}).items():
+        name, call = str(fqn).partition("@")[0], str(key).partition("@")[2]
         for prefix in _prefixes(name):
             if prefix.rpartition(".")[2].isdigit() if chosen is None else chosen(prefix):
                 found.setdefault(prefix, call)

@@ -48,7 +48,7 @@ MORE_LAYERS = {
 def lifted(name: str) -> bl.LiftedProgram:
     """An entry of the catalog, lifted."""
     entry = entries()[name]
-    return bl.lift(export_cell(entry, entry.exports[0], "dynamic"))
+    return bl.lift(export_cell(entry, entry.exports[0], "dynamic"), axes=entry.exports[0].axes)
 
 
 def names(module: nn.Module) -> list[list[str]]:
@@ -148,7 +148,7 @@ class Positions(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1]))
         if self.kind == "twice":
-            return self.head(self.blocks[1](self.blocks[0](self.blocks[0](x))))
+            return self.head(self.blocks[0](self.blocks[1](self.blocks[0](x))))
         if self.kind == "unlike":
             return self.head(self.blocks[0](self.blocks[0](x), 2.0))
         if self.kind == "read outside":
@@ -186,6 +186,8 @@ def test_dropout_and_a_layer_that_is_called_twice(kind: str) -> None:
     staged.stages[0].module.zero_grad()
     layers = bl.split_layers(staged.stages[0].module)
     assert list(layers) == [f"blocks.{n}" for n in range(3 if kind == "plain" else 2)]
+    calls = [str(node.target) for node in staged.stages[0].module.graph.nodes if node.op == "call_module"]
+    assert len(calls) == 3 and len(set(calls)) == len(layers)
     assert torch.equal(run(staged), expected)
     run(staged).sum().backward()
     for fqn, parameter in staged.stages[0].module.named_parameters():

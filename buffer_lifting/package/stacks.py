@@ -13,11 +13,15 @@ _FQN = re.compile(r"[\w.@]*")
 
 
 def encode_stacks(graph: Graph) -> dict[str, Any]:
-    """``{"stacks": [["model", "model.layers.0"], ...], "nodes": {"add_1": 0, ...}}``: FQNs, outermost first."""
+    """``{"stacks": [["model", "model.layers.0"], ...], "nodes": {"add_1": 0, ...}}``: FQNs, outermost first.
+
+    A module that is called again has the number of the call behind an ``@``.
+    """
     stacks: dict[tuple[str, ...], int] = {}
     nodes = {}
     for node in graph.nodes:
-        stack = tuple(str(fqn) for fqn, _ in (node.meta.get("nn_module_stack") or {}).values() if fqn)
+        found = node.meta.get("nn_module_stack") or {}
+        stack = tuple(_call(str(key), str(fqn)) for key, (fqn, _) in found.items() if fqn)
         if stack:
             nodes[node.name] = stacks.setdefault(stack, len(stacks))
     return {"stacks": [list(stack) for stack in stacks], "nodes": nodes}
@@ -37,4 +41,10 @@ def decode_stacks(document: dict[str, Any], graph: Graph) -> None:
     for node in graph.nodes:
         place = document["nodes"].get(node.name)
         if place is not None:
-            node.meta["nn_module_stack"] = {fqn: (fqn, "") for fqn in stacks[place]}
+            node.meta["nn_module_stack"] = {fqn: (fqn.partition("@")[0], "") for fqn in stacks[place]}
+
+
+def _call(key: str, fqn: str) -> str:
+    """``"layers.0"``, ``"layers.0@1"`` in its second call: torch.export has the number in the key."""
+    name, number = fqn.partition("@")[0], key.partition("@")[2]
+    return f"{name}@{number}" if number else name
