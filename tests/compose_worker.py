@@ -334,14 +334,14 @@ class Rank:
             for index, m in self.modules.items()
         }
 
-    def state(self) -> dict[str, Any]:
-        """This rank's part of a checkpoint, by the FQNs of the original model."""
+    def state(self, *stages: int) -> dict[str, Any]:
+        """Some stages' part of a checkpoint, by the FQNs of the original model."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
-        for index, module in self.modules.items():
-            weights, optimizer = get_state_dict(module, self.optimizers[index], options=options)
+        for index in stages:
+            weights, optimizer = get_state_dict(self.modules[index], self.optimizers[index], options=options)
             state["model"].update(weights)
             state["optimizer"].update(optimizer)
         return state
@@ -350,7 +350,7 @@ class Rank:
         """Writes a checkpoint."""
         import torch.distributed.checkpoint as dcp
 
-        dcp.save(self.state(), checkpoint_id=self.directory / name)
+        dcp.save(self.state(*self.mine), checkpoint_id=self.directory / name)
 
     def resume(self, name: str) -> None:
         """Goes on from a checkpoint, whatever the number of stages was that wrote it."""
@@ -358,12 +358,13 @@ class Rank:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
         options = StateDictOptions(flatten_optimizer_state_dict=True)
-        state = self.state()
-        if not self.cell.optimizer_state:
-            del state["optimizer"]
-        dcp.load(state, checkpoint_id=self.directory / name)  # into the parameters themselves
-        for index, module in self.modules.items() if self.cell.optimizer_state else ():
-            set_optimizer_state_dict(module, self.optimizers[index], state["optimizer"], options=options)
+        for index, module in self.modules.items():
+            state = self.state(index)
+            if not self.cell.optimizer_state:
+                del state["optimizer"]
+            dcp.load(state, checkpoint_id=self.directory / name)  # into the parameters themselves
+            if self.cell.optimizer_state:
+                set_optimizer_state_dict(module, self.optimizers[index], state["optimizer"], options=options)
 
 
 def plain(name: str) -> str:

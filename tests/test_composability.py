@@ -62,6 +62,7 @@ RESUME = (
     Cell(LLAMA, steps=STEPS, resume="two_stages", pp=1, other=4),
 )
 MORE_RESUME = (
+    Cell(LLAMA, steps=STEPS, resume="two_stages", schedule="ScheduleZBVZeroBubble", stages=4),
     Cell(LLAMA, steps=STEPS, resume="two_stages", schedule="ScheduleInterleaved1F1B", stages=4, checkpointed=True),
     Cell(LLAMA, steps=STEPS, resume="two_stages", kind="cp", fsdp="stage"),
 )
