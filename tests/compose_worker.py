@@ -26,7 +26,7 @@ if str(TESTS) not in sys.path:
 import cp_worker  # noqa: E402
 from cp_worker import WORLD, fork_ranks, mesh_of  # noqa: E402
 from pipeline_worker import make_schedule, process_group, work_through  # noqa: E402
-from zoo import CASES, VOCAB  # noqa: E402
+from zoo import CASES, VOCAB, titan  # noqa: E402
 
 LAYERS, BATCH, SEQ, MICROBATCHES, IGNORED = 4, 16, 16, 4, -100
 STEPS, SAVED = 4, 2
@@ -113,6 +113,7 @@ def _tied_llama(layers: int) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "hf_llama_tied": partial(_tied_llama, LAYERS),
     "llama_pr1797": partial(CASES["llama_pr1797"].build, layers=LAYERS),
+    "titan_llama3": lambda: titan.build("llama3"),
     "nanogpt_tied": partial(CASES["nanogpt_tied"].build, layers=LAYERS),
 }
 
@@ -177,6 +178,8 @@ def key_of(cell: Cell) -> tuple[str, int, int, str]:
 
 def prepare(cell: Cell) -> Any:
     """The lifted program, before it is forked; the stages, which are wrapped in place, are made for each cell."""
+    if cell.model == "titan_llama3":
+        return cell
     lifted_program(cell.model, key_of(cell)[3])
     return cell
 
@@ -395,8 +398,75 @@ def named_mesh(cell: Cell) -> Any:
     return mesh_of(cell.pp, cell.other) if cell.kind == "cp" else _mesh(cell.pp, cell.other, cell.kind)
 
 
+def run_titan(cell: Cell) -> dict[str, Any]:
+    """What torchtitan's trainer does with the schedule and parts of ``examples/torchtitan_stages.py``, for one step."""
+    from types import SimpleNamespace
+
+    from torchtitan.distributed import ParallelDims, parallel_dims
+    from torchtitan.distributed.utils import clip_grad_norm_
+
+    sys.path.insert(0, str(TESTS.parent / "examples"))
+    import torchtitan_stages
+
+    shard, cp = (cell.other, 1) if cell.kind == "dp" else (1, cell.other)
+    parallel_dims.device_type = "cpu"  # torchtitan takes a machine without GPUs for one with CUDA
+    dims = ParallelDims(dp_replicate=1, dp_shard=shard, cp=cp, tp=1, pp=cell.pp, ep=1, world_size=WORLD)
+    dims.build_mesh()
+    config = titan_config()
+    with torch.device("meta"):
+        model = config.build()
+    schedule, parts, first, last = torchtitan_stages.pipeline_by_export(
+        model,
+        parallel_dims=dims,
+        training=SimpleNamespace(local_batch_size=BATCH // shard),
+        parallelism=SimpleNamespace(
+            pipeline_parallel_schedule=cell.schedule.removeprefix("Schedule"),
+            pipeline_parallel_microbatch_size=BATCH // shard // MICROBATCHES,
+        ),
+        ac_config=object() if cell.checkpointed else None,
+        device=torch.device("cpu"),
+        model_config=config,
+        loss_fn=lambda output, target, global_valid_tokens: (
+            cross_entropy_sum(output, target) / global_valid_tokens,
+            {},
+        ),
+    )
+    for part in parts:
+        part.to_empty(device="cpu")
+        with torch.no_grad():
+            part.init_weights(buffer_device=None)
+        part.train()
+    tokens, labels, order = data(0)
+    rank = torch.distributed.get_rank() % cell.other
+    rows = slice(None) if cell.kind == "cp" else slice(rank * BATCH // shard, (rank + 1) * BATCH // shard)
+    inputs, target, feed = torchtitan_stages.stage_inputs(
+        schedule.staged, {"input": tokens[rows]}, labels[rows], dims.get_optional_mesh("cp"), order[rows]
+    )
+    losses: list[Tensor] = []
+    schedule.step(
+        *([inputs] if first else []),
+        **feed,
+        **({"target": target, "losses": losses} if last else {}),
+        loss_kwargs={"global_valid_tokens": (labels != IGNORED).sum()},
+        return_outputs=False,
+    )
+    parameters = [p for part in parts for p in part.parameters()]
+    gradients = {plain(name): full(p.grad).clone() for part in parts for name, p in part.named_parameters()}
+    norm = clip_grad_norm_(parameters, MAX_NORM, foreach=True, pp_mesh=dims.get_optional_mesh("pp"))
+    loss = torch.stack(losses).detach().sum() if last else torch.zeros(())
+    torch.distributed.all_reduce(loss)
+    return {"loss": float(loss), "norm": float(norm), "gradients": {0: gradients}, "tied": {}}
+
+
+def titan_config() -> Any:
+    """A torchtitan Llama 3."""
+    return titan.config_of("llama3")
+
+
 def run(cell: Cell, directory: Path) -> dict[str, Any]:
     """What a rank has to tell of a cell."""
+    if cell.model == "titan_llama3":
+        return run_titan(cell)
     rank = Rank(cell, directory)
     if cell.resume:
         rank.resume(cell.resume)

@@ -53,6 +53,11 @@ MORE_GRADIENTS = (
     Cell("llama_pr1797", kind="cp", checkpointed=True, runner=True),
     Cell("nanogpt_tied"),
 )
+TITAN = (
+    Cell("titan_llama3", checkpointed=True),
+    Cell("titan_llama3", kind="cp"),
+    Cell("titan_llama3", schedule="ScheduleInterleaved1F1B"),
+)
 UNLIFTED = (Cell(LLAMA, feed="unlifted"),)
 APART = Cell(LLAMA, tied="apart")
 BFLOAT16 = Cell("llama_pr1797", precision="bfloat16")
@@ -168,6 +173,17 @@ def test_loss_gradients_and_clipping_are_those_of_one_process(cell: Cell, result
     if cell.fsdp == "layers":
         assert len({fqn for rank in run for fqn in rank["layers"]}) == compose_worker.LAYERS
     assert bool(run[0]["tied"]) == ("tied" in cell.model)
+
+
+@pytest.mark.slow
+@cells(*TITAN)
+def test_torchtitan_trains_the_stages_of_its_model(cell: Cell, results: Results) -> None:
+    """The example's schedule and model parts under torchtitan's meshes and its clipping."""
+    run = run_of(cell, results)
+    loss, _, norm = reference(cell.model)
+    assert [rank["loss"] for rank in run] == pytest.approx([loss] * WORLD, rel=TOLERANCE)
+    assert check_gradients(cell.model, run) < TOLERANCE
+    assert [rank["norm"] for rank in run] == pytest.approx([norm] * WORLD, rel=TOLERANCE)
 
 
 @cells(*UNLIFTED, slow=(Cell("llama_pr1797", feed="unlifted"),))

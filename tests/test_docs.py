@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 CONTEXT_PARALLEL = (ROOT / "docs" / "CONTEXT_PARALLEL.md").read_text()
 PACKAGES = (ROOT / "docs" / "PACKAGES.md").read_text()
 PARTITIONING = (ROOT / "docs" / "PARTITIONING.md").read_text()
+COMPOSABILITY = (ROOT / "docs" / "COMPOSABILITY.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -52,7 +53,12 @@ def test_the_snippets_on_scale_print_what_stands_behind_them(tmp_path: Path) -> 
     assert len(snippets) == len(outputs) == 2 and printed == "".join(outputs)
 
 
-PAGES = {"context parallelism": CONTEXT_PARALLEL, "packages": PACKAGES, "partitioning": PARTITIONING}
+PAGES = {
+    "context parallelism": CONTEXT_PARALLEL,
+    "packages": PACKAGES,
+    "partitioning": PARTITIONING,
+    "composability": COMPOSABILITY,
+}
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
