@@ -14,7 +14,7 @@ from buffer_lifting.passes.collectives import bind_group
 from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tables import lack_values, move_to, put, stage_tables
-from buffer_lifting.torch_compat import generate_code
+from buffer_lifting.torch_compat import generate_code, rewrite_code
 
 #: A stage's positional inputs, and its outputs, on the meta device.
 Shapes = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
@@ -101,8 +101,7 @@ def bind_ranks(lifted: LiftedProgram, module: GraphModule, mesh: Any) -> None:
         )
     for _, part in graphs_of(module):
         if bind_group(part.graph, mesh[name].get_group().group_name):
-            part.recompile()
-            generate_code(part)
+            rewrite_code(part)
 
 
 def untie(staged: StagedProgram, index: int) -> None:

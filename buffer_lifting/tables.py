@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from buffer_lifting.errors import FeedError
 from buffer_lifting.graph.bodies import named
 from buffer_lifting.layer_graphs import graphs_of
-from buffer_lifting.torch_compat import is_fake
+from buffer_lifting.torch_compat import is_fake, rewrite_code
 
 #: A module that has the tables by FQN, or a mapping from FQN to tensor or from the FQN of a module to that module.
 TableSource = torch.nn.Module | Mapping[str, torch.Tensor | torch.nn.Module]
@@ -158,4 +158,4 @@ def move_to(module: GraphModule, device: torch.device) -> None:
 def _name_device(module: GraphModule, device: torch.device, only: str = "") -> None:
     for _, part in graphs_of(module):
         if use_device(part.graph, device, only):
-            part.recompile()
+            rewrite_code(part)

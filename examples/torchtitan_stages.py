@@ -1,8 +1,8 @@
 """torchtitan's trainer on stages of an exported model: what goes into its ``pipelining_fn``, and into its data.
 
 In torchtitan (0.3.0) a ``ModelSpec`` names the function that makes schedule and model parts; give it
-:func:`pipeline_by_export`, and train with a ``Trainer`` whose ``post_dataloading_process`` calls :func:`stage_inputs`. The
-rest of the trainer stays: optimizers, clipping, checkpoints, the loss of the whole batch's tokens.
+:func:`pipeline_by_export`, and train with a ``Trainer`` whose ``post_dataloading_process`` calls :func:`stage_inputs`.
+The rest of the trainer stays: optimizers, clipping, checkpoints, the loss of the whole batch's tokens.
 
 Pipeline, FSDP and context parallelism, activation checkpointing of each layer. Not tensor or expert parallelism, which
 replace modules of the model; and torchtitan itself refuses tied embeddings under pipeline parallelism.
@@ -102,8 +102,8 @@ def _initialiser(part: nn.Module, staged: Any, model_config: Any) -> Callable[..
         torch.manual_seed(0)
         whole = model_config.build()
         whole.init_weights(buffer_device=buffer_device)
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(part, whole.state_dict(), options=options)
+        values = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}  # a fused qkv has others in state_dict
+        set_model_state_dict(part, values, options=StateDictOptions(full_state_dict=True, strict=False))
         staged.bind_tables(whole)
 
     return init_weights

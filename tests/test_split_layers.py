@@ -19,6 +19,7 @@ import buffer_lifting as bl
 from buffer_lifting.layer_graphs import graphs_of
 from buffer_lifting.passes.collectives import collectives
 from buffer_lifting.runtime import bind_ranks
+from buffer_lifting.torch_compat import rewrite_code
 
 #: Entry of the catalog -> the layers of each of its two stages.
 LAYERS = {
@@ -311,6 +312,24 @@ def test_collectives_inside_layers_get_their_group() -> None:
             step()
         assert not groups(iter([module.graph]))
         assert groups(part.graph for _, part in graphs_of(module)) == ["the group"] * 2
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_wrapped_module_whose_graph_changes_can_be_called(loaded: bool, tmp_path: Path) -> None:
+    """FSDP gives a module another class; tables, devices and groups are put in behind that."""
+    staged = stage_of()
+    expected = run(staged)
+    module = staged.stages[0].module
+    if loaded:
+        staged.save(tmp_path / "stages")
+        module = bl.load_stage(tmp_path / "stages", 0).stage.module
+    layers = bl.split_layers(module)
+    for part in (*layers.values(), module):
+        part.__class__ = type(f"Wrapped{type(part).__name__}", (type(part),), {})
+    for _, graph in graphs_of(module):
+        rewrite_code(graph)
+    tokens = torch.arange(20).view(2, 10) % 16
+    assert torch.equal(module(tokens, **staged.feed(2, 10)), expected)
 
 
 def test_tables_inside_layers_get_their_values() -> None:
