@@ -265,7 +265,7 @@ def rewrite_code(module: GraphModule) -> None:
 def _call_once(module: GraphModule) -> None:
     """Undoes what ``recompile`` does to the class that FSDP has put before the module's own: a ``__call__`` that calls
     the own one, which calls the first again. Private: ``_wrapped_call``."""
-    cls = type(module)
+    cls: Any = type(module)
     if "_wrapped_call" in vars(cls) and any("_wrapped_call" in vars(base) for base in cls.__mro__[1:]):
         del cls._wrapped_call
         del cls.__call__

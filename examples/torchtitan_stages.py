@@ -102,7 +102,7 @@ def _initialiser(part: nn.Module, staged: Any, model_config: Any) -> Callable[..
         torch.manual_seed(0)
         whole = model_config.build()
         whole.init_weights(buffer_device=buffer_device)
-        values = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}  # a fused qkv has others in state_dict
+        values = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}  # state_dict() splits a fused qkv
         set_model_state_dict(part, values, options=StateDictOptions(full_state_dict=True, strict=False))
         staged.bind_tables(whole)
 

@@ -38,12 +38,15 @@ TOLERANCE = 1e-5
 
 LLAMA = "hf_llama_tied"
 GRADIENTS = (
+    Cell(LLAMA, checkpointed=True),
+    Cell("llama_pr1797", kind="cp"),
+)
+MORE_GRADIENTS = (
     Cell(LLAMA),
     Cell(LLAMA, checkpointed=True, runner=True),
     Cell("llama_pr1797", kind="cp", checkpointed=True),
     Cell(LLAMA, packaged=True),
-)
-MORE_GRADIENTS = (
+    Cell(LLAMA, schedule="ScheduleZBVZeroBubble", stages=4),
     Cell(LLAMA, fsdp="none"),
     Cell(LLAMA, fsdp="stage", runner=True),
     Cell(LLAMA, kind="cp"),
@@ -62,11 +65,9 @@ UNLIFTED = (Cell(LLAMA, feed="unlifted"),)
 APART = Cell(LLAMA, tied="apart")
 BFLOAT16 = Cell("llama_pr1797", precision="bfloat16")
 SAVE = Cell(LLAMA, steps=STEPS, save="two_stages")
-RESUME = (
-    Cell(LLAMA, steps=STEPS, resume="two_stages", pp=4, other=1, fsdp="none"),
-    Cell(LLAMA, steps=STEPS, resume="two_stages", pp=1, other=4),
-)
+RESUME = (Cell(LLAMA, steps=STEPS, resume="two_stages", pp=4, other=1, fsdp="none"),)
 MORE_RESUME = (
+    Cell(LLAMA, steps=STEPS, resume="two_stages", pp=1, other=4),
     Cell(LLAMA, steps=STEPS, resume="two_stages", schedule="ScheduleZBVZeroBubble", stages=4),
     Cell(LLAMA, steps=STEPS, resume="two_stages", schedule="ScheduleInterleaved1F1B", stages=4, checkpointed=True),
     Cell(LLAMA, steps=STEPS, resume="two_stages", kind="cp", fsdp="stage"),
@@ -204,6 +205,7 @@ def test_copies_that_are_not_added_up_are_wrong(cell: Cell, results: Results) ->
                 assert error > 0.1 if fqn in rank["tied"] else error < 1e-3, (fqn, error)
 
 
+@pytest.mark.slow
 @cells(BFLOAT16)
 def test_mixed_precision_is_that_of_the_model_in_bfloat16(cell: Cell, results: Results) -> None:
     """Parameters, gradients and their sums in float32, computation in bfloat16: as one process does it by parts."""
@@ -248,6 +250,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_stages(cell: Cell, results:
         assert [rank["norms"][step] for step in range(first, STEPS)] == pytest.approx(norms[first:], rel=1e-4)
 
 
+@pytest.mark.slow
 @cells(FORGETFUL)
 def test_without_the_optimizers_state_the_losses_are_others(cell: Cell, results: Results) -> None:
     """The control: what a resumed run must not be like. The first loss comes before any update."""
