@@ -46,7 +46,7 @@ MORE_GRADIENTS = (
     Cell(LLAMA, checkpointed=True, runner=True),
     Cell("llama_pr1797", kind="cp", checkpointed=True),
     Cell(LLAMA, packaged=True),
-    Cell(LLAMA, schedule="ScheduleZBVZeroBubble", stages=4),
+    Cell(LLAMA, schedule="ScheduleZBVZeroBubble", stages=4, fsdp="stage"),
     Cell(LLAMA, fsdp="none"),
     Cell(LLAMA, fsdp="stage", runner=True),
     Cell(LLAMA, kind="cp"),
@@ -68,7 +68,7 @@ SAVE = Cell(LLAMA, steps=STEPS, save="two_stages")
 RESUME = (Cell(LLAMA, steps=STEPS, resume="two_stages", pp=4, other=1, fsdp="none"),)
 MORE_RESUME = (
     Cell(LLAMA, steps=STEPS, resume="two_stages", pp=1, other=4),
-    Cell(LLAMA, steps=STEPS, resume="two_stages", schedule="ScheduleZBVZeroBubble", stages=4),
+    Cell(LLAMA, steps=STEPS, resume="two_stages", schedule="ScheduleZBVZeroBubble", stages=4, fsdp="stage"),
     Cell(LLAMA, steps=STEPS, resume="two_stages", schedule="ScheduleInterleaved1F1B", stages=4, checkpointed=True),
     Cell(LLAMA, steps=STEPS, resume="two_stages", kind="cp", fsdp="stage"),
 )
