@@ -300,8 +300,8 @@ class StepRunner:
             inside = [fqn for fqn, part in module.named_modules() if fqn and isinstance(part, FSDPModule)]
             if inside:
                 raise PartitionError(
-                    f"{inside[0]!r} of stage {index} is sharded on its own, and {name} splits the backward: torch loses "
-                    "gradients of such layers; shard the stage as one (fully_shard of its module alone)"
+                    f"{inside[0]!r} of stage {index} is sharded on its own, and {name} splits the backward: torch loses"
+                    " gradients of such layers; shard the stage as one (fully_shard of its module alone)"
                 )
 
     def _chunks(self) -> dict[str, Any]:
