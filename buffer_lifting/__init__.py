@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from buffer_lifting.inspection.diagnostics import Diagnostic, check
     from buffer_lifting.joint import lift_graph
+    from buffer_lifting.layer_modules import split_layers
     from buffer_lifting.lifted import LiftedProgram
     from buffer_lifting.lifted_graph import LiftedGraph
     from buffer_lifting.lifting import lift, scan
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         SequenceMixing,
         VerifyReport,
     )
+    from buffer_lifting.stage_gradients import StageGradients
     from buffer_lifting.stages import Stage, StagedProgram
     from buffer_lifting.step_runner import StepRunner
     from buffer_lifting.token_loss import TokenLoss
@@ -59,6 +61,8 @@ _PUBLIC = {
     "real_pairs": "passes.real_pairs",
     "partition": "partitioner",
     "stage_ranks": "placement",
+    "split_layers": "layer_modules",
+    "StageGradients": "stage_gradients",
     "CostWeights": "cost_model",
     "MemoryEstimate": "memory",
     "StageMemory": "memory",
@@ -111,6 +115,7 @@ __all__ = [
     "ScanReport",
     "SequenceMixing",
     "Stage",
+    "StageGradients",
     "StageMemory",
     "StagedProgram",
     "StepRunner",
@@ -131,6 +136,7 @@ __all__ = [
     "partition",
     "real_pairs",
     "scan",
+    "split_layers",
     "stage_ranks",
     "verify",
 ]

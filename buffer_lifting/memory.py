@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.graph.bodies import attribute_of
+from buffer_lifting.layer_graphs import require_whole
 from buffer_lifting.placement import Placement, in_flight, placement_of
 from buffer_lifting.saved_values import SavedValues
 
@@ -100,6 +101,7 @@ def estimate(
     walk = SavedValues(dict(sizes))
     found = []
     for index, (module, received) in enumerate(each):
+        require_whole(module, index)
         parameters = list(module.parameters())
         trained = [p for p in parameters if p.requires_grad]
         found.append(

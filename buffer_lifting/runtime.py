@@ -8,12 +8,13 @@ import torch
 from torch.fx import GraphModule
 
 from buffer_lifting.errors import PartitionError
+from buffer_lifting.layer_graphs import graphs_of
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.collectives import bind_group
 from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tables import lack_values, move_to, put, stage_tables
-from buffer_lifting.torch_compat import generate_code
+from buffer_lifting.torch_compat import generate_code, rewrite_code
 
 #: A stage's positional inputs, and its outputs, on the meta device.
 Shapes = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
@@ -44,7 +45,8 @@ def make_stage(
     place = torch.device(device)
     _check_values(stage, place)
     move_to(stage.module, place)
-    generate_code(stage.module)
+    for _, part in graphs_of(stage.module):
+        generate_code(part)
     inputs, outputs = shapes or (None, None)
     return PipelineStage(
         stage.module.to(place),
@@ -97,8 +99,9 @@ def bind_ranks(lifted: LiftedProgram, module: GraphModule, mesh: Any) -> None:
             f"rank {mesh.get_rank()}: the mesh has {mesh[name].size()} ranks along {name!r}, the program was made for "
             f"{size}; call buffer_lifting.context_parallel(lifted, size={mesh[name].size()}) instead"
         )
-    bind_group(module.graph, mesh[name].get_group().group_name)
-    module.recompile()
+    for _, part in graphs_of(module):
+        if bind_group(part.graph, mesh[name].get_group().group_name):
+            rewrite_code(part)
 
 
 def untie(staged: StagedProgram, index: int) -> None:

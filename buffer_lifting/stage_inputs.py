@@ -33,6 +33,7 @@ def check_inputs_of(lifted: LiftedProgram, stage: Stage) -> None:
         missing = [name for name in wanted if name in lifted_names and name not in given]
         if missing:
             raise FeedError(f"{_rank()}stage {stage.index} is not given {', '.join(map(repr, missing))}; see feed()")
+        _check_dtypes(lifted, stage, given)
         sizes = _check_sizes(
             lifted, {name: given[name] for name in wanted if isinstance(given.get(name), torch.Tensor)}
         )
@@ -40,6 +41,19 @@ def check_inputs_of(lifted: LiftedProgram, stage: Stage) -> None:
             _check_activations(stage, args, sizes)
 
     module.__dict__[_HANDLE] = module.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def _check_dtypes(lifted: LiftedProgram, stage: Stage, given: dict[str, Any]) -> None:
+    """No lifted input has lost precision: rows of positions in bfloat16 are those of other positions."""
+    for item in lifted.inputs:
+        value, wanted = given.get(item.name), getattr(torch, item.dtype)
+        if not isinstance(value, torch.Tensor) or item.name not in stage.kwargs or value.dtype == wanted:
+            continue
+        if value.is_floating_point() and wanted.is_floating_point and value.itemsize < wanted.itemsize:
+            raise FeedError(
+                f"{_rank()}stage {stage.index} is given {item.name!r} in {value.dtype}, the program has {wanted}: feed "
+                "it as it is, and under FSDP give MixedPrecisionPolicy cast_forward_inputs=False"
+            )
 
 
 def _check_sizes(lifted: LiftedProgram, given: dict[str, torch.Tensor]) -> dict[str, int]:

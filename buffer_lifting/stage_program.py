@@ -20,6 +20,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, GraphModule, Node
 
 from buffer_lifting.graph.bodies import attribute_of
+from buffer_lifting.layer_graphs import require_whole
 from buffer_lifting.stages import Stage
 from buffer_lifting.torch_compat import (
     Symbolic,
@@ -81,6 +82,7 @@ class StageParts:
 
 def stage_parts(stage: Stage, whole: ExportedProgram) -> StageParts:
     """The parts of the program of one stage of ``whole``."""
+    require_whole(stage.module, stage.index)
     graph = stage.module.graph
     taken = {node.name for node in graph.nodes}
     readers = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}

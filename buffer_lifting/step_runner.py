@@ -279,6 +279,7 @@ class StepRunner:
             stages.append(self._build(index, (inputs if index else (), outputs[index])))
             without_first_step(stages[-1], self._voted)
         self._watch()
+        self._check_wrapping()
         options = {**self._options, **self._chunks()}
         single = inspect.isclass(self._schedule_class) and issubclass(self._schedule_class, PipelineScheduleSingle)
         if single and len(stages) > 1:
@@ -287,6 +288,21 @@ class StepRunner:
             stages[0] if single else stages, n_microbatches=sizes.n_microbatches, loss_fn=self._loss_fn, **options
         )
         return _Prepared(schedule, outputs)
+
+    def _check_wrapping(self) -> None:
+        """Refuses layers that FSDP shards on their own where a schedule splits the backward: torch loses gradients."""
+        name = getattr(self._schedule_class, "__name__", "")
+        if name not in ("ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble", "ScheduleDualPipeV"):
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        for index, module in self.modules.items():
+            inside = [fqn for fqn, part in module.named_modules() if fqn and isinstance(part, FSDPModule)]
+            if inside:
+                raise PartitionError(
+                    f"{inside[0]!r} of stage {index} is sharded on its own, and {name} splits the backward: torch loses"
+                    " gradients of such layers; shard the stage as one (fully_shard of its module alone)"
+                )
 
     def _chunks(self) -> dict[str, Any]:
         """Along which dims the schedule cuts the inputs that this rank's stages read, in their order."""

@@ -14,7 +14,8 @@ from torch.fx import Graph, GraphModule
 
 from buffer_lifting.errors import FeedError
 from buffer_lifting.graph.bodies import named
-from buffer_lifting.torch_compat import is_fake
+from buffer_lifting.layer_graphs import graphs_of
+from buffer_lifting.torch_compat import is_fake, rewrite_code
 
 #: A module that has the tables by FQN, or a mapping from FQN to tensor or from the FQN of a module to that module.
 TableSource = torch.nn.Module | Mapping[str, torch.Tensor | torch.nn.Module]
@@ -116,11 +117,12 @@ def stage_tables(module: GraphModule) -> dict[str, torch.Tensor]:
     """The buffers and constants of a stage that are in no checkpoint, by FQN."""
     kept = set(module.state_dict())
     tables = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr" and node.target not in kept:
-            value = _attribute(module, str(node.target))
-            if value is not None:
-                tables[str(node.target)] = value
+    for prefix, part in graphs_of(module):
+        for node in part.graph.nodes:
+            if node.op == "get_attr" and f"{prefix}{node.target}" not in kept:
+                value = _attribute(part, str(node.target))
+                if value is not None:
+                    tables[f"{prefix}{node.target}"] = value
     return tables
 
 
@@ -142,8 +144,7 @@ def set_tables(module: GraphModule, values: Mapping[str, torch.Tensor]) -> None:
         put(module, fqn, value)
     state = [*module.parameters(), *module.buffers()]
     place = next((value.device for value in state if has_values(value)), torch.device("cpu"))
-    if use_device(module.graph, place, "meta"):
-        module.recompile()
+    _name_device(module, place, "meta")
 
 
 def move_to(module: GraphModule, device: torch.device) -> None:
@@ -151,5 +152,10 @@ def move_to(module: GraphModule, device: torch.device) -> None:
     for fqn, value in stage_tables(module).items():
         if value.device != device and has_values(value):
             put(module, fqn, value.to(device))
-    if use_device(module.graph, device):
-        module.recompile()
+    _name_device(module, device)
+
+
+def _name_device(module: GraphModule, device: torch.device, only: str = "") -> None:
+    for _, part in graphs_of(module):
+        if use_device(part.graph, device, only):
+            rewrite_code(part)

@@ -239,6 +239,11 @@ class LazyGraphModule(_LazyGraphModule):
 
     forward = _AtFirstUse()
 
+    def real_recompile(self) -> None:
+        """Writes the code, if that was put off."""
+        super().real_recompile()
+        _call_once(self)
+
     @classmethod
     def _needs_recompile(cls) -> bool:
         return isinstance(cls.forward, _AtFirstUse)
@@ -274,6 +279,22 @@ def generate_code(module: GraphModule) -> None:
     """Writes the code of a module whose code was put off."""
     if isinstance(module, LazyGraphModule):
         module.real_recompile()
+
+
+def rewrite_code(module: GraphModule) -> None:
+    """Writes the code of a module whose graph was edited, be it wrapped or not."""
+    module.recompile()
+    generate_code(module)
+    _call_once(module)
+
+
+def _call_once(module: GraphModule) -> None:
+    """Undoes what ``recompile`` does to the class that FSDP has put before the module's own: a ``__call__`` that calls
+    the own one, which calls the first again. Private: ``_wrapped_call``."""
+    cls: Any = type(module)
+    if "_wrapped_call" in vars(cls) and any("_wrapped_call" in vars(base) for base in cls.__mro__[1:]):
+        del cls._wrapped_call
+        del cls.__call__
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -300,6 +300,11 @@ def main(port: int, directory: Path) -> int:
             traceback.print_exc()
         if time.monotonic() - began > 0.1:
             print(f"{cell.name}: prepared in {time.monotonic() - began:.1f} s", flush=True)
+    return fork_ranks(directory, lambda rank: serve(rank, port, directory, cells))
+
+
+def fork_ranks(directory: Path, run: Callable[[int], None]) -> int:
+    """Forks the ranks, each of which calls ``run`` with its number, and waits for them; 0 if none failed."""
     children = {}
     for rank in range(WORLD):
         child = os.fork()
@@ -309,7 +314,7 @@ def main(port: int, directory: Path) -> int:
                 log = os.open(directory / f"log{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
-                serve(rank, port, directory, cells)
+                run(rank)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -334,13 +339,13 @@ def main(port: int, directory: Path) -> int:
 # The parent ---------------------------------------------------------------------------------------------
 
 
-def launch(cells: Sequence[Any], directory: Path, timeout: float) -> str:
+def launch(cells: Sequence[Any], directory: Path, timeout: float, worker_file: str = __file__) -> str:
     """Runs one set of four ranks, for at most ``timeout`` seconds; returns what they printed."""
     (directory / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
     log = directory / "log.txt"
     with log.open("wb") as out:
         worker = subprocess.Popen(
-            [sys.executable, __file__, str(free_port()), str(directory)],
+            [sys.executable, worker_file, str(free_port()), str(directory)],
             env=worker_environment(),
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ CONTEXT_PARALLEL = (ROOT / "docs" / "CONTEXT_PARALLEL.md").read_text()
 PACKAGES = (ROOT / "docs" / "PACKAGES.md").read_text()
 PARTITIONING = (ROOT / "docs" / "PARTITIONING.md").read_text()
 JOINT_GRAPH = (ROOT / "docs" / "JOINT_GRAPH.md").read_text()
+COMPOSABILITY = (ROOT / "docs" / "COMPOSABILITY.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -58,6 +59,7 @@ PAGES = {
     "packages": PACKAGES,
     "partitioning": PARTITIONING,
     "joint": JOINT_GRAPH,
+    "composability": COMPOSABILITY,
 }
 
 

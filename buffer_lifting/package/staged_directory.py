@@ -21,6 +21,7 @@ from buffer_lifting.errors import LiftingError, PartitionError
 from buffer_lifting.feed_json import decode_lifted, encode_feed, encode_records
 from buffer_lifting.graph.record import StateKind
 from buffer_lifting.graph_json import decode_graph, decode_record, encode_graph, encode_record
+from buffer_lifting.layer_graphs import require_whole
 from buffer_lifting.package.files import (
     DAMAGED,
     MANIFEST,
@@ -39,6 +40,7 @@ from buffer_lifting.package.files import (
 from buffer_lifting.package.lifted_file import check_savable
 from buffer_lifting.package.loaded_stage import LoadedStage
 from buffer_lifting.package.pt2 import read_pt2_tensors, write_pt2
+from buffer_lifting.package.stacks import decode_stacks, encode_stacks
 from buffer_lifting.regular_file import open_regular
 from buffer_lifting.stage_builder import _register
 from buffer_lifting.stage_program import stage_parts, stage_state
@@ -93,6 +95,7 @@ def _state_dict_of(staged: StagedProgram) -> dict[str, list[int]]:
 
 def _save_stage(stage: Stage, whole: ExportedProgram, package: Path, weights: bool) -> dict[str, str]:
     """Writes the two files of a stage; returns their checksums."""
+    require_whole(stage.module, stage.index)
     state = {item.fqn: item for item in stage_state(stage.module)}
     for node in stage.module.graph.nodes:
         if node.op == "get_attr" and str(node.target) not in state:
@@ -106,7 +109,9 @@ def _save_stage(stage: Stage, whole: ExportedProgram, package: Path, weights: bo
         entry.update(kind=_KINDS[item.kind].value, persistent=persistent, requires_grad=item.value.requires_grad)
     record = {field.name: encode_record(getattr(stage, field.name)) for field in _record_fields()}
     manifest = package / f"stage_{stage.index}.json"
-    manifest.write_bytes(dumps({**record, "state": index, "graph": graph}))
+    manifest.write_bytes(
+        dumps({**record, "state": index, "modules": encode_stacks(stage.module.graph), "graph": graph})
+    )
     return {program.name: checksum, manifest.name: digest(manifest)}
 
 
@@ -172,6 +177,7 @@ def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stag
             made[source] = torch.nn.Parameter(value, entry["requires_grad"]) if kind is StateKind.PARAMETER else value
         _register(root, name, made[source], kind, entry["persistent"])
     module = decode_graph(document.pop("graph"), root, StageModule)
+    decode_stacks(document.pop("modules", {"stacks": [], "nodes": {}}), module.graph)
     hints = get_type_hints(Stage)
     known = {field.name for field in _record_fields()}
     unknown = sorted(document.keys() - known)

@@ -44,9 +44,10 @@ def collectives(graph: Graph) -> Iterator[Node]:
 
 
 def bind_group(graph: Graph, name: str) -> int:
-    """Gives every collective the name of a process group, as torch registers it; returns how many there are."""
+    """Gives every collective the name of a process group, as torch registers it; returns how many had another."""
     count = 0
     for node in collectives(graph):
-        node.args = (*node.args[:-1], name)
-        count += 1
+        if node.args[-1] != name:
+            node.args = (*node.args[:-1], name)
+            count += 1
     return count

@@ -36,16 +36,21 @@ def _without_triton() -> None:
 
 def build(family: str) -> nn.Module:
     """The model of a family: ``"llama3"``, ``"qwen3"``, ``"qwen3_moe"`` or ``"deepseek_v3"``."""
+    model: Any = config_of(family).build()
+    model.init_states()
+    built: nn.Module = model
+    return built
+
+
+def config_of(family: str) -> Any:
+    """The same as a config."""
     _without_triton()
     made = {"llama3": _llama3, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "deepseek_v3": _deepseek_v3}[family]()
     from torchtitan.models.common.attention import ScaledDotProductAttention
 
     for layer in made.layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
-    model: Any = made.build()
-    model.init_states()
-    built: nn.Module = model
-    return built
+    return made
 
 
 def _ends(family: Any, norm: Any) -> dict[str, Any]:
