@@ -1,9 +1,9 @@
 """torch's ring attention as an op that a graph can hold, with a gradient and no process group until it runs.
 
-``buffer_lifting::ring_attention(query, key, value, slots, scale, ranks, group)`` attends with the rows of this rank over
-the keys of all ranks of the group. Which pairs a causal ring leaves out is written into torch's loop for two orders
-of the rows, contiguous and head-tail; which of them it is, the slots of this rank tell at each call, and any other
-order is an error.
+``buffer_lifting::ring_attention(query, key, value, slots, scale, ranks, group)`` attends with the rows of this rank
+over the keys of all ranks of the group. Which pairs a causal ring leaves out is written into torch's loop for two
+orders of the rows, contiguous and head-tail; which of them it is, the slots of this rank tell at each call, and any
+other order is an error.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
-from buffer_lifting.errors import FeedError, PartitionError
+from buffer_lifting.errors import PartitionError
+from buffer_lifting.ring_order import is_head_tail
 from buffer_lifting.torch_compat import (
-    head_tail_indices,
     process_group,
     ring_attention_backward,
     ring_attention_forward,
 )
 
-ORDERS = "contiguous (order=None) and torch's head-tail load balancer, the same for all samples"
-OTHERS = "strategy='allgather' and 'alltoall' take any order"
 _HEADS, _ROWS = 1, 2  # dims of [batch, heads, rows, head dim]
 _aten = torch.ops.aten
 
@@ -99,8 +97,8 @@ def check_ring_device(device: torch.device) -> None:
     """
     if device.type not in (*_KERNELS, "meta"):
         raise PartitionError(
-            f"strategy='ring' has no kernel for the device {str(device)!r}: torch's ring attention wants one that returns "
-            f"the logsumexp (it has {' and '.join(_KERNELS)}); use strategy='allgather' or 'alltoall'"
+            f"strategy='ring' has no kernel for the device {str(device)!r} (it has {' and '.join(_KERNELS)}); use "
+            "context_parallel with strategy='allgather' or 'alltoall'"
         )
 
 
@@ -111,51 +109,12 @@ def _kernel_for(query: Tensor) -> _Kernel:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in kernel.dtypes)
         raise PartitionError(
             f"strategy='ring': the flash kernel on {query.device.type} takes {names}, not "
-            f"{str(query.dtype).removeprefix('torch.')}; use strategy='allgather' or 'alltoall'"
+            f"{str(query.dtype).removeprefix('torch.')}; use context_parallel with strategy='allgather' or 'alltoall'"
         )
     return kernel
 
 
-# -- the order ---------------------------------------------------------------------------------------------------
-
-
-def is_head_tail(slots: Tensor, rank: int, ranks: int) -> bool:
-    """Whether a rank's slots ``[1 or batch, S / ranks]`` are those of the head-tail order; else they are contiguous.
-
-    Raises:
-        FeedError: they are neither, or differ between samples.
-    """
-    first, rows = slots[0], slots.shape[1]
-    if slots.stride(0) == 0 or bool((slots == first).all()):
-        if torch.equal(first, torch.arange(rank * rows, (rank + 1) * rows, device=slots.device)):
-            return False
-        if rows % 2 == 0:
-            whole = head_tail_indices(rows * ranks, ranks)[0, rank * rows : (rank + 1) * rows]
-            if torch.equal(first, whole.to(slots.device)):
-                return True
-    raise _wrong_order(rank, ranks)
-
-
-def check_ring_order(order: Tensor | None, length: int, rank: int, ranks: int, axis: str = "") -> None:
-    """Refuses an order ``[1 or batch, S]`` that torch's ring attention does not follow.
-
-    Raises:
-        FeedError: another order than contiguous and head-tail, or one that differs between samples.
-    """
-    if order is None:
-        return
-    rows = length // ranks
-    kinds = {is_head_tail(order[:, part * rows : (part + 1) * rows], part, ranks) for part in range(ranks)}
-    if len(kinds) > 1:
-        raise _wrong_order(rank, ranks, axis)
-
-
-def _wrong_order(rank: int, ranks: int, axis: str = "") -> FeedError:
-    of = f" of axis {axis!r}" if axis else ""
-    return FeedError(
-        f"order{of}: the program has causal ring attention (strategy='ring'), which is right for two orders only, {ORDERS}; "
-        f"{OTHERS} (context-parallel rank {rank} of {ranks})"
-    )
+# -- the op ------------------------------------------------------------------------------------------------------
 
 
 #: The slots of the last call and what was found of them: the attentions of a stage read one tensor.
@@ -170,9 +129,6 @@ def _balanced(slots: Tensor | None, rank: int, ranks: int) -> bool | None:
     if _last is None or _last[0]() is not slots or _last[1] != key:
         _last = (weakref.ref(slots), key, is_head_tail(slots, rank, ranks))
     return _last[2]
-
-
-# -- the op ------------------------------------------------------------------------------------------------------
 
 
 def _group_of(name: str, ranks: int) -> tuple[Any, int]:

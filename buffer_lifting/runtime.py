@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.collectives import bind_group
+from buffer_lifting.ring import RING, check_ring_device
 from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tables import lack_values, move_to, put, stage_tables
@@ -42,6 +43,8 @@ def make_stage(
     bind_ranks(lifted, stage.module, mesh)
     check_inputs_of(lifted, stage)
     place = torch.device(device)
+    if any(node.target is RING for node in stage.module.graph.nodes):
+        check_ring_device(place)
     _check_values(stage, place)
     move_to(stage.module, place)
     generate_code(stage.module)

@@ -637,7 +637,9 @@ def process_group(name: str) -> Any:
     return _resolve_process_group(name)
 
 
-def ring_attention_forward(kernel: Callable[..., Any], group: Any, balanced: bool | None, *operands: torch.Tensor) -> Any:
+def ring_attention_forward(
+    kernel: Callable[..., Any], group: Any, balanced: bool | None, *operands: torch.Tensor
+) -> Any:
     """torch's ring attention on a rank's ``query, key, value``, each ``[batch, heads, rows, head dim]``.
 
     Private: ``_templated_ring_attention`` (``torch.distributed.tensor.experimental.context_parallel`` replaces

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import Graph, Node
 
+from buffer_lifting.ring import RING
 from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT
 
-COLLECTIVES = (ALL_GATHER, ALL_TO_ALL)
+#: The group is the last argument of each.
+COLLECTIVES = (ALL_GATHER, ALL_TO_ALL, RING)
 Emit = Callable[..., Node]
 
 

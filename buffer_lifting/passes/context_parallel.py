@@ -23,12 +23,7 @@ from buffer_lifting.passes.shard_attention import ShardAttention, ShardState
 from buffer_lifting.program import Axes, FeedOutput, LiftedInput
 from buffer_lifting.scanner import scan_record
 
-STRATEGIES = ("auto", "allgather", "alltoall")
-_RING = (
-    "strategy='ring' is not available: torch's ring attention is right for two orders only, contiguous and head-tail, "
-    "the same for all samples, and nothing here would tell that a step was fed another one; torch calls it for CUDA "
-    "kernels only. Use 'allgather' or 'alltoall' (docs/CAUSAL_FLAGS.md)"
-)
+STRATEGIES = ("auto", "allgather", "alltoall", "ring")
 
 
 def user_axes(lifted: LiftedProgram) -> Axes:
@@ -59,22 +54,22 @@ def context_parallel(
         strategy: ``"allgather"``: keys and values are gathered; any attention and any mask. ``"alltoall"``: heads
             are exchanged for rows at each ``scaled_dot_product_attention`` (DeepSpeed-Ulysses), which sends less
             where there are more ranks than query heads a key head has; any mask; the heads of queries and of keys
-            have to divide by ``size``. ``"auto"`` is ``"allgather"``. ``"ring"`` (torch's own ring attention) is
-            refused; the message says why.
+            have to divide by ``size``. ``"ring"``: torch's own ring attention; each attention has to be full or
+            ``is_causal=True`` (:func:`causal_flags`), and a program with causal ones takes two orders, contiguous and
+            torch's head-tail, the same for all samples. On the CPU and, untested, on CUDA in half precision.
+            ``"auto"`` is ``"allgather"``, for every program: no device is known here, and no order.
 
     Raises:
         LiftingError: a size that is no positive integer; an unknown strategy; a program that was transformed
             already, or lifted with ``strict=False`` and with reads left as they were (for a size above 1).
         UnsupportedReadError: an attention whose batch and heads cannot be told apart; for a size above 1 a static
             sequence, attention dropout, ``flex_attention``, or another op that does not become whole when keys are
-            gathered. The message names the nodes.
+            gathered; or which the strategy cannot do. The message names the nodes.
     """
     if lifted.cp_size is not None:
         raise LiftingError(f"the program was already made context-parallel (size {lifted.cp_size})")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise LiftingError(f"size is a positive integer, not {size!r}")
-    if strategy == "ring":
-        raise LiftingError(_RING)
     if strategy not in STRATEGIES:
         raise LiftingError(f"strategy is one of {', '.join(map(repr, STRATEGIES))}, not {strategy!r}")
     if size > 1 and lifted.report.refused:
@@ -83,15 +78,17 @@ def context_parallel(
     normalized = normalize(lifted.program)
     record = build_record(lifted.program, normalized.graph)
     plan = scan_record(record, lifted_axes(lifted))
-    state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs)
+    state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs, ring=strategy == "ring" and size > 1)
     modified = FollowSlots()(state).modified
+    axis_of = {read.node: read.seq_dims[0][1] for read in plan.report.reads if read.seq_dims}
     losses = tuple(partial_losses(record, plan).found)
     if size > 1:
         if modified:
             record = build_record(lifted.program, normalized.graph)
             plan = scan_record(record, lifted_axes(lifted, tuple(output.input for output in state.added)))
         keys = plan_keys(record, plan, size, strategy)
-        ShardAttention()(ShardState(normalized.graph, record, plan, keys, size, mesh_dim))
+        slots = state.slots if state.ring else None
+        ShardAttention()(ShardState(normalized.graph, record, plan, keys, size, mesh_dim, slots))
     outputs = (*lifted.feed_program.outputs, *state.added)
     feed = replace(lifted.feed_program, outputs=outputs)
     names = tuple(output.input.name for output in state.added)
@@ -105,7 +102,8 @@ def context_parallel(
             columns[name] = next(dim for dim, _, role in lifted.input_axes[name].seq_dims if role == COL)
         widen_examples(program, columns, size)
     added = tuple(o.input for o in outputs)
-    return LiftedProgram(program, added, lifted.report, feed, size, mesh_dim, losses, _routed=lifted._routed)
+    ring = tuple(dict.fromkeys(axis_of[name] for name in state.slots))
+    return LiftedProgram(program, added, lifted.report, feed, size, mesh_dim, losses, ring, _routed=lifted._routed)
 
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:

@@ -9,6 +9,7 @@ rank where its reader wants the columns of all cannot pass.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from buffer_lifting.passes.broadcast_batch import root_stack
 from buffer_lifting.passes.collectives import Emit, gather_dim
 from buffer_lifting.passes.exchange_heads import HeadExchange
 from buffer_lifting.passes.fakes import Fakes, same_layout
+from buffer_lifting.passes.ring_attention import ring_in_place_of
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import InputAxes
 from buffer_lifting.torch_compat import fake_mode_of, replace_operands, schema_args, size_of
@@ -45,6 +47,7 @@ class ShardState:
     keys: KeyPlan
     size: int
     mesh_dim: str
+    ring: Mapping[str, Node] | None = None  # the slots of causal attention, by its name, if keys go round a ring
 
 
 class ShardAttention(GraphPass[ShardState]):
@@ -350,10 +353,14 @@ class _Sharding:
         return emit
 
     def _exchange_heads(self, node: Node) -> None:
-        """Puts attention on all rows of some heads in the place of ``node``."""
-        mask = schema_args(node)["attn_mask"]
-        behind_mask = self._behind(mask) if isinstance(mask, Node) else self._behind(node)
-        result = self.exchange.attention(partial(self._insert, node), behind_mask, node)
+        """Puts attention on all rows of some heads, or a ring of all keys, in the place of ``node``."""
+        emit = partial(self._insert, node)
+        if self.state.ring is not None:
+            result = ring_in_place_of(emit, node, self.state.ring.get(node.name), self.state.size, self.state.mesh_dim)
+        else:
+            mask = schema_args(node)["attn_mask"]
+            behind_mask = self._behind(mask) if isinstance(mask, Node) else self._behind(node)
+            result = self.exchange.attention(emit, behind_mask, node)
         node.replace_all_uses_with(result)
         self.changed.add(result)
         self.graph.erase_node(node)
