@@ -102,7 +102,7 @@ def check_ring_device(device: torch.device) -> None:
         )
 
 
-def _kernel_for(query: Tensor) -> _Kernel:
+def _kernel_for(query: Tensor, *others: Tensor) -> _Kernel:
     check_ring_device(query.device)
     kernel = _KERNELS[query.device.type]
     if query.dtype not in kernel.dtypes:
@@ -110,6 +110,11 @@ def _kernel_for(query: Tensor) -> _Kernel:
         raise PartitionError(
             f"strategy='ring': the flash kernel on {query.device.type} takes {names}, not "
             f"{str(query.dtype).removeprefix('torch.')}; use context_parallel with strategy='allgather' or 'alltoall'"
+        )
+    if any(other.dtype != query.dtype for other in others):  # scaled_dot_product_attention has a rule for autocast
+        raise PartitionError(
+            f"strategy='ring': query, key and value are of {query.dtype}, {', '.join(str(o.dtype) for o in others)}; "
+            "under autocast, cast them alike in the model"
         )
     return kernel
 
@@ -125,6 +130,8 @@ def _balanced(slots: Tensor | None, rank: int, ranks: int) -> bool | None:
     global _last
     if slots is None:
         return None
+    if slots.is_inference():  # it has no version
+        return is_head_tail(slots, rank, ranks)
     key = (slots._version, rank, ranks)
     if _last is None or _last[0]() is not slots or _last[1] != key:
         _last = (weakref.ref(slots), key, is_head_tail(slots, rank, ranks))
@@ -166,7 +173,7 @@ def ring_attention(
         FeedError: slots of another order.
         PartitionError: a device or dtype without a kernel; a group of another size.
     """
-    kernel = _kernel_for(query)
+    kernel = _kernel_for(query, key, value)
     process, rank = _group_of(group, ranks)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Any:

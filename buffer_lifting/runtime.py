@@ -40,11 +40,11 @@ def make_stage(
     """torch's ``PipelineStage`` of one of ``count`` stages; ``shapes`` are its inputs and outputs."""
     from torch.distributed.pipelining import PipelineStage
 
-    bind_ranks(lifted, stage.module, mesh)
-    check_inputs_of(lifted, stage)
     place = torch.device(device)
     if any(node.target is RING for node in stage.module.graph.nodes):
         check_ring_device(place)
+    bind_ranks(lifted, stage.module, mesh)
+    check_inputs_of(lifted, stage)
     _check_values(stage, place)
     move_to(stage.module, place)
     generate_code(stage.module)

@@ -634,7 +634,7 @@ def process_group(name: str) -> Any:
     other way round."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(name)
+    return _resolve_process_group(cast(Any, name))
 
 
 def ring_attention_forward(

@@ -17,8 +17,10 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.lifting import describe
 from buffer_lifting.partial_losses import partial_losses
 from buffer_lifting.passes.assemble import assemble
+from buffer_lifting.passes.exchange_heads import HeadExchange
 from buffer_lifting.passes.follow_slots import AttentionState, FollowSlots
 from buffer_lifting.passes.normalize import normalize
+from buffer_lifting.passes.ring_attention import Ring
 from buffer_lifting.passes.shard_attention import ShardAttention, ShardState
 from buffer_lifting.program import Axes, FeedOutput, LiftedInput
 from buffer_lifting.scanner import scan_record
@@ -80,15 +82,15 @@ def context_parallel(
     plan = scan_record(record, lifted_axes(lifted))
     state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs, ring=strategy == "ring" and size > 1)
     modified = FollowSlots()(state).modified
-    axis_of = {read.node: read.seq_dims[0][1] for read in plan.report.reads if read.seq_dims}
+    causal = {read.node: read.seq_dims[0][1] for read in plan.report.reads if read.source_kind == "is_causal"}
     losses = tuple(partial_losses(record, plan).found)
     if size > 1:
         if modified:
             record = build_record(lifted.program, normalized.graph)
             plan = scan_record(record, lifted_axes(lifted, tuple(output.input for output in state.added)))
         keys = plan_keys(record, plan, size, strategy)
-        slots = state.slots if state.ring else None
-        ShardAttention()(ShardState(normalized.graph, record, plan, keys, size, mesh_dim, slots))
+        exchange = Ring(size, mesh_dim, state.slots) if state.ring else HeadExchange(size, mesh_dim)
+        ShardAttention()(ShardState(normalized.graph, record, plan, keys, size, mesh_dim, exchange))
     outputs = (*lifted.feed_program.outputs, *state.added)
     feed = replace(lifted.feed_program, outputs=outputs)
     names = tuple(output.input.name for output in state.added)
@@ -102,7 +104,7 @@ def context_parallel(
             columns[name] = next(dim for dim, _, role in lifted.input_axes[name].seq_dims if role == COL)
         widen_examples(program, columns, size)
     added = tuple(o.input for o in outputs)
-    ring = tuple(dict.fromkeys(axis_of[name] for name in state.slots))
+    ring = tuple(dict.fromkeys(causal[name] for name in state.slots))
     return LiftedProgram(program, added, lifted.report, feed, size, mesh_dim, losses, ring, _routed=lifted._routed)
 
 

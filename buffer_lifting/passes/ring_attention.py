@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
@@ -12,20 +13,25 @@ from buffer_lifting.ring import RING
 from buffer_lifting.torch_compat import schema_args
 
 
-def ring_in_place_of(emit: Emit, node: Node, slots: Node | None, size: int, mesh_dim: str) -> Node:
-    """The result of ``node``, which is full or causal by flag, ``[batch, heads, rows, head dim]``, laid out alike.
+class Ring:
+    """Emits the attention nodes of one graph; ``size`` ranks along ``mesh_dim``.
 
-    Args:
-        emit: inserts in front of ``node``.
-        node: the attention, on the rows of a rank.
-        slots: where these rows stand in the sequence, ``[batch, rows]``; wanted if ``node`` is causal.
-        size: ranks along ``mesh_dim``.
-        mesh_dim: stands for the group until there is one.
+    ``slots``: for each node that is causal, by its name, where the rows of a rank stand, ``[batch, rows]``.
     """
-    args = schema_args(node)
-    assert args["attn_mask"] is None and (slots is not None) == bool(args["is_causal"])
-    found = emit(RING, args["query"], args["key"], args["value"], slots, args["scale"], size, mesh_dim)
-    result = emit(operator.getitem, found, 0)
-    if node.meta["val"].transpose(1, 2).is_contiguous():
-        return result
-    return emit(torch.ops.aten.clone.default, result, memory_format=torch.contiguous_format)
+
+    def __init__(self, size: int, mesh_dim: str, slots: Mapping[str, Node]) -> None:
+        self.size, self.mesh_dim, self.slots = size, mesh_dim, slots
+
+    def attention(self, emit: Emit, mask_emit: Emit, node: Node) -> Node:
+        """The result of attention ``node``, which is full or causal by flag, ``[batch, heads, rows, head dim]``.
+
+        ``emit`` inserts in front of ``node``.
+        """
+        args = schema_args(node)
+        slots = self.slots.get(node.name)
+        assert args["attn_mask"] is None and (slots is not None) == bool(args["is_causal"])
+        found = emit(RING, args["query"], args["key"], args["value"], slots, args["scale"], self.size, self.mesh_dim)
+        result = emit(operator.getitem, found, 0)
+        if node.meta["val"].transpose(1, 2).is_contiguous():
+            return result
+        return emit(torch.ops.aten.clone.default, result, memory_format=torch.contiguous_format)
