@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
-from buffer_lifting.errors import PartitionError
+from buffer_lifting.errors import FeedError, PartitionError
 from buffer_lifting.ring_order import is_head_tail
 from buffer_lifting.torch_compat import (
     process_group,
@@ -170,11 +170,13 @@ def ring_attention(
         ``[batch, heads, rows]`` and the kernel's two tensors of its random state.
 
     Raises:
-        FeedError: slots of another order.
+        FeedError: slots of another order, or of another number of rows.
         PartitionError: a device or dtype without a kernel; a group of another size.
     """
     kernel = _kernel_for(query, key, value)
     process, rank = _group_of(group, ranks)
+    if slots is not None and slots.shape[1] != query.shape[_ROWS]:
+        raise FeedError(f"ring attention has {query.shape[_ROWS]} rows, and slots of {slots.shape[1]}")
 
     def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Any:
         return kernel.forward(query, _repeated(key, query), _repeated(value, query), is_causal, scale)

@@ -298,6 +298,7 @@ def _on_rank(rank: int, ranks: int, port: int, directory: str) -> None:
         for slots, ranks_said, error in [
             (torch.arange(4).flip(0)[None], ranks, bl.FeedError),
             (torch.stack([torch.arange(4), torch.arange(4) + 4]), ranks, bl.FeedError),
+            (torch.arange(rank * 8, rank * 8 + 8)[None], ranks, bl.FeedError),
             (None, ranks + 1, bl.PartitionError),
         ]:
             with pytest.raises(error):

@@ -8,7 +8,7 @@ import torch
 
 from buffer_lifting.axes import axes_argument
 from buffer_lifting.collecting import uncollected
-from buffer_lifting.errors import LiftingError
+from buffer_lifting.errors import LiftingError, UnsupportedReadError
 from buffer_lifting.examples import example_sizes, examples_without_values, widen_examples
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.keys import plan_keys
@@ -89,6 +89,12 @@ def context_parallel(
             record = build_record(lifted.program, normalized.graph)
             plan = scan_record(record, lifted_axes(lifted, tuple(output.input for output in state.added)))
         keys = plan_keys(record, plan, size, strategy)
+        left = sorted(state.slots.keys() - keys.exchanges)
+        if left:
+            raise UnsupportedReadError(
+                f"BL203 node {left[0]!r}: it is causal, and its keys are not known to run along the sequence -> "
+                "strategy='allgather' gives it a mask"
+            )
         exchange = Ring(size, mesh_dim, state.slots) if state.ring else HeadExchange(size, mesh_dim)
         ShardAttention()(ShardState(normalized.graph, record, plan, keys, size, mesh_dim, exchange))
     outputs = (*lifted.feed_program.outputs, *state.added)
