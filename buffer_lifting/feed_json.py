@@ -44,6 +44,7 @@ def encode_records(lifted: LiftedProgram) -> dict[str, Any]:
         "cp_size": lifted.cp_size,
         "mesh_dim": lifted.mesh_dim,
         "losses": encode_record(lifted.losses),
+        "ring_axes": list(lifted.ring_axes),
     }
 
 
@@ -105,4 +106,5 @@ def decode_lifted(
     cp_size = decode_record(int | None, records["cp_size"])
     mesh_dim = decode_record(str | None, records["mesh_dim"])
     losses = decode_record(tuple[LossReduction, ...], records.get("losses", []))
-    return LiftedProgram(program, inputs, report, feed, cp_size, mesh_dim, losses)
+    ring_axes = decode_record(tuple[str, ...], records.get("ring_axes", []))
+    return LiftedProgram(program, inputs, report, feed, cp_size, mesh_dim, losses, ring_axes)

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from buffer_lifting.errors import LiftingError
+from buffer_lifting.ring import RING
 from buffer_lifting.tables import keep_transient
 from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, OpOverload, call_operator, registered_operator
 
@@ -34,6 +35,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collective.all_gather": ALL_GATHER,
     "collective.all_to_all": ALL_TO_ALL,
     "collective.wait": WAIT,
+    "collective.ring_attention": RING,
 }
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 _REFUSED = frozenset({"aten.from_file"})  # reaches outside the graph

@@ -50,14 +50,15 @@ class KeyPlan:
     """All gathers of a program, and the labels of its values once they are made."""
 
     gathers: tuple[Gather, ...]
-    exchanges: frozenset[str]  # the attention that exchanges heads for rows
+    exchanges: frozenset[str]  # the attention that exchanges heads for rows, or whose keys go round a ring
     labels: dict[str, tuple[Labels, ...] | None]
 
 
 def plan_keys(record: GraphRecord, plan: LiftPlan, size: int, strategy: str = "allgather") -> KeyPlan:
     """What makes every attention of a program whole on ``size`` ranks. Linear in the nodes.
 
-    With the strategy ``"alltoall"`` attention exchanges heads for rows, and nothing is gathered.
+    With the strategy ``"alltoall"`` attention exchanges heads for rows, with ``"ring"`` keys go round, and nothing is
+    gathered.
 
     Raises:
         UnsupportedReadError: something that mixes the sequence in a way that a gather of keys does not make whole;
@@ -71,8 +72,8 @@ def plan_keys(record: GraphRecord, plan: LiftPlan, size: int, strategy: str = "a
         if node.kind is not NodeKind.OP or plan.data_labels.get(node.name) is None:
             continue
         operands = _key_operands(node, plan.data_labels)
-        if strategy == "alltoall" and operands:
-            problems.extend(_not_exchangeable(record, plan, node, size))
+        if strategy in _NOT_POSSIBLE and operands:
+            problems.extend(_NOT_POSSIBLE[strategy](record, plan, node, size))
             exchanges.add(node.name)
             continue
         for path, dim, axis in operands:
@@ -233,6 +234,39 @@ def _not_exchangeable(record: GraphRecord, plan: LiftPlan, node: Node, size: int
         if not isinstance(heads, int) or heads % size:
             return [_line(node, f"{heads} heads of its {path} do not divide by {size} ranks", other)]
     return []
+
+
+def _not_a_ring(record: GraphRecord, plan: LiftPlan, node: Node, size: int) -> list[str]:
+    """Why torch's ring attention cannot take the place of ``node``; nothing if it can."""
+    other = "strategy='allgather' and 'alltoall' can do it"
+    if node.base_op != ATTENTION:
+        why = "torch's ring takes scaled_dot_product_attention only, and this attention is written out"
+        return [_line(node, why, "strategy='allgather' can do it, or export with it")]
+    if isinstance(node.args.get("attn_mask"), Ref):
+        why = "torch's ring takes full attention and is_causal=True only, and this one has a mask"
+        hint = "buffer_lifting.causal_flags(program), before lift, turns masks that are proven plain causal into flags"
+        return [_line(node, why, f"{other}; {hint}")]
+    refs, shapes, axes = dict(node.named_refs()), [], []
+    for path in ("query", "key", "value"):
+        value, known = record.nodes[refs[path]].tensor, plan.data_labels.get(refs[path])
+        own = known[0] if known else ()
+        if value is None or len(own) != 4 or has_seq(own[1]) or [f.role for f in own[2]] != [ROW]:
+            return [_line(node, f"its {path} is not [batch, heads, rows, head dim]", other)]
+        shapes.append(value.shape)
+        axes.append(own[2][0].axis)
+    (batch, heads, _, features), (_, key_heads, _, _), _ = shapes
+    if any(shape[0] != batch or shape[3] != features for shape in shapes) or shapes[2][1] != key_heads:
+        return [_line(node, "its query, key and value have other batches, heads or head dims", other)]
+    grouped = isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads == 0
+    if heads != key_heads and not (grouped and node.args.get("enable_gqa") is True):
+        return [_line(node, f"it has {heads} heads and {key_heads} key heads", other)]
+    if node.args.get("is_causal") is True and axes[0] != axes[1]:
+        return [_line(node, "it is causal between two sequences", "'allgather' and 'alltoall' refuse it as well")]
+    return []
+
+
+#: Why a strategy cannot make an attention whole, by strategy.
+_NOT_POSSIBLE = {"alltoall": _not_exchangeable, "ring": _not_a_ring}
 
 
 def _unsupported(record: GraphRecord, plan: LiftPlan) -> list[str]:

@@ -32,6 +32,8 @@ class LiftedProgram:
         mesh_dim: name of the context-parallel mesh dim.
         losses: how each loss that the program computes itself adds up over ranks and microbatches; known after
             :func:`buffer_lifting.context_parallel`. ``TokenLoss.of`` takes it from here.
+        ring_axes: the sequence axes along which causal attention is torch's ring: they take a contiguous or a
+            head-tail order, the same for all samples.
     """
 
     program: ExportedProgram
@@ -41,6 +43,7 @@ class LiftedProgram:
     cp_size: int | None = None
     mesh_dim: str | None = None
     losses: tuple[LossReduction, ...] = ()
+    ring_axes: tuple[str, ...] = ()
     _validated: dict[str, Any] = field(default_factory=dict, repr=False)
     #: The values inside the routing of tokens to experts, as the scan found them; not known for a loaded program.
     _routed: frozenset[str] | None = field(default=None, repr=False)
@@ -85,8 +88,9 @@ class LiftedProgram:
 
         Raises:
             AxesError: a size that a static program does not have, or a ``seq_len`` without one of the axes.
-            FeedError: an order, positions, inputs or shard that does not fit; one order for several axes; a sequence
-                or position ids beyond the rows of a table that the program looks up by position.
+            FeedError: an order, positions, inputs or shard that does not fit, or an order that the program's ring
+                attention does not follow; one order for several axes; a sequence or position ids beyond the rows of a
+                table that the program looks up by position.
         """
         pair = self._shard(shard)
         return self._feed(batch_size, seq_len, inputs, order, positions, pair, device)
@@ -129,7 +133,7 @@ class LiftedProgram:
         if unknown:
             raise FeedError(f"inputs= names {unknown}, which are no inputs of the program ({sorted(self.input_axes)})")
         lengths = check_lengths(self.axes, micro or batch_size, seq_len, self.feed_program.max_lengths)
-        streams = axis_streams(batch_size, lengths, order, positions, shard)
+        streams = axis_streams(batch_size, lengths, order, positions, shard, self.ring_axes)
         check_tables(self.feed_program.table_limits, streams)
         place = None if device is None else torch.device(device)
         return self.feed_program.feed(batch_size, lengths, inputs, streams, place, names)
@@ -149,7 +153,7 @@ class LiftedProgram:
         Raises:
             FeedError: an input that the program does not have, or an order or shard that does not fit.
         """
-        return shard_inputs(self.input_axes, inputs, order, parse_shard(shard, self.mesh_dim))
+        return shard_inputs(self.input_axes, inputs, order, parse_shard(shard, self.mesh_dim), self.ring_axes)
 
     @property
     def input_axes(self) -> dict[str, InputAxes]:

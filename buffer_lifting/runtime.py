@@ -11,6 +11,7 @@ from buffer_lifting.errors import PartitionError
 from buffer_lifting.layer_graphs import graphs_of
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.collectives import bind_group
+from buffer_lifting.ring import RING, check_ring_device
 from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import Stage, StagedProgram
 from buffer_lifting.tables import lack_values, move_to, put, stage_tables
@@ -40,9 +41,11 @@ def make_stage(
     """torch's ``PipelineStage`` of one of ``count`` stages; ``shapes`` are its inputs and outputs."""
     from torch.distributed.pipelining import PipelineStage
 
+    place = torch.device(device)
+    if any(node.target is RING for node in stage.module.graph.nodes):
+        check_ring_device(place)
     bind_ranks(lifted, stage.module, mesh)
     check_inputs_of(lifted, stage)
-    place = torch.device(device)
     _check_values(stage, place)
     move_to(stage.module, place)
     for _, part in graphs_of(stage.module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,11 @@ TARGET = "target"
 
 
 def shard_inputs(
-    axes: Mapping[str, InputAxes], inputs: Mapping[str, torch.Tensor], order: Any, shard: tuple[int, int]
+    axes: Mapping[str, InputAxes],
+    inputs: Mapping[str, torch.Tensor],
+    order: Any,
+    shard: tuple[int, int],
+    ring_axes: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Each input reordered along its sequence dims, and cut to the shard where its role is ``row``.
 
@@ -27,7 +31,8 @@ def shard_inputs(
 
     Raises:
         FeedError: an unknown input, one whose sizes are not those of the others, or an order or shard that does
-            not fit; a ``target`` of a program with several sequence axes.
+            not fit (along ``ring_axes``: an order that ring attention does not follow); a ``target`` of a program
+            with several sequence axes.
     """
     names = list(dict.fromkeys(axis for own in axes.values() for _, axis, _ in own.seq_dims))
     if TARGET in inputs and TARGET not in axes:
@@ -37,10 +42,14 @@ def shard_inputs(
     batch, lengths = _sizes(axes, inputs)
     if batch is None:
         _check_shared(orders, axes, inputs)
+    several = len(names) > 1
     streams = {
-        axis: Streams(batch or 1, length, orders[axis], None, shard, axis if len(names) > 1 else "")
+        axis: Streams(batch or 1, length, orders[axis], None, shard, axis if several else "")
         for axis, length in lengths.items()
     }
+    for axis, along in streams.items():
+        if axis in ring_axes:
+            along.check_ring(axis if several else "")
     return {name: _sharded(name, value, axes[name], streams) for name, value in inputs.items()}
 
 

@@ -190,7 +190,8 @@ class StagedProgram:
 
         Raises:
             PartitionError: an index out of range, both ``group`` and ``mesh``, a mesh without a ``"pp"`` dim or
-                without the dim of the context-parallel ranks, or with another number of them; one of
+                without the dim of the context-parallel ranks, or with another number of them; a device that has no
+                kernel for a program with ring attention; one of
                 ``microbatch_size`` and ``seq_len`` without the other; a shape that they do not decide.
             AxesError, FeedError: sizes that the program does not take.
         """

@@ -11,6 +11,7 @@ import torch
 from buffer_lifting.errors import FeedError
 from buffer_lifting.labels import COL
 from buffer_lifting.orders import checked_order, checked_positions, resolve
+from buffer_lifting.ring_order import check_order
 from buffer_lifting.torch_compat import as_mesh
 
 _ROW = 8  # elements; shorter rows of a batch are gathered one by one
@@ -47,6 +48,15 @@ class Streams:
         self.positions = (
             None if positions is None else checked_positions(f"positions{of}", positions, batch_size, length, where)
         )
+
+    def check_ring(self, axis: str = "") -> None:
+        """Refuses an order that torch's ring attention does not follow.
+
+        Raises:
+            FeedError: another order than contiguous and head-tail, or one that differs between samples.
+        """
+        if self.order is not None:
+            check_order(self.order, self.rank, self.size, axis)
 
     def samples(self, start: int, count: int) -> Streams:
         """The streams of ``count`` samples from ``start``."""
@@ -144,19 +154,29 @@ def _usable(index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def axis_streams(
-    batch_size: int, lengths: Mapping[str, int], order: Any = None, positions: Any = None, shard: Any = (0, 1)
+    batch_size: int,
+    lengths: Mapping[str, int],
+    order: Any = None,
+    positions: Any = None,
+    shard: Any = (0, 1),
+    ring_axes: Collection[str] = (),
 ) -> dict[str, Streams]:
     """The streams of every axis, by name; ``order`` and ``positions`` as :func:`by_axis` takes them.
 
     Raises:
-        FeedError: what :class:`Streams` and :func:`by_axis` refuse.
+        FeedError: what :class:`Streams` and :func:`by_axis` refuse; an order of one of ``ring_axes`` that ring
+            attention does not follow.
     """
     orders, ids = by_axis("order", order, lengths), by_axis("positions", positions, lengths)
     several = len(lengths) > 1
-    return {
+    streams = {
         axis: Streams(batch_size, length, orders[axis], ids[axis], shard, axis if several else "")
         for axis, length in lengths.items()
     }
+    for axis in ring_axes:
+        if axis in streams:
+            streams[axis].check_ring(axis if several else "")
+    return streams
 
 
 def by_axis(name: str, value: Any, axes: Collection[str]) -> dict[str, Any]:

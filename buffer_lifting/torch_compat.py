@@ -700,3 +700,64 @@ def schedule_order(kind: Any, ranks: Sequence[int], n_microbatches: int) -> dict
         parts = (part for action in actions if action is not None for part in action.sub_actions or (action,))
         found[rank] = [(part.stage_index, part.computation_type.value) for part in parts]
     return found
+
+
+def process_group(name: str) -> Any:
+    """The process group that torch registered under a name. Private: a public name can be had of a group, and not the
+    other way round."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(cast(Any, name))
+
+
+def ring_attention_forward(
+    kernel: Callable[..., Any], group: Any, balanced: bool | None, *operands: torch.Tensor
+) -> Any:
+    """torch's ring attention on a rank's ``query, key, value``, each ``[batch, heads, rows, head dim]``.
+
+    Private: ``_templated_ring_attention`` (``torch.distributed.tensor.experimental.context_parallel`` replaces
+    ``torch.nn.functional.scaled_dot_product_attention`` in the whole process, and knows kernels for CUDA alone).
+
+    Args:
+        kernel: ``(query, key, value, is_causal) -> (out, logsumexp, *rest)``.
+        group: the process group of the ranks.
+        balanced: causal attention, the rows being in head-tail (``True``) or contiguous order; ``None``: full.
+        operands: query, key and value.
+
+    Returns:
+        ``(out, logsumexp, *rest)``; ``rest`` is of the last call of the kernel.
+    """
+    with _ring(balanced, operands[0].dtype) as torch_ring:
+        return torch_ring._templated_ring_attention(group, 2, kernel, *operands, is_causal=balanced is not None)
+
+
+def ring_attention_backward(
+    kernel: Callable[..., Any], group: Any, balanced: bool | None, grad_out: torch.Tensor, *saved: torch.Tensor
+) -> Any:
+    """The gradients of a rank's query, key and value. Private: as :func:`ring_attention_forward`.
+
+    Args:
+        kernel: ``(query, key, value, out, logsumexp, is_causal, grad_out) -> (grad_query, grad_key, grad_value)``, by
+            keyword.
+        group, balanced: as there.
+        grad_out: the gradient of the result.
+        saved: query, key, value, result and logsumexp of the forward.
+    """
+    with _ring(balanced, saved[0].dtype) as torch_ring:
+        return torch_ring._templated_ring_attention_backward(
+            group, 2, kernel, grad_out, "grad_out", *saved, is_causal=balanced is not None
+        )[:3]
+
+
+@contextlib.contextmanager
+def _ring(balanced: bool | None, dtype: torch.dtype) -> Iterator[Any]:
+    """The module of torch's ring attention, with the switches of the process that it reads set for one call."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    options = _attention._cp_options
+    before = options.enable_load_balance, options.convert_to_f32
+    options.enable_load_balance, options.convert_to_f32 = bool(balanced), dtype != torch.float64
+    try:
+        yield _attention
+    finally:
+        options.enable_load_balance, options.convert_to_f32 = before

@@ -130,11 +130,12 @@ def slots_of(order: str, cp: int, rank: int) -> Tensor:
 
 
 @cache
-def lifted_program(model: str) -> Any:
-    """The lifted float32 program."""
+def lifted_program(model: str, flags: bool = False) -> Any:
+    """The lifted float32 program; with ``flags``, masks that are plain causal for one document are flags."""
     import buffer_lifting as bl
 
-    return bl.lift(export({**MODELS, **PROBED}[model]))
+    program = export({**MODELS, **PROBED}[model])
+    return bl.lift(bl.causal_flags(program, documents=False) if flags else program)
 
 
 @cache
@@ -142,7 +143,7 @@ def cp_program(model: str, cp: int, strategy: str = "auto") -> Any:
     """The same for a number of context-parallel ranks."""
     import buffer_lifting as bl
 
-    return bl.context_parallel(lifted_program(model), size=cp, strategy=strategy)
+    return bl.context_parallel(lifted_program(model, strategy == "ring"), size=cp, strategy=strategy)
 
 
 @cache
@@ -201,7 +202,12 @@ def unlifted_feed(lifted: Any, whole: dict[str, Tensor], own: dict[str, Tensor])
     keys = frozenset(item.name for item in lifted.inputs) - rows
     local = lifted._feed(BATCH, SEQ // (lifted.cp_size or 1), own, None, None, (0, 1), None, rows)
     natural = lifted._feed(BATCH, SEQ, whole, None, None, (0, 1), None, keys)
-    return {item.name: {**local, **natural}[item.name] for item in lifted.inputs}
+    return {item.name: {**local, **natural}[item.name] for item in lifted.inputs if not is_slots_of_ring(lifted, item)}
+
+
+def is_slots_of_ring(lifted: Any, item: Any) -> bool:
+    """Whether a ring reads its order off a lifted input: it refuses any other."""
+    return bool(lifted.ring_axes) and (item.stream, item.role, item.source) == ("slots", "row", "is_causal")
 
 
 def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
@@ -232,8 +238,8 @@ def train(cell: Cell, staged: Any, rank: int) -> dict[str, Any]:
     target = whole_target.gather(1, slots_of(cell.order, cell.cp, cp_rank))
     feeds = {
         "lifted": staged.feed(BATCH, SEQ, inputs=whole, order=order, shard=shard, n_microbatches=MICROBATCHES),
-        "disabled": unlifted_feed(staged.lifted, whole, own),
     }
+    feeds["disabled"] = {**feeds["lifted"], **unlifted_feed(staged.lifted, whole, own)}
     if cell.order == "contiguous" and cp_rank == 0 and not model.shifted:
         assert all(torch.equal(feeds["lifted"][name], value) for name, value in feeds["disabled"].items())
     result: dict[str, Any] = {"valid": int((target != IGNORED).sum()), "tied": sorted(staged.tied)}

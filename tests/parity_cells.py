@@ -40,6 +40,12 @@ EXCHANGED = (
     Cell("hf_mixtral", "ScheduleInterleaved1F1B", 2, 2, "contiguous", "float32", "alltoall"),
     Cell("hf_llama_packed", "Schedule1F1B", 2, 2, "per-document", "float64", "alltoall"),
 )
+#: torch's ring; masks are flags there.
+RING = (
+    Cell("llama_pr1797", "ScheduleZBVZeroBubble", 2, 2, "head-tail", "float64", "ring"),
+    Cell("hf_llama", "ScheduleInterleaved1F1B", 2, 2, "contiguous", "float32", "ring"),
+    Cell("hf_gpt2", "Schedule1F1B", 1, 4, "head-tail", "float32", "ring"),
+)
 
 
 def covering() -> tuple[Cell, ...]:

@@ -373,11 +373,3 @@ def test_a_converted_mask_is_lifted_and_sharded() -> None:
     lifted = bl.lift(program)
     for size in (1, 2):
         assert bl.verify(program, bl.context_parallel(lifted, size=size)).passed
-
-
-def test_ring_is_refused() -> None:
-    """At once, with what to use."""
-    torch.set_default_dtype(torch.float32)
-    lifted = bl.lift(export_case("llama_pr1797", dynamic=True, batch=3, seq=12)[1])
-    with pytest.raises(bl.LiftingError, match=r"contiguous and head-tail.*Use 'allgather' or 'alltoall'"):
-        bl.context_parallel(lifted, size=2, strategy="ring")

@@ -14,7 +14,7 @@ import cp_worker
 import pytest
 import torch
 from cp_worker import DTYPES, LAYOUTS, ORDERS, SCHEDULES, WORLD, Cell, slots_of
-from parity_cells import ALONE, EVERY, EXCHANGED, TABLE, TOLERANCE, Judgement, covering, judge, least, wrong
+from parity_cells import ALONE, EVERY, EXCHANGED, RING, TABLE, TOLERANCE, Judgement, covering, judge, least, wrong
 from parity_models import BATCH, DOCUMENTS, MODELS, SEQ, reference
 from pipeline_worker import run_cells
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.multiprocess
 BUDGET = 280.0
 BUDGET_OF_ALL = 3000.0
 
-QUICK = (*covering(), *EXCHANGED)
+QUICK = (*covering(), *EXCHANGED, *RING)
 SLOW = tuple(cell for cell in EVERY if cell not in QUICK)
 Results = dict[Cell, list[dict[str, Any]] | str]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from buffer_lifting.axis_rules.core import AxisResult, OpView, rule
+from buffer_lifting.axis_rules.core import AxisResult, OpView, align, rule
 from buffer_lifting.graph.sizes import multiply
-from buffer_lifting.labels import COL, DimLabel
+from buffer_lifting.labels import COL, DimLabel, features
 
 
 @rule("_c10d_functional_autograd.all_gather_into_tensor.default")
@@ -33,3 +33,17 @@ def _exchange(view: OpView) -> AxisResult:
 def _wait(view: OpView) -> AxisResult:
     labels = view.labels("tensor")
     return AxisResult(None if labels is None else (labels,))
+
+
+@rule("buffer_lifting.ring_attention.default")
+def _ring(view: OpView) -> AxisResult:
+    """Queries of this rank, keys of all ranks; the slots say where the rows stand."""
+    query = view.labels("query")
+    if query is None or len(query) != 4:
+        return AxisResult(None, mixing="attention whose queries are not known to follow the sequence")
+    operands = {}
+    slots = view.shape("slots")
+    if slots is not None:
+        operands["slots"] = align((query[0], query[2]), slots)
+    rng = features((0,))
+    return AxisResult((query, query[:3], rng, rng), operands, "attention: keys go round a ring", True)

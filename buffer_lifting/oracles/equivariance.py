@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from buffer_lifting.errors import LiftingError
+from buffer_lifting.errors import FeedError, LiftingError
 from buffer_lifting.graph.bodies import flex_nodes
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.labels import BATCH, Factor, Labels, has_batch, has_seq
@@ -204,10 +204,11 @@ class Pair:
         return silent
 
     def _moves(self, inputs: dict[str, Any], expected: dict[str, Any]) -> bool:
-        """Whether perturbed inputs give something else; an index that leaves its table is something else as well."""
+        """Whether perturbed inputs give something else; so does an index that leaves its table, or slots that a ring
+        refuses."""
         try:
             return bool(self._against(expected, self._run_changed(inputs, expected)).worst >= CONTROL)
-        except (IndexError, RuntimeError):
+        except (IndexError, RuntimeError, FeedError):
             return True
 
     def perturbed(self, lifted: LiftedInput, value: torch.Tensor) -> list[torch.Tensor]:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from buffer_lifting.oracles.ring import ring_of_ranks
 from buffer_lifting.oracles.running import Runnable
+from buffer_lifting.ring import RING
 from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, tree_flatten
 
 
@@ -43,6 +45,8 @@ def run_modules(
             results = [own.get(node.name) for own in values]
         elif node.op == "call_function" and node.target in _EXCHANGES:
             results = _EXCHANGES[node.target]([interpreter.env[node.args[0]] for interpreter in interpreters])
+        elif node.op == "call_function" and node.target is RING:
+            results = ring_of_ranks([interpreter.fetch_args_kwargs_from_env(node)[0] for interpreter in interpreters])
         else:
             results = [_run(interpreter, node) for interpreter in interpreters]
         for interpreter, result, kept in zip(interpreters, results, captured, strict=True):

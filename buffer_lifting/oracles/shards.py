@@ -7,6 +7,7 @@ sample. This sees what a permutation on one rank cannot: lengths, local means, k
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,18 +26,23 @@ from buffer_lifting.passes.context_parallel import user_axes
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Check
+from buffer_lifting.ring import RING
 from buffer_lifting.scanner import scan_record
 from buffer_lifting.sharding import shard_inputs
+from buffer_lifting.torch_compat import head_tail_indices
 
 
 def check_shards(program: ExportedProgram, lifted: LiftedProgram, cases: list[Case], seed: int) -> Check:
-    """Outputs and every parameter gradient of ``lifted.cp_size`` ranks, for one random permutation per sample."""
+    """Outputs and every parameter gradient of ``lifted.cp_size`` ranks, for one random permutation per sample.
+
+    Along an axis of ring attention, for the two orders that it takes.
+    """
     size = lifted.cp_size or 1
     plan = scan_record(build_record(program, normalize(program, read_only=True).graph), user_axes(lifted))
     pair = _Shards(program, double_feed(lifted), plan)
     compared, worst = 0, 0.0
-    cases = [resize_case(case, lifted, size, seed) for case in cases]
-    for case in cases:
+    cases = [resize_case(case, lifted, size * (2 if lifted.ring_axes else 1), seed) for case in cases]
+    for case, pair.head_tail in product(cases, (False, True) if lifted.ring_axes else (False,)):
         try:
             result = pair.compare(case, seed)
         except RuntimeError as broken:
@@ -60,6 +66,9 @@ def check_shards(program: ExportedProgram, lifted: LiftedProgram, cases: list[Ca
     note = f"float64, {size} ranks, {moved} controls move it{pair.rounding_note()}"
     if silent:
         note += f"; it proves nothing for {', '.join(silent)}, which move no output and no gradient here"
+    if any(node.target is RING for node in lifted.program.graph.nodes):
+        orders = " in contiguous and head-tail order" if lifted.ring_axes else ""
+        note += f"; attention{orders} as torch's ring makes it: the ring itself did not run"
     return Check("shards", True, compared, worst, "", note)
 
 
@@ -71,7 +80,17 @@ class _Shards(Pair):
             runnable(program, double=True), runnable(lifted.program, double=True), lifted, plan.labels_of_original()
         )
         self.size, self.plan = lifted.cp_size or 1, plan
+        self.head_tail = False  # the order along an axis of ring attention
         self.losses = {loss.node: loss for loss in lifted.losses}
+
+    def orders(self, case: Case, seed: int) -> Orders:
+        """As in :class:`Pair`; along an axis of ring attention, one of the orders that it takes."""
+        orders = super().orders(case, seed)
+        for axis in self.lifted.ring_axes:
+            length = case.lengths[axis]
+            order = head_tail_indices(length, self.size) if self.head_tail else torch.arange(length).unsqueeze(0)
+            orders[axis] = order.repeat(len(orders[axis]), 1)
+        return orders
 
     def _inputs(self, case: Case, orders: Orders) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         whole = {name: doubled(value) for name, value in case.named.items()}

@@ -7,14 +7,25 @@ group in its place, once there is one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch.fx import Graph, Node
 
+from buffer_lifting.ring import RING
 from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT
 
-COLLECTIVES = (ALL_GATHER, ALL_TO_ALL)
+#: The group is the last argument of each.
+COLLECTIVES = (ALL_GATHER, ALL_TO_ALL, RING)
 Emit = Callable[..., Node]
+
+
+class Exchange(Protocol):
+    """A strategy that does not gather keys: it replaces attention nodes."""
+
+    def attention(self, emit: Emit, mask_emit: Emit, node: Node) -> Node:
+        """The result of ``node``; ``emit`` inserts in front of it, ``mask_emit`` behind its mask."""
+        ...
 
 
 def gather_dim(emit: Emit, value: Node, dim: int, size: int, mesh_dim: str) -> Node:

@@ -8,7 +8,7 @@ import torch
 
 from buffer_lifting.axes import axes_argument
 from buffer_lifting.collecting import uncollected
-from buffer_lifting.errors import LiftingError
+from buffer_lifting.errors import LiftingError, UnsupportedReadError
 from buffer_lifting.examples import example_sizes, examples_without_values, widen_examples
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.keys import plan_keys
@@ -17,18 +17,15 @@ from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.lifting import describe
 from buffer_lifting.partial_losses import partial_losses
 from buffer_lifting.passes.assemble import assemble
+from buffer_lifting.passes.exchange_heads import HeadExchange
 from buffer_lifting.passes.follow_slots import AttentionState, FollowSlots
 from buffer_lifting.passes.normalize import normalize
+from buffer_lifting.passes.ring_attention import Ring
 from buffer_lifting.passes.shard_attention import ShardAttention, ShardState
 from buffer_lifting.program import Axes, FeedOutput, LiftedInput
 from buffer_lifting.scanner import scan_record
 
-STRATEGIES = ("auto", "allgather", "alltoall")
-_RING = (
-    "strategy='ring' is not available: torch's ring attention is right for two orders only, contiguous and head-tail, "
-    "the same for all samples, and nothing here would tell that a step was fed another one; torch calls it for CUDA "
-    "kernels only. Use 'allgather' or 'alltoall' (docs/CAUSAL_FLAGS.md)"
-)
+STRATEGIES = ("auto", "allgather", "alltoall", "ring")
 
 
 def user_axes(lifted: LiftedProgram) -> Axes:
@@ -59,22 +56,22 @@ def context_parallel(
         strategy: ``"allgather"``: keys and values are gathered; any attention and any mask. ``"alltoall"``: heads
             are exchanged for rows at each ``scaled_dot_product_attention`` (DeepSpeed-Ulysses), which sends less
             where there are more ranks than query heads a key head has; any mask; the heads of queries and of keys
-            have to divide by ``size``. ``"auto"`` is ``"allgather"``. ``"ring"`` (torch's own ring attention) is
-            refused; the message says why.
+            have to divide by ``size``. ``"ring"``: torch's own ring attention; each attention has to be full or
+            ``is_causal=True`` (:func:`causal_flags`), and a program with causal ones takes two orders, contiguous and
+            torch's head-tail, the same for all samples. On the CPU and, untested, on CUDA in half precision.
+            ``"auto"`` is ``"allgather"``, for every program: no device is known here, and no order.
 
     Raises:
         LiftingError: a size that is no positive integer; an unknown strategy; a program that was transformed
             already, or lifted with ``strict=False`` and with reads left as they were (for a size above 1).
         UnsupportedReadError: an attention whose batch and heads cannot be told apart; for a size above 1 a static
             sequence, attention dropout, ``flex_attention``, or another op that does not become whole when keys are
-            gathered. The message names the nodes.
+            gathered; or which the strategy cannot do. The message names the nodes.
     """
     if lifted.cp_size is not None:
         raise LiftingError(f"the program was already made context-parallel (size {lifted.cp_size})")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise LiftingError(f"size is a positive integer, not {size!r}")
-    if strategy == "ring":
-        raise LiftingError(_RING)
     if strategy not in STRATEGIES:
         raise LiftingError(f"strategy is one of {', '.join(map(repr, STRATEGIES))}, not {strategy!r}")
     if size > 1 and lifted.report.refused:
@@ -83,15 +80,23 @@ def context_parallel(
     normalized = normalize(lifted.program)
     record = build_record(lifted.program, normalized.graph)
     plan = scan_record(record, lifted_axes(lifted))
-    state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs)
+    state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs, ring=strategy == "ring" and size > 1)
     modified = FollowSlots()(state).modified
+    causal = {read.node: read.seq_dims[0][1] for read in plan.report.reads if read.source_kind == "is_causal"}
     losses = tuple(partial_losses(record, plan).found)
     if size > 1:
         if modified:
             record = build_record(lifted.program, normalized.graph)
             plan = scan_record(record, lifted_axes(lifted, tuple(output.input for output in state.added)))
         keys = plan_keys(record, plan, size, strategy)
-        ShardAttention()(ShardState(normalized.graph, record, plan, keys, size, mesh_dim))
+        left = sorted(state.slots.keys() - keys.exchanges)
+        if left:
+            raise UnsupportedReadError(
+                f"BL203 node {left[0]!r}: it is causal, and its keys are not known to run along the sequence -> "
+                "strategy='allgather' gives it a mask"
+            )
+        exchange = Ring(size, mesh_dim, state.slots) if state.ring else HeadExchange(size, mesh_dim)
+        ShardAttention()(ShardState(normalized.graph, record, plan, keys, size, mesh_dim, exchange))
     outputs = (*lifted.feed_program.outputs, *state.added)
     feed = replace(lifted.feed_program, outputs=outputs)
     names = tuple(output.input.name for output in state.added)
@@ -105,7 +110,8 @@ def context_parallel(
             columns[name] = next(dim for dim, _, role in lifted.input_axes[name].seq_dims if role == COL)
         widen_examples(program, columns, size)
     added = tuple(o.input for o in outputs)
-    return LiftedProgram(program, added, lifted.report, feed, size, mesh_dim, losses, _routed=lifted._routed)
+    ring = tuple(dict.fromkeys(causal[name] for name in state.slots))
+    return LiftedProgram(program, added, lifted.report, feed, size, mesh_dim, losses, ring, _routed=lifted._routed)
 
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:

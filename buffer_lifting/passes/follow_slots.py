@@ -1,12 +1,13 @@
 """Makes attention follow the slots: ``is_causal=True`` becomes a mask over the lifted slots.
 
 Every mask, the flag included, then compares the slot of a query with the slot of a key, so the program is
-order-equivariant. Masks that the model computes follow the slots since the lift.
+order-equivariant. Masks that the model computes follow the slots since the lift. For ring attention the flags stay, and
+the slots of the rows are added alone: the ring reads off them which pairs it leaves out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, Node
@@ -25,13 +26,18 @@ from buffer_lifting.torch_compat import schema_args, set_arguments
 
 @dataclass
 class AttentionState:
-    """A lifted graph that may be edited, its analysis, and the outputs that feed it."""
+    """A lifted graph that may be edited, its analysis, and the outputs that feed it.
+
+    With ``ring``, ``slots`` has the slots of the rows of each attention that is causal by flag.
+    """
 
     graph: Graph
     plan: LiftPlan
     outputs: tuple[FeedOutput, ...]
     broadcast: Broadcast | None = None
     added: tuple[FeedOutput, ...] = ()
+    ring: bool = False
+    slots: dict[str, Node] = field(default_factory=dict)
 
 
 class FollowSlots(GraphPass[AttentionState]):
@@ -53,7 +59,7 @@ class FollowSlots(GraphPass[AttentionState]):
         outputs: dict[CutKey, FeedOutput] = {}
         added: list[FeedOutput] = []
         for axis in dict.fromkeys(read.seq_dims[0][1] for read in causal):
-            for role in (ROW, COL):
+            for role in (ROW,) if state.ring else (ROW, COL):
                 output = _slot_output(axis, role, state.outputs, taken, _batched(state))
                 if output not in state.outputs:
                     added.append(output)
@@ -61,6 +67,9 @@ class FollowSlots(GraphPass[AttentionState]):
         existing = broadcast_nodes(state.graph, {o.input.name for o in state.outputs})
         state.broadcast = broadcast_batch(state.graph, outputs, dict(state.plan.input_axes), existing)
         state.added = tuple(added)
+        if state.ring:
+            state.slots = {read.node: state.broadcast.nodes[_key(read.seq_dims[0][1], ROW)] for read in causal}
+            return PassResult(state, True)
         assert state.broadcast.sizes is not None
         emitter = Emitter(state.graph, state.broadcast.nodes, state.broadcast.sizes)
         masks: dict[tuple[str, Labels], Plan] = {}
@@ -81,8 +90,10 @@ class FollowSlots(GraphPass[AttentionState]):
         return PassResult(state, True)
 
     def ensures(self, result: PassResult[AttentionState]) -> None:
-        """Nodes are in order, and no attention that was reported is causal by flag."""
+        """Nodes are in order, and no attention that was reported is causal by flag (a ring takes its place later)."""
         check_topology(result.state.graph)
+        if result.state.ring:
+            return
         reported = {r.node for r in result.state.plan.report.reads if r.source_kind == "is_causal"}
         for node in result.state.graph.nodes:
             if node.name in reported:

@@ -23,8 +23,7 @@ from buffer_lifting.keys import CODE, Gather, KeyPlan
 from buffer_lifting.labels import BATCH, COL, KEYS, ROW, DimLabel, Factor, Labels, has_seq
 from buffer_lifting.passes.base import GraphPass, PassResult, check_topology
 from buffer_lifting.passes.broadcast_batch import root_stack
-from buffer_lifting.passes.collectives import Emit, gather_dim
-from buffer_lifting.passes.exchange_heads import HeadExchange
+from buffer_lifting.passes.collectives import Emit, Exchange, gather_dim
 from buffer_lifting.passes.fakes import Fakes, same_layout
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import InputAxes
@@ -45,6 +44,7 @@ class ShardState:
     keys: KeyPlan
     size: int
     mesh_dim: str
+    exchange: Exchange  # emits what takes the place of the attention that the key plan names
 
 
 class ShardAttention(GraphPass[ShardState]):
@@ -80,7 +80,6 @@ class _Sharding:
         self.labels = state.keys.labels
         self.nodes = {node.name: node for node in state.graph.nodes}
         self.fakes = Fakes(state.graph)
-        self.exchange = HeadExchange(state.size, state.mesh_dim)
         self.changed: set[Node] = set()
         self.canonical: dict[str, Size] = {}
         placeholders = [node for node in state.graph.nodes if node.op == "placeholder"]
@@ -102,7 +101,7 @@ class _Sharding:
         for node in list(self.graph.nodes):
             if node.name in self.state.keys.exchanges:
                 self._fix_operands(node)
-                self._exchange_heads(node)
+                self._exchange(node)
             elif node.op == "call_function":
                 self._visit(node)
             for gather in gathers.get(node.name, []):
@@ -349,11 +348,11 @@ class _Sharding:
 
         return emit
 
-    def _exchange_heads(self, node: Node) -> None:
-        """Puts attention on all rows of some heads in the place of ``node``."""
+    def _exchange(self, node: Node) -> None:
+        """Puts attention by another strategy in the place of ``node``."""
         mask = schema_args(node)["attn_mask"]
         behind_mask = self._behind(mask) if isinstance(mask, Node) else self._behind(node)
-        result = self.exchange.attention(partial(self._insert, node), behind_mask, node)
+        result = self.state.exchange.attention(partial(self._insert, node), behind_mask, node)
         node.replace_all_uses_with(result)
         self.changed.add(result)
         self.graph.erase_node(node)
