@@ -18,7 +18,7 @@ from torch._ops import OpOverload as OpOverload  # the class of an op; torch.ops
 from torch._subclasses.fake_tensor import FakeTensor  # no public name
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule  # GraphModule writes and compiles its code at once
 from torch.utils import _pytree as pytree  # torch.utils.pytree has no TreeSpec for module_call_graph
 
@@ -101,7 +101,7 @@ def schema_args(node: Node) -> dict[str, Any]:
     Private: ``OpOverload._schema`` (``Node.normalized_arguments`` re-parses the schema on each call, which made
     it the largest cost of a scan).
     """
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         names = FLEX_ARGUMENTS if node.target is FLEX_HOP else tuple(str(i) for i in range(len(node.args)))
         return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -115,6 +115,19 @@ def schema_args(node: Node) -> dict[str, Any]:
         elif has_default:
             result[name] = default
     return result
+
+
+def schema_of(target: Any) -> Any:
+    """The schema of an op, ``None`` for what has none (higher-order ops, Python functions).
+
+    Private: ``OpOverload._schema`` (``torch.ops`` has no public view of names, types and defaults).
+    """
+    return getattr(target, "_schema", None)
+
+
+def argument_names(target: OpOverload) -> list[str]:
+    """The argument names of an op, in the order of its schema. Private as :func:`schema_of`."""
+    return [name for name, _, _, _ in _parameters(target)]
 
 
 @functools.cache
@@ -132,7 +145,7 @@ def replace_operands(node: Node, replace: Mapping[str, Any]) -> tuple[tuple[Any,
     Private: ``OpOverload._schema``, as in :func:`schema_args`.
     """
     args, kwargs = list(node.args), dict(node.kwargs)
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     names = [argument.name for argument in schema.arguments] if schema else [str(i) for i in range(len(args))]
     for path, value in replace.items():
         key, _, index = path.partition(".")
@@ -167,7 +180,7 @@ def set_arguments(node: Node, values: Mapping[str, Any]) -> None:
 
 def schema_names(node: Node) -> set[str]:
     """The argument names of a call's schema; none for what is no aten op. Private as in :func:`schema_args`."""
-    return {argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())}
+    return {argument.name for argument in getattr(schema_of(node.target), "arguments", ())}
 
 
 def fake_mode_of(value: Any) -> Any:
@@ -188,9 +201,31 @@ def symbolic_kernels() -> Any:
     return enable_python_dispatcher()
 
 
+def current_node(interpreter: Interpreter, node: Node) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, errors of an interpreter name this node. Private: it is part of ``Interpreter.run_node`` only."""
+    return interpreter._set_current_node(node)
+
+
+def aten_ops() -> dict[str, OpOverload]:
+    """Every op of aten that can be called, by name with overload: ``"add.Tensor"``, ``"relu.default"``.
+
+    Private: the dispatcher's list (``dir(torch.ops.aten)`` has only those that were asked for).
+    """
+    found = {}
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        op = (
+            getattr(getattr(torch.ops.aten, packet, None), overload or "default", None) if namespace == "aten" else None
+        )
+        if op is not None:
+            found[f"{packet}.{overload or 'default'}"] = op
+    return dict(sorted(found.items()))
+
+
 def returns_alias(node: Node) -> bool:
     """Whether a call returns a view of, or the same tensor as, one of its arguments (the schema's alias marks)."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         return False
     return any(result.alias_info is not None for result in schema.returns)

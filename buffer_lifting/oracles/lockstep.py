@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from buffer_lifting.oracles.running import Runnable
-from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, tree_flatten
+from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, current_node, tree_flatten
 
 
 def run_ranks(
@@ -53,7 +53,7 @@ def run_modules(
 
 
 def _run(interpreter: Interpreter, node: Node) -> Any:
-    with interpreter._set_current_node(node):
+    with current_node(interpreter, node):
         args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
         run: Callable[..., Any] = getattr(interpreter, node.op)
         return run(node.target, args, kwargs)
