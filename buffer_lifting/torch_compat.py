@@ -566,19 +566,30 @@ def REPLICATE() -> Any:
     return _replicate()()
 
 
-def without_first_step(stage: Any, voted: bool) -> None:
-    """Leaves out what a ``PipelineStage`` that was given its shapes need not do on the first step of its schedule.
+def without_first_step(schedule: Any, stages: Sequence[Any], voted: bool) -> None:
+    """Leaves out what a schedule of ``PipelineStage``s that were given their shapes need not do on its first step.
 
     Private: ``_post_metadata_inference_cleanup`` (drops the gradients of an FSDP module, those that earlier steps
     accumulated included, although there was no dry run whose gradients it would have to drop) and, where earlier
-    stages of the same ranks have ``voted`` that all shapes are given, ``_warmup_forward_vote`` and
-    ``_warmup_backward_result`` (one message each between neighbouring stages). ``PipelineStage`` has no public way
-    to say that nothing is left to infer.
+    stages of the same ranks have ``voted`` that all shapes are given, that vote: up to torch 2.14
+    ``_warmup_forward_vote`` and ``_warmup_backward_result`` of a stage (one message each between neighbouring stages),
+    then ``_initialize_pipeline_distributed_state`` of a schedule (all-reduces, and a message to connect neighbours that
+    are connected by now). There is no public way to say that nothing is left to infer.
     """
-    stage._post_metadata_inference_cleanup = lambda: None
-    if voted:
-        stage._warmup_forward_vote = lambda has_backward, received_acc=None: torch.ones(1, dtype=torch.int32)
-        stage._warmup_backward_result = lambda received_result=None: torch.ones(1, dtype=torch.int32)
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    def known(stages: Sequence[Any], has_backward: bool, initialize_p2p: bool) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    for stage in stages:
+        stage._post_metadata_inference_cleanup = lambda: None
+        if voted and hasattr(stage, "_warmup_forward_vote"):
+            stage._warmup_forward_vote = lambda has_backward, received_acc=None: torch.ones(1, dtype=torch.int32)
+            stage._warmup_backward_result = lambda received_result=None: torch.ones(1, dtype=torch.int32)
+    own_edges = any(getattr(stage, "p2p_per_edge", False) for stage in stages)  # process groups of this schedule's own
+    if voted and not own_edges and hasattr(schedule, "_initialize_pipeline_distributed_state"):
+        schedule._initialize_pipeline_distributed_state = known
 
 
 _RENAMED = {
