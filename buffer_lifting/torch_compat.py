@@ -249,7 +249,8 @@ def storage_id(tensor: torch.Tensor) -> int:
 
 def replacements(value: torch.SymInt) -> int:
     """How many symbols the shape environment of a symbolic size has specialised or unified so far."""
-    return len(value.node.shape_env.replacements)  # private: no public view of a ShapeEnv's replacements
+    environment: Any = value.node.shape_env  # private: no public view of a ShapeEnv's replacements
+    return len(environment.replacements)
 
 
 class _AtFirstUse:
