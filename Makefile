@@ -6,14 +6,19 @@ PYTHON ?= python3
 # More arguments for every `pip install`, an index for one:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
+# Another torch than that of constraints.txt, in an environment of its own: `make test TORCH=2.15.0`, `make pytest
+# TORCH=nightly`. The range in setup.cfg is not looked at.
+TORCH ?=
+# Arguments for the `pip install` of that torch alone.
+TORCH_ARGS ?= $(if $(filter nightly,$(TORCH)),--pre --index-url https://download.pytorch.org/whl/nightly/cpu)
 # More arguments for pytest, `buffer-lifting demo` and benchmarks/run.py.
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 DEMO := .venv-demo
-TEST := .venv-test
-SOURCES_OF_ENV := setup.cfg pyproject.toml constraints.txt Makefile
+TEST := .venv-test$(if $(TORCH),-torch-$(TORCH))
+SOURCES_OF_ENV := setup.cfg pyproject.toml constraints.txt Makefile tools/requirements.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -70,11 +75,33 @@ bench-scale: $(TEST)/.installed ## measure large models on the meta device
 
 .PHONY: clean
 clean: ## remove the environments, caches and build products
-	rm -rf $(DEMO) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(DEMO) .venv-test .venv-test-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 $(DEMO)/.installed: EXTRAS := cli
 $(TEST)/.installed: EXTRAS := test,dev
+
+CONSTRAINTS = constraints.txt
+INSTALL_TORCH = @$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) torch
+INSTALL_PROJECT = @$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+
+# The torch that was installed replaces the one in the constraints, so that no other package brings its own; and the
+# project goes without its dependencies, because its range may not have that torch.
+ifneq ($(TORCH),)
+$(TEST)/.installed: CONSTRAINTS = $(@D)/constraints.txt
+define INSTALL_OTHER_TORCH
+@sed '/^torch==/d' constraints.txt > $(CONSTRAINTS)
+@$(@D)/bin/python -m pip install -q $(PIP_ARGS) $(TORCH_ARGS) -c $(CONSTRAINTS) torch$(filter-out ==nightly,==$(TORCH))
+@$(@D)/bin/python -m pip freeze | grep '^torch==' >> $(CONSTRAINTS)
+endef
+define INSTALL_PROJECT_ALONE
+@$(PYTHON) tools/requirements.py $(EXTRAS) > $(@D)/requirements.txt
+@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) -r $(@D)/requirements.txt
+@$(@D)/bin/python -m pip install -q $(PIP_ARGS) --no-deps -e .
+endef
+$(TEST)/.installed: INSTALL_TORCH = $(INSTALL_OTHER_TORCH)
+$(TEST)/.installed: INSTALL_PROJECT = $(INSTALL_PROJECT_ALONE)
+endif
 
 # torch goes first, by itself, in the version that constraints.txt names: while it is not there, the
 # range that other packages ask for could bring the newest build, and gigabytes of CUDA with it.
@@ -84,10 +111,10 @@ $(DEMO)/.installed $(TEST)/.installed: $(SOURCES_OF_ENV)
 	@echo "==> $(@D): creating the environment"
 	@$(PYTHON) -m venv $(@D)
 	@echo "==> $(@D): installing torch (the first time, this can take minutes)"
-	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch
+	$(INSTALL_TORCH)
 	@echo "==> $(@D): installing buffer_lifting[$(EXTRAS)]"
-	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]"
+	$(INSTALL_PROJECT)
 	@case "$(EXTRAS)" in *test*) \
-	    $(@D)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps litgpt torchtitan;; esac
+	    $(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps litgpt torchtitan;; esac
 	@touch $@
 	@echo "==> $(@D): ready"

@@ -16,7 +16,7 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, GraphModule, Node
 
-from buffer_lifting.torch_compat import fake_mode_of, input_spec, program_from_graph_module, tree_flatten
+from buffer_lifting.torch_compat import fake_mode_of, input_spec, is_fake, program_from_graph_module, tree_flatten
 
 
 def as_program(program: Any) -> ExportedProgram:
@@ -71,7 +71,7 @@ def _from_graph_module(module: GraphModule) -> ExportedProgram:
             placeholder = new.placeholder(f"{prefix}_{target.replace('.', '_')}")
             fake = node.meta.get("val")
             if not isinstance(fake, torch.Tensor):
-                fake = fake_mode_of(fakes[0]).from_tensor(value) if hasattr(fakes[0], "fake_mode") else value
+                fake = fake_mode_of(fakes[0]).from_tensor(value) if is_fake(fakes[0]) else value
             placeholder.meta = {"val": fake}
             keep = target in persistent if kind is InputKind.BUFFER else None
             specs.append(InputSpec(kind, TensorArgument(name=placeholder.name), target, persistent=keep))

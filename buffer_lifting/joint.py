@@ -23,8 +23,14 @@ from buffer_lifting.passes.normalize import Normalized, normalize
 from buffer_lifting.program import Axes, LiftedInput
 from buffer_lifting.scanner import FormOption, scan_record
 from buffer_lifting.tables import TableSource
-from buffer_lifting.torch_compat import tree_flatten, tree_unflatten
-from buffer_lifting.torch_compat_joint import codegen_with, gradient_descriptor, input_descriptors, outside_of_modes
+from buffer_lifting.torch_compat import (
+    codegen_with,
+    gradient_descriptor,
+    input_descriptors,
+    outside_of_modes,
+    tree_flatten,
+    tree_unflatten,
+)
 
 _TAG = "partitioner_tag"  # where torch's partitioners read whether a node is forward or backward
 

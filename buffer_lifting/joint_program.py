@@ -23,8 +23,16 @@ from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.graph.record import Joint
 from buffer_lifting.joint_rules import has_backward_ops
-from buffer_lifting.torch_compat import fake_mode_of, input_spec, is_fake, program_from_graph_module, tree_flatten
-from buffer_lifting.torch_compat_joint import described, gradient_of, same_result
+from buffer_lifting.torch_compat import (
+    described,
+    fake_mode_of,
+    gradient_of,
+    input_spec,
+    is_fake,
+    program_from_graph_module,
+    same_result,
+    tree_flatten,
+)
 
 #: What placeholders hold: their values, by FQN.
 State = Mapping[str, torch.Tensor]

@@ -21,7 +21,7 @@ from buffer_lifting.graph.bodies import attribute_of
 from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.layer_graphs import LayerModule, plain_name
 from buffer_lifting.layer_regions import Region, find_regions, parent_order
-from buffer_lifting.torch_compat import generate_code
+from buffer_lifting.torch_compat import generate_code, same_transient
 
 
 def split_layers(module: Any, layers: Iterable[str] | None = None) -> dict[str, Module]:
@@ -190,7 +190,7 @@ def _put_layer(module: GraphModule, fqn: str, graph: Graph, bodies: dict[str, An
     for name in ("_modules", "_parameters", "_buffers"):
         getattr(layer, name).clear()
         getattr(layer, name).update(getattr(state, name))
-    layer._non_persistent_buffers_set = set(state._non_persistent_buffers_set)
+    same_transient(state, layer)
     layer.train(module.training)
     holder.add_module(leaf, layer)
     generate_code(layer)

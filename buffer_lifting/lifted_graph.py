@@ -20,8 +20,7 @@ from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport,
 from buffer_lifting.sharding import shard_inputs
 from buffer_lifting.streams import parse_shard
 from buffer_lifting.tables import TableSource
-from buffer_lifting.torch_compat import tree_flatten
-from buffer_lifting.torch_compat_joint import captured_inputs, extend_capture
+from buffer_lifting.torch_compat import captured_inputs, extend_capture, tree_flatten
 
 #: Where a lifted graph module has its :class:`LiftedGraph` (``gm.meta``).
 META = "buffer_lifting"

@@ -43,74 +43,75 @@ running_mean:T running_var:T momentum:f eps:f @_cast_Byte.default self:T non_blo
 self:T non_blocking:b=false @_cast_Double.default self:T non_blocking:b=false @_cast_Float.default self:T
 non_blocking:b=false @_cast_Half.default self:T non_blocking:b=false @_cast_Int.default self:T non_blocking:b=false
 @_cast_Long.default self:T non_blocking:b=false @_cast_Short.default self:T non_blocking:b=false
-@_cdist_backward.default grad:T x1:T x2:T p:f cdist:T @_cdist_backward.out grad:T x1:T x2:T p:f cdist:T out:T !
-@_cdist_forward.default x1:T x2:T p:f compute_mode:i? @_cdist_forward.out x1:T x2:T p:f compute_mode:i? out:T !
-@_cholesky_solve_helper.default self:T A:T upper:b @_cholesky_solve_helper.out self:T A:T upper:b out:T !
-@_choose_qparams_per_tensor.default self:T reduce_range:b=false @_chunk_cat.default tensors:T[] dim:i num_chunks:i
-@_chunk_cat.out tensors:T[] dim:i num_chunks:i out:T ! @_coalesce.default self:T @_coalesce.out self:T out:T !
-@_coalesced.default self:T coalesced:b @_coalesced.out self:T coalesced:b out:T ! @_coalesced_.default self:T
-coalesced:b !_coalesced.default @_compute_linear_combination.default input:T coefficients:T
-@_compute_linear_combination.out input:T coefficients:T out:T ! @_conj.default self:T @_conj_copy.default self:T
-@_conj_copy.out self:T out:T ! @_conj_physical.default self:T @_conj_physical.out self:T out:T !
-@_conv_depthwise2d.default self:T weight:T kernel_size:i[] bias:T? stride:i[] padding:i[] dilation:i[]
-@_conv_depthwise2d.out self:T weight:T kernel_size:i[] bias:T? stride:i[] padding:i[] dilation:i[] out:T !
-@_convert_indices_from_coo_to_csr.default self:T size:i out_int32:b=false @_convert_indices_from_coo_to_csr.out
-self:T size:i out_int32:b=false out:T ! @_convert_indices_from_csr_to_coo.default crow_indices:T col_indices:T
-out_int32:b=false transpose:b=false @_convert_indices_from_csr_to_coo.out crow_indices:T col_indices:T
-out_int32:b=false transpose:b=false out:T ! @_convert_weight_to_int4pack.default self:T innerKTiles:i
-@_convert_weight_to_int4pack_for_cpu.default self:T innerKTiles:i @_convolution.default input:T weight:T bias:T?
-stride:i[] padding:i[] dilation:i[] transposed:b output_padding:i[] groups:i benchmark:b deterministic:b
-cudnn_enabled:b allow_tf32:b @_convolution.deprecated input:T weight:T bias:T? stride:i[] padding:i[] dilation:i[]
-transposed:b output_padding:i[] groups:i benchmark:b deterministic:b cudnn_enabled:b @_convolution.out input:T
-weight:T bias:T? stride:i[] padding:i[] dilation:i[] transposed:b output_padding:i[] groups:i benchmark:b
-deterministic:b cudnn_enabled:b allow_tf32:b out:T ! @_convolution_double_backward.default ggI:T? ggW:T? ggb:T? gO:T
-weight:T self:T stride:i[] padding:i[] dilation:i[] transposed:b output_padding:i[] groups:i output_mask:b[]
-@_convolution_mode.default input:T weight:T bias:T? stride:i[] padding:s dilation:i[] groups:i @_copy_from.default
-self:T dst:T non_blocking:b=false @_copy_from.out self:T dst:T non_blocking:b=false out:T !
-@_copy_from_and_resize.default self:T dst:T @_copy_from_and_resize.out self:T dst:T out:T ! @_cslt_compress.default
-input:T @_cslt_sparse_mm.default compressed_A:T dense_B:T bias:T?=null alpha:T?=null out_dtype:d?=null
-transpose_result:b=false alg_id:i=0 split_k:i=1 split_k_mode:i=-1 @_cslt_sparse_mm_search.default compressed_A:T
-dense_B:T bias:T?=null alpha:T?=null out_dtype:d?=null transpose_result:b=false @_ctc_loss.Tensor log_probs:T
-targets:T input_lengths:T target_lengths:T blank:i=0 zero_infinity:b=false @_ctc_loss.Tensor_out log_probs:T
-targets:T input_lengths:T target_lengths:T blank:i=0 zero_infinity:b=false out0:T out1:T ! @_ctc_loss.default
-log_probs:T targets:T input_lengths:i[] target_lengths:i[] blank:i=0 zero_infinity:b=false @_ctc_loss.out
-log_probs:T targets:T input_lengths:i[] target_lengths:i[] blank:i=0 zero_infinity:b=false out0:T out1:T !
-@_ctc_loss_backward.Tensor grad:T log_probs:T targets:T input_lengths:T target_lengths:T neg_log_likelihood:T
-log_alpha:T blank:i zero_infinity:b=false @_ctc_loss_backward.default grad:T log_probs:T targets:T input_lengths:i[]
-target_lengths:i[] neg_log_likelihood:T log_alpha:T blank:i zero_infinity:b=false @_ctc_loss_backward.out grad:T
+@_cdist_backward.default ~ @_cdist_backward.out ~ ! @_cdist_forward.default x1:T x2:T p:f compute_mode:i?
+@_cdist_forward.out x1:T x2:T p:f compute_mode:i? out:T ! @_cholesky_solve_helper.default self:T A:T upper:b
+@_cholesky_solve_helper.out self:T A:T upper:b out:T ! @_choose_qparams_per_tensor.default self:T
+reduce_range:b=false @_chunk_cat.default tensors:T[] dim:i num_chunks:i @_chunk_cat.out tensors:T[] dim:i
+num_chunks:i out:T ! @_coalesce.default self:T @_coalesce.out self:T out:T ! @_coalesced.default self:T coalesced:b
+@_coalesced.out self:T coalesced:b out:T ! @_coalesced_.default self:T coalesced:b !_coalesced.default
+@_compute_linear_combination.default input:T coefficients:T @_compute_linear_combination.out input:T coefficients:T
+out:T ! @_conj.default self:T @_conj_copy.default self:T @_conj_copy.out self:T out:T ! @_conj_physical.default
+self:T @_conj_physical.out self:T out:T ! @_conv_depthwise2d.default self:T weight:T kernel_size:i[] bias:T?
+stride:i[] padding:i[] dilation:i[] @_conv_depthwise2d.out self:T weight:T kernel_size:i[] bias:T? stride:i[]
+padding:i[] dilation:i[] out:T ! @_convert_indices_from_coo_to_csr.default self:T size:i out_int32:b=false
+@_convert_indices_from_coo_to_csr.out self:T size:i out_int32:b=false out:T !
+@_convert_indices_from_csr_to_coo.default crow_indices:T col_indices:T out_int32:b=false transpose:b=false
+@_convert_indices_from_csr_to_coo.out crow_indices:T col_indices:T out_int32:b=false transpose:b=false out:T !
+@_convert_weight_to_int4pack.default self:T innerKTiles:i @_convert_weight_to_int4pack_for_cpu.default self:T
+innerKTiles:i @_convolution.default input:T weight:T bias:T? stride:i[] padding:i[] dilation:i[] transposed:b
+output_padding:i[] groups:i benchmark:b deterministic:b cudnn_enabled:b allow_tf32:b @_convolution.deprecated
+input:T weight:T bias:T? stride:i[] padding:i[] dilation:i[] transposed:b output_padding:i[] groups:i benchmark:b
+deterministic:b cudnn_enabled:b @_convolution.out input:T weight:T bias:T? stride:i[] padding:i[] dilation:i[]
+transposed:b output_padding:i[] groups:i benchmark:b deterministic:b cudnn_enabled:b allow_tf32:b out:T !
+@_convolution_double_backward.default ggI:T? ggW:T? ggb:T? gO:T weight:T self:T stride:i[] padding:i[] dilation:i[]
+transposed:b output_padding:i[] groups:i output_mask:b[] @_convolution_mode.default input:T weight:T bias:T?
+stride:i[] padding:s dilation:i[] groups:i @_copy_from.default self:T dst:T non_blocking:b=false @_copy_from.out
+self:T dst:T non_blocking:b=false out:T ! @_copy_from_and_resize.default self:T dst:T @_copy_from_and_resize.out
+self:T dst:T out:T ! @_cslt_compress.default input:T @_cslt_sparse_mm.default compressed_A:T dense_B:T bias:T?=null
+alpha:T?=null out_dtype:d?=null transpose_result:b=false alg_id:i=0 split_k:i=1 split_k_mode:i=-1
+@_cslt_sparse_mm_search.default compressed_A:T dense_B:T bias:T?=null alpha:T?=null out_dtype:d?=null
+transpose_result:b=false @_ctc_loss.Tensor log_probs:T targets:T input_lengths:T target_lengths:T blank:i=0
+zero_infinity:b=false @_ctc_loss.Tensor_out log_probs:T targets:T input_lengths:T target_lengths:T blank:i=0
+zero_infinity:b=false out0:T out1:T ! @_ctc_loss.default log_probs:T targets:T input_lengths:i[] target_lengths:i[]
+blank:i=0 zero_infinity:b=false @_ctc_loss.out log_probs:T targets:T input_lengths:i[] target_lengths:i[] blank:i=0
+zero_infinity:b=false out0:T out1:T ! @_ctc_loss_backward.Tensor grad:T log_probs:T targets:T input_lengths:T
+target_lengths:T neg_log_likelihood:T log_alpha:T blank:i zero_infinity:b=false @_ctc_loss_backward.default grad:T
 log_probs:T targets:T input_lengths:i[] target_lengths:i[] neg_log_likelihood:T log_alpha:T blank:i
-zero_infinity:b=false out:T ! @_cudnn_attention_backward.default grad_out:T query:T key:T value:T out:T logsumexp:T
-philox_seed:T philox_offset:T attn_bias:T cum_seq_q:T cum_seq_k:T max_q:i max_k:i dropout_p:f is_causal:b
-scale:f?=null @_cudnn_attention_forward.default query:T key:T value:T attn_bias:T? cum_seq_q:T? cum_seq_k:T? max_q:i
-max_k:i compute_log_sumexp:b dropout_p:f=0.0 is_causal:b=false return_debug_mask:b=false scale:f?=null
-@_cudnn_ctc_loss.Tensor log_probs:T targets:T input_lengths:T target_lengths:T blank:i deterministic:b
-zero_infinity:b @_cudnn_ctc_loss.default log_probs:T targets:T input_lengths:i[] target_lengths:i[] blank:i
-deterministic:b zero_infinity:b @_cudnn_ctc_loss.out log_probs:T targets:T input_lengths:i[] target_lengths:i[]
-blank:i deterministic:b zero_infinity:b out0:T out1:T ! @_cudnn_init_dropout_state.default dropout:f train:b
-dropout_seed:i dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=false @_cudnn_init_dropout_state.out
-dropout:f train:b dropout_seed:i out:T ! @_cudnn_rnn.default input:T weight:T[] weight_stride0:i weight_buf:T? hx:T
-cx:T? mode:i hidden_size:i proj_size:i num_layers:i batch_first:b dropout:f train:b bidirectional:b batch_sizes:i[]
-dropout_state:T? @_cudnn_rnn.out input:T weight:T[] weight_stride0:i weight_buf:T? hx:T cx:T? mode:i hidden_size:i
-proj_size:i num_layers:i batch_first:b dropout:f train:b bidirectional:b batch_sizes:i[] dropout_state:T? out0:T
-out1:T out2:T out3:T out4:T ! @_cudnn_rnn_backward.default input:T weight:T[] weight_stride0:i weight_buf:T hx:T
-cx:T? output:T grad_output:T? grad_hy:T? grad_cy:T? mode:i hidden_size:i proj_size:i num_layers:i batch_first:b
-dropout:f train:b bidirectional:b batch_sizes:i[] dropout_state:T? reserve:T output_mask:b[]
-@_cudnn_rnn_backward.out input:T weight:T[] weight_stride0:i weight_buf:T hx:T cx:T? output:T grad_output:T?
-grad_hy:T? grad_cy:T? mode:i hidden_size:i proj_size:i num_layers:i batch_first:b dropout:f train:b bidirectional:b
-batch_sizes:i[] dropout_state:T? reserve:T output_mask:b[] out0:T out1:T out2:T out3:T[] !
-@_cudnn_rnn_flatten_weight.default weight_arr:T[] weight_stride0:i input_size:i mode:i hidden_size:i proj_size:i
-num_layers:i batch_first:b bidirectional:b @_cudnn_rnn_flatten_weight.out weight_arr:T[] weight_stride0:i
-input_size:i mode:i hidden_size:i proj_size:i num_layers:i batch_first:b bidirectional:b out:T !
-@_cufft_clear_plan_cache.default device_index:i @_cufft_get_plan_cache_max_size.default device_index:i
-@_cufft_get_plan_cache_size.default device_index:i @_cufft_set_plan_cache_max_size.default device_index:i max_size:i
-@_cummax_helper.default self:T values:T indices:T dim:i ! @_cummin_helper.default self:T values:T indices:T dim:i !
-@_debug_has_internal_overlap.default self:T @_dimI.default self:T @_dimV.default self:T @_dim_arange.default like:T
-dim:i @_dirichlet_grad.default x:T alpha:T total:T @_dirichlet_grad.out x:T alpha:T total:T out:T !
-@_dyn_quant_matmul_4bit.default inp:T packed_weights:T block_size:i in_features:i out_features:i
-@_dyn_quant_pack_4bit_weight.default weights:T scales_zeros:T bias:T? block_size:i in_features:i out_features:i
-@_efficient_attention_backward.default grad_out_:T query:T key:T value:T bias:T? out:T cu_seqlens_q:T?
-cu_seqlens_k:T? max_seqlen_q:i max_seqlen_k:i logsumexp:T dropout_p:f philox_seed:T philox_offset:T
-custom_mask_type:i bias_requires_grad:b scale:f?=null num_splits_key:i?=null window_size:i?=null
+zero_infinity:b=false @_ctc_loss_backward.out grad:T log_probs:T targets:T input_lengths:i[] target_lengths:i[]
+neg_log_likelihood:T log_alpha:T blank:i zero_infinity:b=false out:T ! @_cudnn_attention_backward.default grad_out:T
+query:T key:T value:T out:T logsumexp:T philox_seed:T philox_offset:T attn_bias:T cum_seq_q:T cum_seq_k:T max_q:i
+max_k:i dropout_p:f is_causal:b scale:f?=null @_cudnn_attention_forward.default query:T key:T value:T attn_bias:T?
+cum_seq_q:T? cum_seq_k:T? max_q:i max_k:i compute_log_sumexp:b dropout_p:f=0.0 is_causal:b=false
+return_debug_mask:b=false scale:f?=null seqused_k:T?=null block_table:T?=null
+@_cudnn_attention_forward_no_dropout_inplace.default out:T query:T key:T value:T cum_seq_q:T cum_seq_k:T? max_q:i
+max_k:i is_causal:b=false scale:f?=null seqused_k:T?=null block_table:T?=null ! @_cudnn_ctc_loss.Tensor log_probs:T
+targets:T input_lengths:T target_lengths:T blank:i deterministic:b zero_infinity:b @_cudnn_ctc_loss.default
+log_probs:T targets:T input_lengths:i[] target_lengths:i[] blank:i deterministic:b zero_infinity:b
+@_cudnn_ctc_loss.out log_probs:T targets:T input_lengths:i[] target_lengths:i[] blank:i deterministic:b
+zero_infinity:b out0:T out1:T ! @_cudnn_init_dropout_state.default dropout:f train:b dropout_seed:i dtype:d?=null
+layout:l?=null device:v?=null pin_memory:b?=false @_cudnn_init_dropout_state.out dropout:f train:b dropout_seed:i
+out:T ! @_cudnn_rnn.default input:T weight:T[] weight_stride0:i weight_buf:T? hx:T cx:T? mode:i hidden_size:i
+proj_size:i num_layers:i batch_first:b dropout:f train:b bidirectional:b batch_sizes:i[] dropout_state:T?
+@_cudnn_rnn.out input:T weight:T[] weight_stride0:i weight_buf:T? hx:T cx:T? mode:i hidden_size:i proj_size:i
+num_layers:i batch_first:b dropout:f train:b bidirectional:b batch_sizes:i[] dropout_state:T? out0:T out1:T out2:T
+out3:T out4:T ! @_cudnn_rnn_backward.default input:T weight:T[] weight_stride0:i weight_buf:T hx:T cx:T? output:T
+grad_output:T? grad_hy:T? grad_cy:T? mode:i hidden_size:i proj_size:i num_layers:i batch_first:b dropout:f train:b
+bidirectional:b batch_sizes:i[] dropout_state:T? reserve:T output_mask:b[] @_cudnn_rnn_backward.out input:T
+weight:T[] weight_stride0:i weight_buf:T hx:T cx:T? output:T grad_output:T? grad_hy:T? grad_cy:T? mode:i
+hidden_size:i proj_size:i num_layers:i batch_first:b dropout:f train:b bidirectional:b batch_sizes:i[]
+dropout_state:T? reserve:T output_mask:b[] out0:T out1:T out2:T out3:T[] ! @_cudnn_rnn_flatten_weight.default
+weight_arr:T[] weight_stride0:i input_size:i mode:i hidden_size:i proj_size:i num_layers:i batch_first:b
+bidirectional:b @_cudnn_rnn_flatten_weight.out weight_arr:T[] weight_stride0:i input_size:i mode:i hidden_size:i
+proj_size:i num_layers:i batch_first:b bidirectional:b out:T ! @_cufft_clear_plan_cache.default device_index:i
+@_cufft_get_plan_cache_max_size.default device_index:i @_cufft_get_plan_cache_size.default device_index:i
+@_cufft_set_plan_cache_max_size.default device_index:i max_size:i @_cummax_helper.default self:T values:T indices:T
+dim:i ! @_cummin_helper.default self:T values:T indices:T dim:i ! @_debug_has_internal_overlap.default self:T
+@_dimI.default self:T @_dimV.default self:T @_dim_arange.default like:T dim:i @_dirichlet_grad.default x:T alpha:T
+total:T @_dirichlet_grad.out x:T alpha:T total:T out:T ! @_dyn_quant_matmul_4bit.default inp:T packed_weights:T
+block_size:i in_features:i out_features:i @_dyn_quant_pack_4bit_weight.default weights:T scales_zeros:T bias:T?
+block_size:i in_features:i out_features:i @_efficient_attention_backward.default grad_out_:T query:T key:T value:T
+bias:T? out:T cu_seqlens_q:T? cu_seqlens_k:T? max_seqlen_q:i max_seqlen_k:i logsumexp:T dropout_p:f philox_seed:T
+philox_offset:T custom_mask_type:i bias_requires_grad:b scale:f?=null num_splits_key:i?=null window_size:i?=null
 shared_storage_dqdkdv:b=false @_efficient_attention_forward.default query:T key:T value:T bias:T? cu_seqlens_q:T?
 cu_seqlens_k:T? max_seqlen_q:i? max_seqlen_k:i? dropout_p:f custom_mask_type:i compute_log_sumexp:b=false
 scale:f?=null seqlen_k:T?=null window_size:i?=null @_efficientzerotensor.default size:i[] dtype:d?=null
@@ -405,11 +406,13 @@ stride:i[]=[1,1] @_nnpack_spatial_convolution.out input:T weight:T bias:T? paddi
 input:T lengths:T batch_first:b out0:T out1:T ! @_pack_padded_sequence_backward.default grad:T input_size:i[]
 batch_sizes:T batch_first:b @_pad_circular.default self:T pad:i[] @_pad_enum.default self:T pad:i[] mode:i
 value:f?=null @_pad_packed_sequence.default data:T batch_sizes:T batch_first:b padding_value:n total_length:i
-@_padded_dense_to_jagged_forward.default dense:T offsets:T[] total_L:i?=null @_pdist_backward.default grad:T self:T
-p:f pdist:T @_pdist_backward.out grad:T self:T p:f pdist:T out:T ! @_pdist_forward.default self:T p:f=2.0
-@_pdist_forward.out self:T p:f=2.0 out:T ! @_philox_key_fold_in.default key:T data:i @_philox_key_split.default
-key:T num_splits:i @_philox_normal.default self:T key:T mean:f=0.0 std:f=1.0 @_philox_normal.out self:T key:T
-mean:f=0.0 std:f=1.0 out:T ! @_philox_normal_.default self:T key:T mean:f=0.0 std:f=1.0 !_philox_normal.default
+@_padded_dense_to_jagged_forward.default dense:T offsets:T[] total_L:i?=null @_pdist_backward.default ~
+@_pdist_backward.out ~ ! @_pdist_forward.default self:T p:f=2.0 @_pdist_forward.out self:T p:f=2.0 out:T !
+@_philox_key_fold_in.Tensor key:T data:T @_philox_key_fold_in.default key:T data:i @_philox_key_split.default key:T
+num_splits:i @_philox_normal.default self:T key:T mean:f=0.0 std:f=1.0 @_philox_normal.out self:T key:T mean:f=0.0
+std:f=1.0 out:T ! @_philox_normal_.default self:T key:T mean:f=0.0 std:f=1.0 !_philox_normal.default
+@_philox_randint.default self:T key:T low:i?=null high:i?=null @_philox_randint.out self:T key:T low:i?=null
+high:i?=null out:T ! @_philox_randint_.default self:T key:T low:i?=null high:i?=null !_philox_randint.default
 @_philox_uniform.default self:T key:T low:f=0.0 high:f=1.0 @_philox_uniform.out self:T key:T low:f=0.0 high:f=1.0
 out:T ! @_philox_uniform_.default self:T key:T low:f=0.0 high:f=1.0 !_philox_uniform.default @_pin_memory.default
 self:T device:v?=null @_pin_memory.out self:T device:v?=null out:T ! @_prelu_kernel.default self:T weight:T
@@ -421,8 +424,13 @@ stride:i[] out:T ! @_reshape_copy.default self:T size:i[] @_reshape_from_tensor.
 @_resize_output_.default self:T size:i[] device:v !_resize_output.default @_rowwise_prune.default weight:T mask:T
 compressed_indices_dtype:d @_safe_softmax.default self:T dim:i dtype:d?=null @_sample_dirichlet.default self:T
 generator:x?=null @_sample_dirichlet.out self:T generator:x?=null out:T ! @_saturate_weight_to_fp16.default weight:T
-@_scaled_dot_product_attention_math.default query:T key:T value:T attn_mask:T?=null dropout_p:f=0.0
-is_causal:b=false dropout_mask:T?=null scale:f?=null enable_gqa:b=false
+@_scaled_addmm.default self:T mat1:T mat2:T scale_a:T[] recipe_a:i[] swizzle_a:i[] scale_b:T[] recipe_b:i[]
+swizzle_b:i[] contraction_dim:i[]=[] beta:n=1 alpha:n=1 use_fast_accum:b=false @_scaled_addmm.out self:T mat1:T
+mat2:T scale_a:T[] recipe_a:i[] swizzle_a:i[] scale_b:T[] recipe_b:i[] swizzle_b:i[] contraction_dim:i[]=[] beta:n=1
+alpha:n=1 use_fast_accum:b=false out:T ! @_scaled_addmm_.default self:T mat1:T mat2:T scale_a:T[] recipe_a:i[]
+swizzle_a:i[] scale_b:T[] recipe_b:i[] swizzle_b:i[] contraction_dim:i[]=[] beta:n=1 alpha:n=1
+use_fast_accum:b=false !_scaled_addmm.default @_scaled_dot_product_attention_math.default query:T key:T value:T
+attn_mask:T?=null dropout_p:f=0.0 is_causal:b=false dropout_mask:T?=null scale:f?=null enable_gqa:b=false
 @_scaled_dot_product_attention_math_for_mps.default query:T key:T value:T attn_mask:T?=null dropout_p:f=0.0
 is_causal:b=false dropout_mask:T?=null scale:f?=null enable_gqa:b=false @_scaled_dot_product_cudnn_attention.default
 query:T key:T value:T attn_bias:T? compute_log_sumexp:b dropout_p:f=0.0 is_causal:b=false return_debug_mask:b=false
@@ -447,12 +455,14 @@ grad_input_mask:b[] out:T logsumexp:T cum_seq_q:T cum_seq_k:T max_q:i max_k:i dr
 philox_offset:T scale:f?=null @_scaled_grouped_mm.default self:T mat2:T scale_a:T scale_b:T offs:T?=null
 bias:T?=null scale_result:T?=null out_dtype:d?=null use_fast_accum:b=false @_scaled_grouped_mm_v2.default self:T
 mat2:T scale_a:T[] recipe_a:i[] swizzle_a:i[] scale_b:T[] recipe_b:i[] swizzle_b:i[] offs:T?=null bias:T?=null
-out_dtype:d?=null contraction_dim:i[]=[] use_fast_accum:b=false @_scaled_mm.default self:T mat2:T scale_a:T
-scale_b:T bias:T?=null scale_result:T?=null out_dtype:d?=null use_fast_accum:b=false @_scaled_mm.out self:T mat2:T
-scale_a:T scale_b:T bias:T?=null scale_result:T?=null out_dtype:d?=null use_fast_accum:b=false out:T !
-@_scaled_mm_v2.default self:T mat2:T scale_a:T[] recipe_a:i[] swizzle_a:i[] scale_b:T[] recipe_b:i[] swizzle_b:i[]
-bias:T? out_dtype:d? contraction_dim:i[]=[] use_fast_accum:b=false @_scaled_mm_v2.out self:T mat2:T scale_a:T[]
-recipe_a:i[] swizzle_a:i[] scale_b:T[] recipe_b:i[] swizzle_b:i[] bias:T? out_dtype:d? contraction_dim:i[]=[]
+out_dtype:d?=null contraction_dim:i[]=[] use_fast_accum:b=false @_scaled_grouped_mm_v2.out self:T mat2:T scale_a:T[]
+recipe_a:i[] swizzle_a:i[] scale_b:T[] recipe_b:i[] swizzle_b:i[] offs:T?=null bias:T?=null out_dtype:d?=null
+contraction_dim:i[]=[] use_fast_accum:b=false out:T ! @_scaled_mm.default self:T mat2:T scale_a:T scale_b:T
+bias:T?=null scale_result:T?=null out_dtype:d?=null use_fast_accum:b=false @_scaled_mm.out self:T mat2:T scale_a:T
+scale_b:T bias:T?=null scale_result:T?=null out_dtype:d?=null use_fast_accum:b=false out:T ! @_scaled_mm_v2.default
+self:T mat2:T scale_a:T[] recipe_a:i[] swizzle_a:i[] scale_b:T[] recipe_b:i[] swizzle_b:i[] bias:T? out_dtype:d?
+contraction_dim:i[]=[] use_fast_accum:b=false @_scaled_mm_v2.out self:T mat2:T scale_a:T[] recipe_a:i[]
+swizzle_a:i[] scale_b:T[] recipe_b:i[] swizzle_b:i[] bias:T? out_dtype:d? contraction_dim:i[]=[]
 use_fast_accum:b=false out:T ! @_segment_reduce_backward.default grad:T output:T data:T reduce:s lengths:T?=null
 offsets:T?=null axis:i=0 initial:n?=null @_segment_reduce_backward.out grad:T output:T data:T reduce:s
 lengths:T?=null offsets:T?=null axis:i=0 initial:n?=null out:T ! @_shape_as_tensor.default self:T
@@ -1146,16 +1156,17 @@ out:T ! @linalg_matrix_rank.atol_rtol_float self:T atol:f?=null rtol:f?=null her
 @linalg_matrix_rank.atol_rtol_tensor_out input:T atol:T?=null rtol:T?=null hermitian:b=false out:T !
 @linalg_matrix_rank.default self:T tol:f hermitian:b=false @linalg_matrix_rank.out self:T tol:f hermitian:b=false
 out:T ! @linalg_matrix_rank.out_tol_tensor input:T tol:T hermitian:b=false out:T ! @linalg_matrix_rank.tol_tensor
-input:T tol:T hermitian:b=false @linalg_multi_dot.default tensors:T[] @linalg_multi_dot.out tensors:T[] out:T !
-@linalg_norm.default self:T ord:n?=null dim:i[]?=null keepdim:b=false dtype:d?=null @linalg_norm.ord_str self:T
-ord:s dim:i[]?=null keepdim:b=false dtype:d?=null @linalg_norm.ord_str_out self:T ord:s dim:i[]?=null
-keepdim:b=false dtype:d?=null out:T ! @linalg_norm.out self:T ord:n?=null dim:i[]?=null keepdim:b=false
-dtype:d?=null out:T ! @linalg_pinv.atol_rtol_float self:T atol:f?=null rtol:f?=null hermitian:b=false
-@linalg_pinv.atol_rtol_float_out self:T atol:f?=null rtol:f?=null hermitian:b=false out:T !
-@linalg_pinv.atol_rtol_tensor self:T atol:T?=null rtol:T?=null hermitian:b=false @linalg_pinv.atol_rtol_tensor_out
-self:T atol:T?=null rtol:T?=null hermitian:b=false out:T ! @linalg_pinv.default self:T rcond:f hermitian:b=false
-@linalg_pinv.out self:T rcond:f hermitian:b=false out:T ! @linalg_pinv.out_rcond_tensor self:T rcond:T
-hermitian:b=false out:T ! @linalg_pinv.rcond_tensor self:T rcond:T hermitian:b=false @linalg_qr.default A:T
+input:T tol:T hermitian:b=false @linalg_matrix_sqrth.default self:T @linalg_matrix_sqrth.out self:T out:T !
+@linalg_multi_dot.default tensors:T[] @linalg_multi_dot.out tensors:T[] out:T ! @linalg_norm.default self:T
+ord:n?=null dim:i[]?=null keepdim:b=false dtype:d?=null @linalg_norm.ord_str self:T ord:s dim:i[]?=null
+keepdim:b=false dtype:d?=null @linalg_norm.ord_str_out self:T ord:s dim:i[]?=null keepdim:b=false dtype:d?=null
+out:T ! @linalg_norm.out self:T ord:n?=null dim:i[]?=null keepdim:b=false dtype:d?=null out:T !
+@linalg_pinv.atol_rtol_float self:T atol:f?=null rtol:f?=null hermitian:b=false @linalg_pinv.atol_rtol_float_out
+self:T atol:f?=null rtol:f?=null hermitian:b=false out:T ! @linalg_pinv.atol_rtol_tensor self:T atol:T?=null
+rtol:T?=null hermitian:b=false @linalg_pinv.atol_rtol_tensor_out self:T atol:T?=null rtol:T?=null hermitian:b=false
+out:T ! @linalg_pinv.default self:T rcond:f hermitian:b=false @linalg_pinv.out self:T rcond:f hermitian:b=false
+out:T ! @linalg_pinv.out_rcond_tensor self:T rcond:T hermitian:b=false out:T ! @linalg_pinv.rcond_tensor self:T
+rcond:T hermitian:b=false @linalg_polar.default A:T @linalg_polar.out A:T U:T H:T ! @linalg_qr.default A:T
 mode:s="reduced" @linalg_qr.out A:T mode:s="reduced" Q:T R:T ! @linalg_slogdet.default A:T @linalg_slogdet.out A:T
 sign:T logabsdet:T ! @linalg_solve.default A:T B:T left:b=true @linalg_solve.out A:T B:T left:b=true out:T !
 @linalg_solve_ex.default A:T B:T left:b=true check_errors:b=false @linalg_solve_ex.out A:T B:T left:b=true
@@ -1598,55 +1609,55 @@ stride:i[]=[] out:T ! @set.source_Tensor self:T source:T @set.source_Tensor_out 
 @set_.source_Storage_storage_offset self:T source:x storage_offset:i size:i[] stride:i[]=[]
 !set.source_Storage_storage_offset @set_.source_Tensor self:T source:T !set.source_Tensor
 @set_.source_Tensor_storage_offset self:T source:T storage_offset:i size:i[] stride:i[]=[] ! @set_data.default
-self:T new_data:T ! @sgn.default self:T @sgn.out self:T out:T ! @sgn_.default self:T !sgn.default @sigmoid.default
-self:T @sigmoid.out self:T out:T ! @sigmoid_.default self:T !sigmoid.default @sigmoid_backward.default grad_output:T
-output:T @sigmoid_backward.grad_input grad_output:T output:T grad_input:T ! @sign.default self:T @sign.out self:T
-out:T ! @sign_.default self:T !sign.default @signbit.default self:T @signbit.out self:T out:T ! @silu.default self:T
-@silu.out self:T out:T ! @silu_.default self:T !silu.default @silu_backward.default grad_output:T self:T
-@silu_backward.grad_input grad_output:T self:T grad_input:T ! @sin.default self:T @sin.out self:T out:T !
-@sin_.default self:T !sin.default @sinc.default self:T @sinc.out self:T out:T ! @sinc_.default self:T !sinc.default
-@sinh.default self:T @sinh.out self:T out:T ! @sinh_.default self:T !sinh.default @size.int self:T dim:i
-@slice.Tensor self:T dim:i=0 start:i?=null end:i?=null step:i=1 @slice_backward.default grad_output:T
-input_sizes:i[] dim:i start:i end:i step:i @slice_backward.out grad_output:T input_sizes:i[] dim:i start:i end:i
-step:i out:T ! @slice_copy.Tensor self:T dim:i=0 start:i?=null end:i?=null step:i=1 @slice_copy.Tensor_out self:T
-dim:i=0 start:i?=null end:i?=null step:i=1 out:T ! @slice_inverse.default self:T src:T dim:i=0 start:i?=null
-end:i?=null step:i=1 @slice_scatter.default self:T src:T dim:i=0 start:i?=null end:i?=null step:i=1
-@slice_scatter.out self:T src:T dim:i=0 start:i?=null end:i?=null step:i=1 out:T ! @slogdet.default self:T
-@slogdet.out self:T sign:T logabsdet:T ! @slow_conv3d.default self:T weight:T kernel_size:i[] bias:T?=null
-stride:i[]=[1,1,1] padding:i[]=[0,0,0] @slow_conv3d.out self:T weight:T kernel_size:i[] bias:T?=null
-stride:i[]=[1,1,1] padding:i[]=[0,0,0] out:T ! @slow_conv3d_forward.default self:T weight:T kernel_size:i[] bias:T?
-stride:i[] padding:i[] @slow_conv3d_forward.output self:T weight:T kernel_size:i[] bias:T? stride:i[] padding:i[]
-output:T ! @slow_conv_dilated2d.default self:T weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1]
-padding:i[]=[0,0] dilation:i[]=[1,1] @slow_conv_dilated2d.out self:T weight:T kernel_size:i[] bias:T?=null
-stride:i[]=[1,1] padding:i[]=[0,0] dilation:i[]=[1,1] out:T ! @slow_conv_dilated3d.default self:T weight:T
-kernel_size:i[] bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0] dilation:i[]=[1,1,1] @slow_conv_dilated3d.out
-self:T weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0] dilation:i[]=[1,1,1] out:T !
-@slow_conv_transpose2d.default self:T weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1] padding:i[]=[0,0]
-output_padding:i[]=[0,0] dilation:i[]=[1,1] @slow_conv_transpose2d.out self:T weight:T kernel_size:i[] bias:T?=null
-stride:i[]=[1,1] padding:i[]=[0,0] output_padding:i[]=[0,0] dilation:i[]=[1,1] out:T !
-@slow_conv_transpose3d.default self:T weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0]
-output_padding:i[]=[0,0,0] dilation:i[]=[1,1,1] @slow_conv_transpose3d.out self:T weight:T kernel_size:i[]
-bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0] output_padding:i[]=[0,0,0] dilation:i[]=[1,1,1] out:T !
-@smm.default self:T mat2:T @smooth_l1_loss.default self:T target:T reduction:i=1 beta:f=1.0 @smooth_l1_loss.out
-self:T target:T reduction:i=1 beta:f=1.0 out:T ! @smooth_l1_loss_backward.default grad_output:T self:T target:T
-reduction:i beta:f @smooth_l1_loss_backward.grad_input grad_output:T self:T target:T reduction:i beta:f grad_input:T
-! @soft_margin_loss.default self:T target:T reduction:i=1 @soft_margin_loss.out self:T target:T reduction:i=1 out:T
-! @soft_margin_loss_backward.default grad_output:T self:T target:T reduction:i @soft_margin_loss_backward.grad_input
-grad_output:T self:T target:T reduction:i grad_input:T ! @softmax.int self:T dim:i dtype:d?=null @softmax.int_out
-self:T dim:i dtype:d?=null out:T ! @softplus.default self:T beta:n=1 threshold:n=20 @softplus.out self:T beta:n=1
-threshold:n=20 out:T ! @softplus_backward.default grad_output:T self:T beta:n threshold:n
-@softplus_backward.grad_input grad_output:T self:T beta:n threshold:n grad_input:T ! @softshrink.default self:T
-lambd:n=0.5 @softshrink.out self:T lambd:n=0.5 out:T ! @softshrink_backward.default grad_output:T self:T lambd:n
-@softshrink_backward.grad_input grad_output:T self:T lambd:n grad_input:T ! @sort.default self:T dim:i=-1
-descending:b=false @sort.stable self:T stable:b? dim:i=-1 descending:b=false @sort.values self:T dim:i=-1
-descending:b=false values:T indices:T ! @sort.values_stable self:T stable:b? dim:i=-1 descending:b=false values:T
-indices:T ! @sparse_bsc_tensor.ccol_row_value ccol_indices:T row_indices:T values:T dtype:d?=null layout:l?=null
-device:v?=null pin_memory:b?=false @sparse_bsc_tensor.ccol_row_value_size ccol_indices:T row_indices:T values:T
-size:i[] dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=false @sparse_bsr_tensor.crow_col_value
-crow_indices:T col_indices:T values:T dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=false
-@sparse_bsr_tensor.crow_col_value_size crow_indices:T col_indices:T values:T size:i[] dtype:d?=null layout:l?=null
-device:v?=null pin_memory:b?=false @sparse_compressed_tensor.comp_plain_value compressed_indices:T plain_indices:T
-values:T dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=false
+self:T new_data:T ! @sgn.default self:T @sgn.out self:T out:T ! @sgn_.default self:T !sgn.default
+@shallow_copy_data_.default self:T source:T ! @sigmoid.default self:T @sigmoid.out self:T out:T ! @sigmoid_.default
+self:T !sigmoid.default @sigmoid_backward.default grad_output:T output:T @sigmoid_backward.grad_input grad_output:T
+output:T grad_input:T ! @sign.default self:T @sign.out self:T out:T ! @sign_.default self:T !sign.default
+@signbit.default self:T @signbit.out self:T out:T ! @silu.default self:T @silu.out self:T out:T ! @silu_.default
+self:T !silu.default @silu_backward.default grad_output:T self:T @silu_backward.grad_input grad_output:T self:T
+grad_input:T ! @sin.default self:T @sin.out self:T out:T ! @sin_.default self:T !sin.default @sinc.default self:T
+@sinc.out self:T out:T ! @sinc_.default self:T !sinc.default @sinh.default self:T @sinh.out self:T out:T !
+@sinh_.default self:T !sinh.default @size.int self:T dim:i @slice.Tensor self:T dim:i=0 start:i?=null end:i?=null
+step:i=1 @slice_backward.default grad_output:T input_sizes:i[] dim:i start:i end:i step:i @slice_backward.out
+grad_output:T input_sizes:i[] dim:i start:i end:i step:i out:T ! @slice_copy.Tensor self:T dim:i=0 start:i?=null
+end:i?=null step:i=1 @slice_copy.Tensor_out self:T dim:i=0 start:i?=null end:i?=null step:i=1 out:T !
+@slice_inverse.default self:T src:T dim:i=0 start:i?=null end:i?=null step:i=1 @slice_scatter.default self:T src:T
+dim:i=0 start:i?=null end:i?=null step:i=1 @slice_scatter.out self:T src:T dim:i=0 start:i?=null end:i?=null
+step:i=1 out:T ! @slogdet.default self:T @slogdet.out self:T sign:T logabsdet:T ! @slow_conv3d.default self:T
+weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0] @slow_conv3d.out self:T weight:T
+kernel_size:i[] bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0] out:T ! @slow_conv3d_forward.default self:T
+weight:T kernel_size:i[] bias:T? stride:i[] padding:i[] @slow_conv3d_forward.output self:T weight:T kernel_size:i[]
+bias:T? stride:i[] padding:i[] output:T ! @slow_conv_dilated2d.default self:T weight:T kernel_size:i[] bias:T?=null
+stride:i[]=[1,1] padding:i[]=[0,0] dilation:i[]=[1,1] @slow_conv_dilated2d.out self:T weight:T kernel_size:i[]
+bias:T?=null stride:i[]=[1,1] padding:i[]=[0,0] dilation:i[]=[1,1] out:T ! @slow_conv_dilated3d.default self:T
+weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0] dilation:i[]=[1,1,1]
+@slow_conv_dilated3d.out self:T weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0]
+dilation:i[]=[1,1,1] out:T ! @slow_conv_transpose2d.default self:T weight:T kernel_size:i[] bias:T?=null
+stride:i[]=[1,1] padding:i[]=[0,0] output_padding:i[]=[0,0] dilation:i[]=[1,1] @slow_conv_transpose2d.out self:T
+weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1] padding:i[]=[0,0] output_padding:i[]=[0,0] dilation:i[]=[1,1]
+out:T ! @slow_conv_transpose3d.default self:T weight:T kernel_size:i[] bias:T?=null stride:i[]=[1,1,1]
+padding:i[]=[0,0,0] output_padding:i[]=[0,0,0] dilation:i[]=[1,1,1] @slow_conv_transpose3d.out self:T weight:T
+kernel_size:i[] bias:T?=null stride:i[]=[1,1,1] padding:i[]=[0,0,0] output_padding:i[]=[0,0,0] dilation:i[]=[1,1,1]
+out:T ! @smm.default self:T mat2:T @smooth_l1_loss.default self:T target:T reduction:i=1 beta:f=1.0
+@smooth_l1_loss.out self:T target:T reduction:i=1 beta:f=1.0 out:T ! @smooth_l1_loss_backward.default grad_output:T
+self:T target:T reduction:i beta:f @smooth_l1_loss_backward.grad_input grad_output:T self:T target:T reduction:i
+beta:f grad_input:T ! @soft_margin_loss.default self:T target:T reduction:i=1 @soft_margin_loss.out self:T target:T
+reduction:i=1 out:T ! @soft_margin_loss_backward.default grad_output:T self:T target:T reduction:i
+@soft_margin_loss_backward.grad_input grad_output:T self:T target:T reduction:i grad_input:T ! @softmax.int self:T
+dim:i dtype:d?=null @softmax.int_out self:T dim:i dtype:d?=null out:T ! @softplus.default self:T beta:n=1
+threshold:n=20 @softplus.out self:T beta:n=1 threshold:n=20 out:T ! @softplus_backward.default grad_output:T self:T
+beta:n threshold:n @softplus_backward.grad_input grad_output:T self:T beta:n threshold:n grad_input:T !
+@softshrink.default self:T lambd:n=0.5 @softshrink.out self:T lambd:n=0.5 out:T ! @softshrink_backward.default
+grad_output:T self:T lambd:n @softshrink_backward.grad_input grad_output:T self:T lambd:n grad_input:T !
+@sort.default self:T dim:i=-1 descending:b=false @sort.stable self:T stable:b? dim:i=-1 descending:b=false
+@sort.values self:T dim:i=-1 descending:b=false values:T indices:T ! @sort.values_stable self:T stable:b? dim:i=-1
+descending:b=false values:T indices:T ! @sparse_bsc_tensor.ccol_row_value ccol_indices:T row_indices:T values:T
+dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=false @sparse_bsc_tensor.ccol_row_value_size
+ccol_indices:T row_indices:T values:T size:i[] dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=false
+@sparse_bsr_tensor.crow_col_value crow_indices:T col_indices:T values:T dtype:d?=null layout:l?=null device:v?=null
+pin_memory:b?=false @sparse_bsr_tensor.crow_col_value_size crow_indices:T col_indices:T values:T size:i[]
+dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=false @sparse_compressed_tensor.comp_plain_value
+compressed_indices:T plain_indices:T values:T dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=false
 @sparse_compressed_tensor.comp_plain_value_size compressed_indices:T plain_indices:T values:T size:i[] dtype:d?=null
 layout:l?=null device:v?=null pin_memory:b?=false @sparse_coo_tensor.indices indices:T values:T dtype:d?=null
 layout:l?=null device:v?=null pin_memory:b?=null is_coalesced:b?=null @sparse_coo_tensor.indices_size indices:T
@@ -1885,4 +1896,11 @@ self:T @zero.out self:T out:T ! @zero_.default self:T !zeros_like.default @zeros
 layout:l?=null device:v?=null pin_memory:b?=null @zeros.out size:i[] out:T ! @zeros_like.default self:T
 dtype:d?=null layout:l?=null device:v?=null pin_memory:b?=null memory_format:m?=null @zeros_like.out self:T
 memory_format:m?=null out:T !
+"""
+
+PARTIAL = r"""
+_cudnn_attention_forward_no_dropout_inplace.default _philox_key_fold_in.Tensor _philox_randint.default
+_philox_randint.out _philox_randint_.default _scaled_addmm.default _scaled_addmm.out _scaled_addmm_.default
+_scaled_grouped_mm_v2.out cholesky.default cholesky.out linalg_matrix_sqrth.default linalg_matrix_sqrth.out
+linalg_polar.default linalg_polar.out qr.Q qr.default shallow_copy_data_.default
 """

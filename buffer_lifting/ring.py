@@ -39,7 +39,7 @@ class _Kernel:
 
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Any:
-    return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
 
 
 def _cpu_backward(
@@ -53,13 +53,13 @@ def _cpu_backward(
     scale: float | None,
     rng: tuple[Tensor, Tensor],
 ) -> Any:
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, query, key, value, out, logsumexp, 0.0, is_causal, scale=scale
     )
 
 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Any:
-    out, logsumexp, _, _, _, _, *rng = _aten._scaled_dot_product_flash_attention(
+    out, logsumexp, _, _, _, _, *rng = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, is_causal, scale=scale
     )
     return out, logsumexp, *rng[:2]
@@ -77,7 +77,7 @@ def _cuda_backward(
     rng: tuple[Tensor, Tensor],
 ) -> Any:
     none, rows, keys = None, query.shape[_ROWS], key.shape[_ROWS]
-    return _aten._scaled_dot_product_flash_attention_backward(
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
         grad_out, query, key, value, out, logsumexp, none, none, rows, keys, 0.0, is_causal, *rng, scale=scale
     )
 

@@ -277,7 +277,6 @@ class StepRunner:
             # the first stage too gets its inputs by name: a later one of the same rank may read them as well
             inputs, outputs[index] = self._boundary(index, sizes)
             stages.append(self._build(index, (inputs if index else (), outputs[index])))
-            without_first_step(stages[-1], self._voted)
         self._watch()
         self._check_wrapping()
         options = {**self._options, **self._chunks()}
@@ -287,6 +286,7 @@ class StepRunner:
         schedule = self._schedule_class(
             stages[0] if single else stages, n_microbatches=sizes.n_microbatches, loss_fn=self._loss_fn, **options
         )
+        without_first_step(schedule, stages, self._voted)
         return _Prepared(schedule, outputs)
 
     def _check_wrapping(self) -> None:

@@ -12,6 +12,8 @@ from typing import Any, cast
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch._export.verifier import TrainingIRVerifier  # no public name for the training dialect's verifier
+from torch._functorch._aot_autograd import descriptors as _d  # what aot_export_joint_with_descriptors annotates with
+from torch._functorch._aot_autograd.schemas import InputAliasInfo, PlainTensorMeta  # what it knows of each input
 from torch._higher_order_ops.flex_attention import flex_attention as FLEX_HOP  # torch.ops.higher_order has no type
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled  # operators, no alias
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # the class of an op, as the next
@@ -19,9 +21,11 @@ from torch._ops import OpOverload as OpOverload  # the class of an op; torch.ops
 from torch._subclasses.fake_tensor import FakeTensor  # no public name
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule  # GraphModule writes and compiles its code at once
+from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo  # no public way to add an argument to a graph
 from torch.utils import _pytree as pytree  # torch.utils.pytree has no TreeSpec for module_call_graph
+from torch.utils._python_dispatch import _disable_current_modes  # the public modes have no way to be left for a while
 
 from buffer_lifting.graph import sizes
 
@@ -105,7 +109,7 @@ def schema_args(node: Node) -> dict[str, Any]:
     Private: ``OpOverload._schema`` (``Node.normalized_arguments`` re-parses the schema on each call, which made
     it the largest cost of a scan).
     """
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         names = FLEX_ARGUMENTS if node.target is FLEX_HOP else tuple(str(i) for i in range(len(node.args)))
         return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -119,6 +123,19 @@ def schema_args(node: Node) -> dict[str, Any]:
         elif has_default:
             result[name] = default
     return result
+
+
+def schema_of(target: Any) -> Any:
+    """The schema of an op, ``None`` for what has none (higher-order ops, Python functions).
+
+    Private: ``OpOverload._schema`` (``torch.ops`` has no public view of names, types and defaults).
+    """
+    return getattr(target, "_schema", None)
+
+
+def argument_names(target: OpOverload) -> list[str]:
+    """The argument names of an op, in the order of its schema. Private as :func:`schema_of`."""
+    return [name for name, _, _, _ in _parameters(target)]
 
 
 @functools.cache
@@ -136,7 +153,7 @@ def replace_operands(node: Node, replace: Mapping[str, Any]) -> tuple[tuple[Any,
     Private: ``OpOverload._schema``, as in :func:`schema_args`.
     """
     args, kwargs = list(node.args), dict(node.kwargs)
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     names = [argument.name for argument in schema.arguments] if schema else [str(i) for i in range(len(args))]
     for path, value in replace.items():
         key, _, index = path.partition(".")
@@ -171,7 +188,7 @@ def set_arguments(node: Node, values: Mapping[str, Any]) -> None:
 
 def schema_names(node: Node) -> set[str]:
     """The argument names of a call's schema; none for what is no aten op. Private as in :func:`schema_args`."""
-    return {argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())}
+    return {argument.name for argument in getattr(schema_of(node.target), "arguments", ())}
 
 
 def fake_mode_of(value: Any) -> Any:
@@ -192,9 +209,31 @@ def symbolic_kernels() -> Any:
     return enable_python_dispatcher()
 
 
+def current_node(interpreter: Interpreter, node: Node) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, errors of an interpreter name this node. Private: it is part of ``Interpreter.run_node`` only."""
+    return interpreter._set_current_node(node)
+
+
+def aten_ops() -> dict[str, OpOverload]:
+    """Every op of aten that can be called, by name with overload: ``"add.Tensor"``, ``"relu.default"``.
+
+    Private: the dispatcher's list (``dir(torch.ops.aten)`` has only those that were asked for).
+    """
+    found = {}
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        op = (
+            getattr(getattr(torch.ops.aten, packet, None), overload or "default", None) if namespace == "aten" else None
+        )
+        if op is not None:
+            found[f"{packet}.{overload or 'default'}"] = op
+    return dict(sorted(found.items()))
+
+
 def returns_alias(node: Node) -> bool:
     """Whether a call returns a view of, or the same tensor as, one of its arguments (the schema's alias marks)."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         return False
     return any(result.alias_info is not None for result in schema.returns)
@@ -218,7 +257,8 @@ def storage_id(tensor: torch.Tensor) -> int:
 
 def replacements(value: torch.SymInt) -> int:
     """How many symbols the shape environment of a symbolic size has specialised or unified so far."""
-    return len(value.node.shape_env.replacements)  # private: no public view of a ShapeEnv's replacements
+    environment: Any = value.node.shape_env  # private: no public view of a ShapeEnv's replacements
+    return len(environment.replacements)
 
 
 class _AtFirstUse:
@@ -604,19 +644,30 @@ def REPLICATE() -> Any:
     return _replicate()()
 
 
-def without_first_step(stage: Any, voted: bool) -> None:
-    """Leaves out what a ``PipelineStage`` that was given its shapes need not do on the first step of its schedule.
+def without_first_step(schedule: Any, stages: Sequence[Any], voted: bool) -> None:
+    """Leaves out what a schedule of ``PipelineStage``s that were given their shapes need not do on its first step.
 
     Private: ``_post_metadata_inference_cleanup`` (drops the gradients of an FSDP module, those that earlier steps
     accumulated included, although there was no dry run whose gradients it would have to drop) and, where earlier
-    stages of the same ranks have ``voted`` that all shapes are given, ``_warmup_forward_vote`` and
-    ``_warmup_backward_result`` (one message each between neighbouring stages). ``PipelineStage`` has no public way
-    to say that nothing is left to infer.
+    stages of the same ranks have ``voted`` that all shapes are given, that vote: up to torch 2.14
+    ``_warmup_forward_vote`` and ``_warmup_backward_result`` of a stage (one message each between neighbouring stages),
+    then ``_initialize_pipeline_distributed_state`` of a schedule (all-reduces, and a message to connect neighbours that
+    are connected by now). There is no public way to say that nothing is left to infer.
     """
-    stage._post_metadata_inference_cleanup = lambda: None
-    if voted:
-        stage._warmup_forward_vote = lambda has_backward, received_acc=None: torch.ones(1, dtype=torch.int32)
-        stage._warmup_backward_result = lambda received_result=None: torch.ones(1, dtype=torch.int32)
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    def known(stages: Sequence[Any], has_backward: bool, initialize_p2p: bool) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    for stage in stages:
+        stage._post_metadata_inference_cleanup = lambda: None
+        if voted and hasattr(stage, "_warmup_forward_vote"):
+            stage._warmup_forward_vote = lambda has_backward, received_acc=None: torch.ones(1, dtype=torch.int32)
+            stage._warmup_backward_result = lambda received_result=None: torch.ones(1, dtype=torch.int32)
+    own_edges = any(getattr(stage, "p2p_per_edge", False) for stage in stages)  # process groups of this schedule's own
+    if voted and not own_edges and hasattr(schedule, "_initialize_pipeline_distributed_state"):
+        schedule._initialize_pipeline_distributed_state = known
 
 
 _RENAMED = {
@@ -761,3 +812,134 @@ def _ring(balanced: bool | None, dtype: torch.dtype) -> Iterator[Any]:
         yield _attention
     finally:
         options.enable_load_balance, options.convert_to_f32 = before
+
+
+def same_transient(source: torch.nn.Module, module: torch.nn.Module) -> None:
+    """Makes the same buffers non-persistent. Private: ``_non_persistent_buffers_set`` (``register_buffer`` alone sets
+    it, and the buffers are there)."""
+    module._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+
+
+# -- joint graphs of forward and backward -------------------------------------------------------------------------
+
+
+def outside_of_modes() -> Any:
+    """Leaves the fake mode that capturing a joint graph keeps open until it is compiled."""
+    return _disable_current_modes()
+
+
+def described(descriptor: Any) -> tuple[str, str]:
+    """Kind (``"parameter"``, ``"buffer"``, ``"tangent"``, ``"input"``, else ``""``) and FQN of an input."""
+    if isinstance(descriptor, _d.ParamAOTInput):
+        return "parameter", descriptor.target
+    if isinstance(descriptor, _d.BufferAOTInput):
+        return "buffer", descriptor.target
+    if isinstance(descriptor, _d.TangentAOTInput):
+        return "tangent", ""
+    return ("input" if isinstance(descriptor, _d.PlainAOTInput) else ""), ""
+
+
+def same_result(tangent: Any, output: Any) -> bool:
+    """Whether an input's descriptor says that it is the gradient of the result with another descriptor."""
+    return isinstance(tangent, _d.TangentAOTInput) and bool(tangent.output == output)
+
+
+def gradient_of(descriptor: Any) -> str | None:
+    """Whose gradient a result is: an FQN, or how torch writes the input; ``None`` for a result that is no gradient."""
+    if not isinstance(descriptor, _d.GradAOTOutput):
+        return None
+    return described(descriptor.grad_of)[1] or descriptor.grad_of.expr()
+
+
+def input_descriptors(existing: Sequence[Any], count: int) -> list[Any]:
+    """Descriptors of further plain inputs, numbered behind those that there are."""
+    first = 1 + max((d.idx for d in existing if isinstance(d, _d.PlainAOTInput)), default=-1)
+    return [_d.PlainAOTInput(idx=first + index) for index in range(count)]
+
+
+def gradient_descriptor(descriptor: Any) -> Any:
+    """The descriptor of the gradient of an input."""
+    return _d.GradAOTOutput(grad_of=descriptor)
+
+
+def codegen_with(graph: Graph, names: Sequence[str], tangents: int, gradients: int) -> CodeGen | None:
+    """How a graph is called that has further inputs ``names``, in front of its last ``tangents``.
+
+    A flat graph stays flat. Of ``f(primals, tangents)`` they are further primals, and ``gradients`` further results
+    stand with the gradients. Of a call of ``torch.export``, ``f(*args, **kwargs)``, they are keywords.
+
+    Returns:
+        ``None`` for a call of another kind.
+    """
+    own = graph._codegen
+    if not isinstance(own, _PyTreeCodeGen):
+        return CodeGen()
+    info = own.pytree_info
+    spec, out = info.in_spec, info.out_spec
+    sides = spec.children()
+    if not tangents and spec.type is tuple and [side.type for side in sides] == [tuple, dict]:
+        return _PyTreeCodeGen(_PyTreeInfo([*info.orig_args, *names], with_keywords(spec, tuple(names)), out))
+    if spec.type not in (tuple, list) or spec.num_children != 2 or sides[1].num_leaves != tangents:
+        return None
+    if sides[0].type is not list or not all(child.is_leaf() for child in sides[0].children()):
+        return None
+    if gradients:
+        if out is None or out.num_children != 2 or out.children()[1].type not in (tuple, list):
+            return None
+        out = _longer(out, 1, gradients)
+    return _PyTreeCodeGen(_PyTreeInfo(list(info.orig_args), _longer(spec, 0, len(names)), out))
+
+
+def _longer(spec: TreeSpec, side: int, count: int) -> TreeSpec:
+    """The spec of a pair of sequences, with further leaves in one of the two."""
+    pair = list(tree_unflatten(list(range(spec.num_leaves)), spec))
+    pair[side] = type(pair[side])([*pair[side], *range(count)])
+    return tree_flatten(tuple(pair) if spec.type is tuple else pair)[1]
+
+
+def captured_inputs(capture: Any) -> int:
+    """How many inputs the forward of a ``JointWithDescriptors`` has; -1 where they are not, one by one, the call's.
+
+    Private: as in :func:`extend_capture`.
+    """
+    state, traced = capture._aot_state, capture._aot_graph_capture
+    if traced.maybe_subclass_meta is not None or not isinstance(traced.updated_flat_args, tuple):
+        return -1
+    plain = all(isinstance(meta, PlainTensorMeta) for meta in state.fw_metadata.subclass_inp_meta)
+    same = len(state.flat_args) == len(traced.updated_flat_args[0]) == len(state.fw_metadata.input_info)
+    return len(state.flat_args) if plain and same else -1
+
+
+def extend_capture(capture: Any, module: GraphModule, place: int, values: Sequence[Any], names: Sequence[Any]) -> None:
+    """Makes a lifted graph that of a ``JointWithDescriptors``, so that it is compiled with its further inputs.
+
+    ``values`` and ``names``: fake tensors and descriptors of the further inputs, which stand at ``place`` among the
+    primals. Private: all that torch keeps beside the graph (``jd.graph_module`` has a setter, but it does not change
+    the number of inputs).
+    """
+    state, traced = capture._aot_state, capture._aot_graph_capture
+    info = InputAliasInfo(
+        is_leaf=True,
+        mutates_data=False,
+        mutates_metadata=False,
+        mutations_hidden_from_autograd=True,
+        mutations_under_no_grad_or_inference_mode=False,
+        mutation_inductor_storage_resize=False,
+        mutates_storage_metadata=False,
+        requires_grad=False,
+        keep_input_mutations=False,
+    )
+    at = slice(place, place)
+    plain = [PlainTensorMeta(unwrapped_idx=place + index) for index in range(len(values))]
+    for held, further in (
+        (state.flat_args, values),
+        (state.flat_args_descs, names),
+        (state.fw_metadata.input_info, [info] * len(values)),
+        (state.fw_metadata.subclass_inp_meta, plain),
+        (traced.updated_flat_args[0], values),
+        (traced.updated_flat_args_descs[0], names),
+    ):
+        if len(held) == place + len(values) and held[place:] == list(further):
+            continue  # one list under two names
+        held[at] = list(further)
+    capture.graph_module = module

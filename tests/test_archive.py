@@ -162,26 +162,56 @@ def _generator() -> ModuleType:
 
 
 def test_the_table_of_op_schemas_is_up_to_date() -> None:
+    """On each torch: all of its ops are there, and what it lacks is what another version has."""
     tool = _generator()
-    assert tool.TARGET.read_text() == tool.render()
+    ops, partial = tool.known()
+    assert tool.merge(ops, partial, tool.collect()) == (ops, partial), "run python tools/generate_ops_schemas.py"
+    assert tool.TARGET.read_text() == tool.render(ops, partial)
+    assert len(partial) < 50 and sum("~" in arguments for arguments in ops.values()) < 10
 
 
 def test_op_schemas_are_those_of_the_registry() -> None:
-    """Every op: names in order, and default values as torch gives them."""
-    ops = _generator().collect()
+    """Every op: names in order, and default values as torch gives them; another version may have more behind them."""
+    ops, differing = _generator().collect(), 0
     assert len(ops) > 2500
     for name in ops:
         packet, _, overload = name.rpartition(".")
         schema = getattr(getattr(torch.ops.aten, packet), overload)._schema
         arguments = arguments_of(name)
-        assert arguments is not None
-        assert [argument.name for argument in arguments] == [argument.name for argument in schema.arguments]
-        for ours, theirs in zip(arguments, schema.arguments, strict=True):
+        if arguments is None:
+            differing += 1
+            continue
+        assert [argument.name for argument in arguments][: len(schema.arguments)] == [a.name for a in schema.arguments]
+        assert all(argument.has_default for argument in arguments[len(schema.arguments) :])
+        for ours, theirs in zip(arguments, schema.arguments, strict=False):
             assert ours.has_default == theirs.has_default_value()
             default = theirs.default_value
             assert ours.default == (tuple(default) if isinstance(default, list) else default)
+    assert differing < 10
+    assert all(arguments_of(name) is not None for name in ("add.Tensor", "index.Tensor", "embedding.default"))
     assert arguments_of("view.evil") is None
     assert arguments_of("view") is None
+
+
+@pytest.mark.parametrize(
+    "left, right, expected",
+    [
+        (["a:T"], ["a:T"], ["a:T"]),
+        (["a:T"], ["a:T", "b:i=1"], ["a:T", "b:i=1"]),
+        (["a:T", "b:i=1", "!"], ["a:T", "!"], ["a:T", "b:i=1", "!"]),
+        (["a:T"], ["a:T", "b:i"], ["~"]),
+        (["a:T", "b:i=1"], ["a:T", "b:i=2"], ["~"]),
+        (["a:T", "!"], ["b:T", "!"], ["~", "!"]),
+        (["a:T", "!add.Tensor"], ["a:T", "!"], ["~", "!"]),
+        (["~"], ["a:T"], ["~"]),
+        (["~", "!"], ["a:T", "!"], ["~", "!"]),
+    ],
+)
+def test_one_record_for_an_op_of_two_versions(left: list[str], right: list[str], expected: list[str]) -> None:
+    merge = _generator().merge
+    assert merge({"x.y": left}, frozenset(), {"x.y": right}) == ({"x.y": expected}, frozenset())
+    assert merge({"x.y": right}, frozenset(), {"x.y": left})[0]["x.y"] == expected or "~" in left
+    assert merge({"x.y": left}, frozenset("p"), {"z.y": right}) == ({"x.y": left, "z.y": right}, {"p", "x.y", "z.y"})
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------

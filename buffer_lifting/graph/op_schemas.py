@@ -57,9 +57,14 @@ def _table() -> str:
 
 
 def arguments_of(op: str) -> tuple[Argument, ...] | None:
-    """The arguments of ``"slice.Tensor"`` (an aten op) in the order of its schema; ``None`` for an unknown op."""
+    """The arguments of ``"slice.Tensor"`` (an aten op) in the order of its schema; ``None`` for an unknown op.
+
+    An op whose arguments differ between the versions of torch (``~`` in the table) is unknown too.
+    """
     words = _record(op)
-    return None if words is None else tuple(_argument(word) for word in words if not word.startswith("!"))
+    if words is None or "~" in words:
+        return None
+    return tuple(_argument(word) for word in words if not word.startswith("!"))
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from buffer_lifting.oracles.ring import ring_of_ranks
 from buffer_lifting.oracles.running import Runnable
 from buffer_lifting.ring import RING
-from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, tree_flatten
+from buffer_lifting.torch_compat import ALL_GATHER, ALL_TO_ALL, WAIT, current_node, tree_flatten
 
 
 def run_ranks(
@@ -57,7 +57,7 @@ def run_modules(
 
 
 def _run(interpreter: Interpreter, node: Node) -> Any:
-    with interpreter._set_current_node(node):
+    with current_node(interpreter, node):
         args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
         run: Callable[..., Any] = getattr(interpreter, node.op)
         return run(node.target, args, kwargs)

@@ -27,6 +27,7 @@ from buffer_lifting.torch_compat import (
     max_operator_version,
     operator_name,
     raw_expression,
+    schema_of,
     spec_text,
     symbolic_expression,
 )
@@ -176,7 +177,7 @@ class _Graph:
         }
 
     def _inputs(self, node: Node) -> list[dict[str, Any]]:
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         if schema is None:
             names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
             pairs = zip(names, node.args, strict=False)
@@ -191,7 +192,7 @@ class _Graph:
         return inputs
 
     def _outputs(self, node: Node) -> list[dict[str, Any]]:
-        value, schema = node.meta.get("val"), getattr(node.target, "_schema", None)
+        value, schema = node.meta.get("val"), schema_of(node.target)
         if schema is None or (len(schema.returns) == 1 and not isinstance(value, list | tuple)):
             return [self._value(node.name, value)]
         if not schema.returns:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from buffer_lifting.graph.autocast_rule import Operand, cast_dtype
-from buffer_lifting.torch_compat import OpOverload, fake_mode_of, tree_flatten
+from buffer_lifting.torch_compat import OpOverload, argument_names, fake_mode_of, tree_flatten
 
 
 def with_casts(graph: Graph, node: Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -40,7 +40,7 @@ def _cast(graph: Graph, node: Node, dtype: torch.dtype, reader: Node) -> Node:
 
 
 def _dtype_given(target: OpOverload, args: Any, kwargs: Any) -> bool:
-    names = [argument.name for argument in target._schema.arguments]
+    names = argument_names(target)
     return {**dict(zip(names, args, strict=False)), **kwargs}.get("dtype") is not None
 
 

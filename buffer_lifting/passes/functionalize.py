@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from buffer_lifting.graph.copies import erase_unused
 from buffer_lifting.passes.view_inverses import INVERSES
-from buffer_lifting.torch_compat import OpOverload, functional_form, returns_alias, schema_args
+from buffer_lifting.torch_compat import OpOverload, functional_form, is_mutable, returns_alias, schema_args
 
 aten = torch.ops.aten
 #: Views that always share storage with their first operand.
@@ -80,7 +80,7 @@ def writes_in_place(graph: Graph) -> bool:
 def _writes(node: Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
-    return node.target._schema.is_mutable and _packet_name(node) not in _LEFT_ALONE
+    return is_mutable(node.target) and _packet_name(node) not in _LEFT_ALONE
 
 
 def _packet_name(node: Node) -> str:

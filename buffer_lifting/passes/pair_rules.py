@@ -145,7 +145,7 @@ def _imag(emitter: PairEmitter, node: Node, given: dict[str, Any]) -> Node:
     return emitter.parts(given["self"])[1]
 
 
-@_rule(_aten.conj.default, _aten._conj.default, _aten.conj_physical.default)
+@_rule(_aten.conj.default, torch.ops.aten._conj.default, _aten.conj_physical.default)
 def _conj(emitter: PairEmitter, node: Node, given: dict[str, Any]) -> Node:
     real, imag = emitter.parts(given["self"])
     return emitter.stacked(real, emitter.call(_aten.neg.default, imag))
@@ -197,7 +197,7 @@ def _sum(emitter: PairEmitter, node: Node, given: dict[str, Any]) -> Node:
     return emitter.call(node.target, emitter.pair(given["self"]), emitter.pair(given["other"]), **node.kwargs)
 
 
-@_rule(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
+@_rule(_aten.view.default, _aten.reshape.default, torch.ops.aten._unsafe_view.default)
 def _view(emitter: PairEmitter, node: Node, given: dict[str, Any]) -> Node:
     sizes = given.get("size", given.get("shape"))
     assert sizes is not None
@@ -277,7 +277,7 @@ def _resolved(emitter: PairEmitter, node: Node, given: dict[str, Any]) -> Node:
     return emitter.pair(given["self"])
 
 
-@_rule(_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default, _aten.type_as.default)
+@_rule(_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, torch.ops.aten._to_copy.default, _aten.type_as.default)
 def _cast(emitter: PairEmitter, node: Node, given: dict[str, Any]) -> Node:
     value = node.meta["val"]
     if not is_complex(given["self"]) or not value.is_complex():
