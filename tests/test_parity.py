@@ -21,7 +21,7 @@ from pipeline_worker import run_cells
 pytestmark = pytest.mark.multiprocess
 
 #: Seconds for all ranks together; the cells that are left then have no result, and fail.
-BUDGET = 280.0
+BUDGET = 420.0
 BUDGET_OF_ALL = 3000.0
 
 QUICK = (*covering(), *EXCHANGED, *RING)
