@@ -28,6 +28,8 @@ def lifted_graph(request: pytest.FixtureRequest) -> GraphAssertions:
     """Assertions about exported, lifted and staged programs: clean, lifted inputs, stage boundaries, snapshots."""
     from buffer_lifting.inspection.golden import GraphAssertions
 
+    classes = [item.name for item in request.node.listchain() if isinstance(item, pytest.Class)]
+    name = ".".join([*classes, request.node.name])
     return GraphAssertions(
-        request.path, request.node.name, request.config.rootpath, request.config.getoption("--buffer-lifting-update")
+        request.path, name, request.config.rootpath, request.config.getoption("--buffer-lifting-update")
     )

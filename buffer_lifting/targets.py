@@ -79,10 +79,7 @@ def load_checkable(target: str, trust: bool = False) -> Any:
     if target.endswith(".pt2"):
         return load_program(target, trust)
     with stdout_to_stderr():
-        try:
-            program = call_target(target)
-        except SystemExit as stop:
-            raise TargetError(f"{target}: it exits (SystemExit: {stop.code})") from stop
+        program = call_target(target)
     from buffer_lifting.lifted import LiftedProgram
     from buffer_lifting.stages import StagedProgram
 
@@ -208,8 +205,10 @@ def call_target(target: str) -> Any:
         sys.path.insert(0, directory)
     try:
         value: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise TargetError(f"{target}: cannot import {module_name} ({first_line(error)})") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, pytest.skip: an exit code of theirs is not the command's
+        raise TargetError(f"{target}: cannot import {module_name} ({_what(error)})") from error
     for part in attribute.split("."):
         if not hasattr(value, part):
             raise TargetError(f"{target}: {module_name} has no {attribute!r}")
@@ -218,5 +217,11 @@ def call_target(target: str) -> Any:
         raise TargetError(f"{target}: {attribute} is not callable")
     try:
         return value()
-    except Exception as error:
-        raise TargetError(f"{target}: {attribute}() failed ({first_line(error)})") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise TargetError(f"{target}: {attribute}() failed ({_what(error)})") from error
+
+
+def _what(error: BaseException) -> str:
+    return f"it exits, SystemExit: {error.code}" if isinstance(error, SystemExit) else first_line(error)

@@ -185,6 +185,30 @@ def test_globs_find_files_and_stage_directories(capsys: Capture) -> None:
     assert "0 findings in 3 targets" in capsys.readouterr().err
 
 
+def test_a_glob_does_not_pass_over_what_is_broken(capsys: Capture) -> None:
+    """A split that was killed, a directory or a link by the name of a file: matched, and not checked."""
+    shutil.copytree("stages", "half")
+    Path("half/manifest.json").unlink()
+    Path("folder.pt2").mkdir()
+    Path("devices").mkdir()
+    Path("devices/manifest.json").symlink_to("/dev/zero")
+    for pattern, name in (("hal*", "half"), ("fol*", "folder.pt2"), ("devi*", "devices")):
+        assert main(["check", pattern, "plain.pt2"]) == 2
+        assert f"BL901 {name}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "scan", "verify", "lift", "split"])
+@pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "import pytest; pytest.skip('no')"])
+@pytest.mark.parametrize("called", [True, False])
+def test_what_ends_the_process_is_no_clean_result(command: str, end: str, called: bool, capsys: Capture) -> None:
+    """``sys.exit(0)`` in a module or callable was the exit code of the command, and ``pytest.skip`` its end."""
+    name = f"ends_{command}_{called}_{'skip' in end}"
+    Path(f"{name}.py").write_text(f"def program():\n    {end}\n" + ("" if called else "program()\n"))
+    more = {"lift": ["-o", "x.lifted"], "split": ["--num-stages", "2", "-o", "x"]}.get(command, [])
+    assert main([command, f"{name}:program", *more]) == 2
+    assert f"{name}:program: " in capsys.readouterr().err
+
+
 def test_a_layer_that_repeats_is_shown_once(capsys: Capture) -> None:
     assert main(["check", "llama.pt2", "--select", "BL004"]) == 1
     out = capsys.readouterr().out
@@ -221,6 +245,11 @@ def test_the_command_line_wins_over_setup_cfg(capsys: Capture) -> None:
     assert main(["check", "check_targets:program", "--select", "BL2", "--no-exit-zero", "--no-statistics"]) == 1
     out = capsys.readouterr().out
     assert out.count("BL201") == 1 and "BL001" not in out
+    configure("ignore = BL001\n")
+    assert main(["check", "llama.pt2"]) == 1
+    assert "BL001" not in capsys.readouterr().out
+    assert main(["check", "llama.pt2", "--select", "BL001"]) == 1
+    assert "BL001" in capsys.readouterr().out
 
 
 def test_the_nearest_section_up_to_the_repository_counts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

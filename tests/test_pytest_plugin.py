@@ -319,3 +319,19 @@ def test_the_entry_point_loads_the_plugin_and_nothing_else(tmp_path: Path) -> No
     command.insert(-1, "-pno:buffer_lifting")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, "the control: the test sees that the plugin is gone"
+
+
+def test_classes_of_a_file_have_snapshots_of_their_own(project: pytest.Pytester) -> None:
+    """Two tests of one name wrote one file, and the one written first failed ever after."""
+    body = """
+        class TestOne:
+            def test_it(self, lifted_graph):
+                lifted_graph.assert_snapshot("read.pt2")
+
+        class TestTwo:
+            def test_it(self, lifted_graph):
+                lifted_graph.assert_snapshot("deeper.pt2")
+    """
+    run(project, body, "--buffer-lifting-update", passed=2)
+    run(project, body, passed=2)
+    assert len(list((project.path / "snapshots").rglob("*.txt"))) == 2

@@ -122,7 +122,9 @@ def _settings(args: argparse.Namespace) -> _Settings:
     root = repository_root(here)
     config = find_config(here, root)
     select = config.select if args.select is None else _codes(args.select, "--select")
-    ignore = config.ignore if args.ignore is None else _codes(args.ignore, "--ignore")
+    # --select asks for codes that the configuration may ignore: the command line wins
+    given = () if args.select is not None else config.ignore
+    ignore = given if args.ignore is None else _codes(args.ignore, "--ignore")
     axes = args.parse_axes(list(config.axes) if args.axes is None else args.axes)
     return _Settings(root, config, select, ignore, axes)
 

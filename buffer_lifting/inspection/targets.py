@@ -18,7 +18,7 @@ from buffer_lifting.graph.archive_schema import shown
 from buffer_lifting.graph.inconsistent import untrusted
 from buffer_lifting.graph.record import GraphRecord
 from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_scan
-from buffer_lifting.inspection.stage_directory import is_stage_directory
+from buffer_lifting.inspection.stage_directory import is_meant_as_stage_directory, is_stage_directory
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes
 from buffer_lifting.targets import TargetError, load_checkable
@@ -176,4 +176,4 @@ def is_callable(target: str) -> bool:
 
 
 def _is_checkable(path: Path) -> bool:
-    return is_stage_directory(path) if path.is_dir() else path.suffix in FILES
+    return path.suffix in FILES or (path.is_dir() and is_meant_as_stage_directory(path))

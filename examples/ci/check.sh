@@ -8,4 +8,5 @@ if [ -f "$baseline" ]; then
     set -- "$@" --baseline "$baseline"
 fi
 buffer-lifting check "$@" --format sarif > buffer-lifting.sarif 2> /dev/null
+[ -s buffer-lifting.sarif ] || rm -f buffer-lifting.sarif # no report of a usage error
 exec buffer-lifting check "$@" --format text --statistics
