@@ -8,10 +8,16 @@ from __future__ import annotations
 from buffer_lifting.axes import InputLabels
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind
-from buffer_lifting.graph.sizes import Size, atoms
+from buffer_lifting.graph.sizes import Expr, Size, atoms
 from buffer_lifting.labels import Labels, has_seq
 from buffer_lifting.ops import INDICES, content_operands
 from buffer_lifting.variation import Variation
+
+#: Arguments that decide how many elements a result has, and nothing of what they are.
+_SIZES = frozenset(
+    {"size", "sizes", "shape", "end", "length", "repeats", "split_size", "split_sizes", "sections", "chunks"}
+    | {"output_size", "normalized_shape", "stride", "implicit"}
+)
 
 
 class Contents:
@@ -51,6 +57,27 @@ class Contents:
         if meta.size is not None:
             return bool(atoms(meta.size) & self._length_atoms)
         return any(self.is_length_of_sequence(operand) for operand in self.record.nodes[name].refs())
+
+    def counts_samples(self, name: str) -> bool:
+        """Whether the contents of a value are made from the batch size as a number (a dynamic one)."""
+        batch = atoms(self.inputs.batch) if isinstance(self.inputs.batch, Expr) else frozenset()
+        if not batch:
+            return False
+        for node in (self.record.nodes[ancestor] for ancestor in self.ancestors(name)):
+            if node.tensor is not None and any(
+                path.split(".")[0] not in _SIZES and self._is_made_from(ref, batch) for path, ref in node.named_refs()
+            ):
+                return True
+        return False
+
+    def _is_made_from(self, name: str, symbols: frozenset[str]) -> bool:
+        """Whether a symbolic number is made from one of some symbols."""
+        node = self.record.nodes[name]
+        if not isinstance(node.meta, ScalarMeta):
+            return False
+        if node.meta.size is not None:
+            return bool(atoms(node.meta.size) & symbols)
+        return any(self._is_made_from(operand, symbols) for operand in node.refs())
 
     def varies_along(self, name: str, labels: Labels) -> bool:
         """Whether a value can differ along one of the sequence dims of ``labels``."""

@@ -300,6 +300,9 @@ class Planner(Contents):
             raise Refuse(
                 f"its dim of size {node.tensor.shape[seq[0]]} does not run along the whole sequence", node.name
             )
+        if not hoisted and self.counts_samples(node.name):
+            why = "it is computed from the batch size as a number, of which a microbatch has a part"
+            raise Refuse(why, node.name, hint="compute it without the batch size, or give it to the model as an input")
         number = "iota" if hoisted is False and self.is_iota(node.name) else self.number(node.name)
         drop: list[int] = []
         row: list[int] = []

@@ -335,3 +335,34 @@ def test_a_control_may_leave_its_table(size: int | None) -> None:
     program = export(RestartingPositions(), (ids,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
     lifted = bl.lift(program)
     assert bl.verify(program, lifted if size is None else bl.context_parallel(lifted, size=size)).passed
+
+
+def _by_frequency(n: Net, ids: Tensor) -> Tensor:
+    at = torch.arange(ids.shape[1])
+    return n.h(n.e(ids) + F.embedding(at, n.t, scale_grad_by_freq=True))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    "body", [_by_frequency, lambda n, ids: n.h(F.embedding(ids, n.t, scale_grad_by_freq=True))], ids=["table", "tokens"]
+)
+def test_gradients_by_frequency_are_refused(body: Body, dynamic: bool) -> None:
+    """Lifting repeats each row's index for every sample, and a rank counts a part of the tokens."""
+    with pytest.raises(bl.UnsupportedReadError, match="scale_grad_by_freq divides the gradient of each row"):
+        bl.lift(program(body, dynamic))
+
+
+OF_THE_BATCH: dict[str, Body] = {
+    "divided": lambda n, ids: n.h(n.e(ids) + n.t.detach()[: ids.shape[1]] / ids.shape[0]),
+    "divided by a float": lambda n, ids: n.h(n.e(ids) + n.t[: ids.shape[1]] * (1.0 / ids.shape[0])),
+    "multiplied": lambda n, ids: n.h(n.e(ids) * (torch.arange(ids.shape[1]) * ids.shape[0])[None, :, None]),
+    "first row": lambda n, ids: n.h(n.e(ids) + n.t.narrow(0, ids.shape[0], ids.shape[1])),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+@pytest.mark.parametrize("size", [1, 2])
+def test_values_made_from_the_batch_size(name: str, size: int) -> None:
+    """They were computed for two samples, however many there were. The example has three."""
+    ep = program(OF_THE_BATCH[name])
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=size)).passed

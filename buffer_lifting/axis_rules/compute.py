@@ -158,13 +158,20 @@ def _einsum(view: OpView) -> AxisResult:
     return AxisResult((tuple(out),), operands, mixing, handled)
 
 
+#: Of ``scale_grad_by_freq``: a rank has a part of the tokens, and a microbatch a part of the batch.
+BY_FREQUENCY = "scale_grad_by_freq divides the gradient of each row by how often all tokens name it"
+NO_FREQUENCY = "make the embedding with scale_grad_by_freq=False"
+
+
 @rule("embedding")
 def _embedding(view: OpView) -> AxisResult:
     labels, weight, shape = view.labels("indices"), view.shape("weight"), view.shape("out")
     if labels is None or weight is None or shape is None:
         return AxisResult(None)
     out = (*labels, feature(shape[-1]))
-    return AxisResult((out,), {"indices": Alignment(labels, None), "weight": Alignment(features(weight), None)})
+    operands = {"indices": Alignment(labels, None), "weight": Alignment(features(weight), None)}
+    counted = view.node.args.get("scale_grad_by_freq") is True and any(is_labelled(dim) for dim in labels)
+    return AxisResult((out,), operands, BY_FREQUENCY if counted else "", hint=NO_FREQUENCY if counted else "")
 
 
 @rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")

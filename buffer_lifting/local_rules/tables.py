@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from buffer_lifting.axis_rules.compute import BY_FREQUENCY, NO_FREQUENCY
 from buffer_lifting.gathering import gather, gather_lane, operand_of, under_spread
 from buffer_lifting.graph.record import Node, Ref
 from buffer_lifting.labels import COL, ROW, Labels, is_labelled
@@ -20,6 +21,8 @@ def _embedding(planner: Planner, node: Node, labels: Labels, context: Context) -
     indices, _ = operand_of(planner, node, "indices")
     if not planner.is_table(str(getattr(node.args["weight"], "name", ""))):
         raise Refuse("an embedding whose table follows the sequence", node.name)
+    if node.args.get("scale_grad_by_freq") is True:
+        raise Refuse(BY_FREQUENCY, node.name, hint=NO_FREQUENCY)
     if is_labelled(labels[-1]):
         raise Refuse("the features of an embedding run along the sequence", node.name)
     value = planner.rebuild(indices.name, labels[:-1], context)
