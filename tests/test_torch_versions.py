@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -54,8 +55,11 @@ def test_the_job_is_weekly_and_a_nightly_build_may_fail() -> None:
 
 
 def dry_run(arguments: list[str]) -> str:
-    """What ``make`` would run. The environments do not exist in a copy of the files that describe them."""
-    return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    """What ``make`` would run, without what a ``make`` around the tests hands down."""
+    outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "TORCH", "TORCH_ARGS", "PIP_ARGS", "PYTEST_ARGS"}
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    command = ["make", "-n", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
