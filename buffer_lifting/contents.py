@@ -8,7 +8,7 @@ from __future__ import annotations
 from buffer_lifting.axes import InputLabels
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind
-from buffer_lifting.graph.sizes import Expr, Size, atoms
+from buffer_lifting.graph.sizes import Expr, Size, atoms, symbols
 from buffer_lifting.labels import Labels, has_seq
 from buffer_lifting.ops import INDICES, content_operands
 from buffer_lifting.variation import Variation
@@ -17,6 +17,13 @@ from buffer_lifting.variation import Variation
 _SIZES = frozenset(
     {"size", "sizes", "shape", "end", "length", "repeats", "split_size", "split_sizes", "sections", "chunks"}
     | {"output_size", "normalized_shape", "stride", "implicit"}
+)
+#: Ops that repeat a value and take nothing out of it.
+_REPEATS = frozenset(["aten.expand", "aten.expand_as", "aten.repeat", "aten.tile", "aten.broadcast_to"])
+#: Ops that take out of a value what an index says.
+_LOOKUPS = frozenset(
+    f"aten.{name}"
+    for name in ["index", "_unsafe_index", "embedding", "gather", "index_select", "take", "take_along_dim"]
 )
 
 
@@ -55,7 +62,7 @@ class Contents:
         if not isinstance(meta, ScalarMeta):
             return False
         if meta.size is not None:
-            return bool(atoms(meta.size) & self._length_atoms)
+            return bool(symbols(meta.size) & self._length_atoms)
         return any(self.is_length_of_sequence(operand) for operand in self.record.nodes[name].refs())
 
     def counts_samples(self, name: str) -> bool:
@@ -70,14 +77,14 @@ class Contents:
                 return True
         return False
 
-    def _is_made_from(self, name: str, symbols: frozenset[str]) -> bool:
+    def _is_made_from(self, name: str, names: frozenset[str]) -> bool:
         """Whether a symbolic number is made from one of some symbols."""
         node = self.record.nodes[name]
         if not isinstance(node.meta, ScalarMeta):
             return False
         if node.meta.size is not None:
-            return bool(atoms(node.meta.size) & symbols)
-        return any(self._is_made_from(operand, symbols) for operand in node.refs())
+            return not names.isdisjoint(symbols(node.meta.size))
+        return any(self._is_made_from(operand, names) for operand in node.refs())
 
     def varies_along(self, name: str, labels: Labels) -> bool:
         """Whether a value can differ along one of the sequence dims of ``labels``."""
@@ -109,7 +116,7 @@ class Contents:
             node, dep = self.record.nodes[name], self.deps[name]
             shape = node.tensor.shape if node.tensor else ()
             fixed = not dep & (Dep.USER | Dep.DATA | Dep.RANDOM | Dep.LENGTH)
-            fixed = fixed and not any(atoms(size) & self._length_atoms for size in shape)
+            fixed = fixed and not any(symbols(size) & self._length_atoms for size in shape)
             self._tables[name] = fixed and not (Dep.IOTA in dep and self._counts_the_sequence(name))
         return self._tables[name]
 
@@ -225,6 +232,42 @@ class Contents:
                     stack.extend(content_operands(self.record.nodes[current]))
             self._ancestors[name] = frozenset(seen)
         return self._ancestors[name]
+
+    def sources_of(self, name: str) -> tuple[str, ...]:
+        """Everything that a position value is made from, sorted: state with elements, inputs; else its one source."""
+        own = Dep.USER in self.deps[name]
+        found = {self.source_of(name)[1]}
+        for node in (self.record.nodes[ancestor] for ancestor in self.ancestors(name)):
+            told = own if node.kind is NodeKind.INPUT else node.kind is NodeKind.STATE and not node.uniform
+            if told and node.tensor is not None and node.tensor.shape:
+                found.add(node.fqn)
+        return tuple(sorted(found))
+
+    def takes_rows(self, name: str) -> bool:
+        """Whether a position value has rows of state (or it cannot be told), and not only an index times state."""
+        ancestors = [self.record.nodes[ancestor] for ancestor in self.ancestors(name)]
+        if not any(node.base_op in INDICES for node in ancestors):
+            return True
+        return any(self._takes_rows(node) for node in ancestors)
+
+    def _takes_rows(self, node: Node) -> bool:
+        shape = node.tensor.shape if node.tensor is not None else ()
+        if node.kind is NodeKind.STATE:
+            return any(self.axis_of(size) is not None for size in shape)
+        tables = [path for path, ref in node.named_refs() if path in ("self", "weight") and self._is_state(ref)]
+        if not tables or node.base_op in _REPEATS:
+            return False
+        others = [ref for path, ref in node.named_refs() if path not in tables]
+        if node.base_op in _LOOKUPS:
+            return any(self.deps[ref] & (Dep.IOTA | Dep.LENGTH | Dep.USER) for ref in others)
+        return any(
+            isinstance(self.record.nodes[ref].meta, ScalarMeta) and self.is_length_of_sequence(ref) for ref in others
+        )
+
+    def _is_state(self, name: str) -> bool:
+        """Whether a value is made from state and neither from an index nor from lengths."""
+        kinds = {self.record.nodes[ancestor].kind for ancestor in self.ancestors(name)}
+        return NodeKind.STATE in kinds and not self.deps[name] & (Dep.IOTA | Dep.LENGTH | Dep.USER)
 
     def source_of(self, name: str) -> tuple[str, str, tuple[str, ...]]:
         """Kind, name and aliases of what a position value comes from: parameter, then state, input, iota."""

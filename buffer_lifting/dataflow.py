@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Flag, auto
 
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, StateKind, TensorMeta
-from buffer_lifting.graph.sizes import atoms
+from buffer_lifting.graph.sizes import atoms, symbols
 from buffer_lifting.labels import COL, Labels, has_seq, is_labelled
 from buffer_lifting.ops import INDICES, content_operands, is_mutating, is_random, is_view, length_operands
 from buffer_lifting.variation import Variation
@@ -76,10 +76,10 @@ def analyse(
 def _has_length(node: Node, lengths: frozenset[str]) -> bool:
     """Whether a dim of a tensor (of one of several results), or a number, is made from the length of a sequence."""
     if isinstance(node.meta, ScalarMeta):
-        return node.meta.size is not None and not lengths.isdisjoint(atoms(node.meta.size))
+        return node.meta.size is not None and not lengths.isdisjoint(symbols(node.meta.size))
     metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
     shapes = [meta.shape for meta in metas if isinstance(meta, TensorMeta)]
-    return any([type(size) is not int and not lengths.isdisjoint(atoms(size)) for shape in shapes for size in shape])
+    return any([type(size) is not int and not lengths.isdisjoint(symbols(size)) for shape in shapes for size in shape])
 
 
 def _is_whole(labels: Labels) -> bool:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from buffer_lifting.expressions import Expressions
 from buffer_lifting.flex_body import BodyWalk
 from buffer_lifting.flex_plan import BodyPlan, FlexPlan
-from buffer_lifting.graph.record import Location, Node, NodeKind, Ref
+from buffer_lifting.graph.record import Arg, GraphRecord, Location, Node, NodeKind, Ref
 from buffer_lifting.labels import COL, ROW, Factor, Labels, has_batch, has_seq
 from buffer_lifting.plan import CutKey, FrontierEdge, Refuse
 from buffer_lifting.program import Form, PositionRead
@@ -76,6 +77,7 @@ class FlexReader:
         self.frontier: list[FrontierEdge] = []
         self.used: list[CutKey] = []
         self.where = "flex_attention"
+        self.expression = ""
         self.location: Location | None = None
 
     def factor(self, labels: Labels, role: str) -> Factor | None:
@@ -90,7 +92,7 @@ class FlexReader:
     def refused(self, refusal: Refuse) -> None:
         """Reports why the node cannot be lifted."""
         hint = refusal.hint or "write the mod with plain indices, or lift with strict=False if nothing is reordered"
-        self.scan.reports.reads.append(self._read(str(refusal), refusal.code, hint, None, None))
+        self.scan.reports.reads.append(self._read(str(refusal), refusal.code, hint, None))
 
     def body(self, name: str) -> BodyPlan:
         """The plan of ``score_mod`` or ``mask_mod``."""
@@ -108,17 +110,31 @@ class FlexReader:
             raise Refuse("its operands are not those of its graph", self.node.name)
         indices = {label: n for label, n in zip(arguments, placeholders, strict=False) if label != "score"}
         plan = BodyPlan(name, arg.name, indices, tuple(placeholders[count:]))
+        self.expression = self._expression(body, plan, buffers)
         BodyWalk(self, plan, body, dict(zip(plan.buffers, buffers, strict=True)), buffers_key).run()
         return plan
 
-    def report(self, source: str, kind: str, aliases: tuple[str, ...], form: Form, code: str, hint: str) -> None:
-        """Adds an accepted read."""
-        self.reads.append(self._read(None, code, hint, form, (source, kind, aliases)))
+    def _expression(self, body: GraphRecord, plan: BodyPlan, buffers: tuple[Arg, ...]) -> str:
+        """What a body computes, with its indices and buffers by name."""
+        inputs = {placeholder: label for label, placeholder in plan.indices.items()}
+        for placeholder, arg in zip(plan.buffers, buffers, strict=True):
+            inputs[placeholder] = self.scan.reports.short(arg.name) if isinstance(arg, Ref) else str(arg)
+        output = next(node for node in body.nodes.values() if node.kind is NodeKind.OUTPUT)
+        known = Expressions(body, {}, {"score": "score", **inputs})
+        return ", ".join(str(known.of(ref)) for ref in output.refs())
 
-    def _read(
-        self, refusal: str | None, code: str, hint: str, form: Form | None, of: tuple[str, str, tuple[str, ...]] | None
-    ) -> PositionRead:
-        source, kind, aliases = of or (self.where, "flex", ())
+    def report_indices(self, hint: str) -> None:
+        """Adds an accepted read of ``q`` or ``kv`` themselves."""
+        self.reads.append(self._read(None, "BL007", hint, "positions"))
+
+    def report_value(self, name: str, form: Form, hint: str = "") -> None:
+        """Adds an accepted read of a value of the graph around the node."""
+        kind = self.planner.source_of(name)[0]
+        code = "BL006" if form == "natural" else self.scan.reports.code_of(kind, name)
+        self.reads.append(self._read(None, code, hint, form, name))
+
+    def _read(self, refusal: str | None, code: str, hint: str, form: Form | None, of: str = "") -> PositionRead:
+        kind, source, aliases = self.planner.source_of(of) if of else ("flex", self.where, ())
         seq = [(dim, f.axis, f.role) for dim, f in zip((2, 3), self.axes, strict=True) if f is not None]
         return PositionRead(
             source_kind=kind,
@@ -137,4 +153,6 @@ class FlexReader:
             modules=(self.node.module,),
             code=code,
             hint=hint,
+            sources=self.planner.sources_of(of) if of else (source,),
+            expression=self.expression,
         )

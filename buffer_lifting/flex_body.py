@@ -9,7 +9,7 @@ from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.flex_plan import AddedOperand, BodyIndex, BodyPlan
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, TensorMeta
-from buffer_lifting.graph.sizes import atoms
+from buffer_lifting.graph.sizes import symbols
 from buffer_lifting.labels import BATCH, COL, ROW, DimLabel, Factor, Labels, has_batch, has_seq, is_labelled
 from buffer_lifting.ops import content_operands
 from buffer_lifting.plan import Context, CutKey, FrontierEdge, Refuse
@@ -18,7 +18,6 @@ from buffer_lifting.program import Form
 if TYPE_CHECKING:
     from buffer_lifting.flex import FlexReader
 
-_CODES = {"buffer": "BL001", "constant": "BL001", "parameter": "BL002", "iota": "BL003", "input": "BL005"}
 _UNCHANGED = frozenset(
     f"aten.{name}" for name in ("to", "_to_copy", "alias", "detach", "clone", "lift_fresh_copy", "view", "reshape")
 )
@@ -81,7 +80,7 @@ class BodyWalk:
                 self.plan.slots[label] = self._slots(factor)
         if self.plan.slots:
             hint = "its indices are looked up in lifted slots; the block mask becomes one block that is never skipped"
-            self.reader.report(self.plan.name, "flex", (), "positions", "BL007", hint)
+            self.reader.report_indices(hint)
 
     def _visit(self, node: Node) -> None:
         self.reader.location = node.location or self.reader.location
@@ -275,9 +274,8 @@ class BodyWalk:
         return number
 
     def _report_operand(self, node: Node, labels: Labels, alignment: Alignment, used: list[CutKey]) -> None:
-        kind, source, aliases = self.reader.planner.source_of(node.name)
         form: Form = "positions" if all(key.content == "iota" for key in used) else "values"
-        self.reader.report(source, kind, aliases, form, _CODES.get(kind, "BL003"), "")
+        self.reader.report_value(node.name, form)
         edge = FrontierEdge(
             self.reader.node.name,
             self.operand,
@@ -313,16 +311,14 @@ class BodyWalk:
         tainted = frozenset().union(*(self._value(index) for index in access.indices))
         if not tainted & {"q", "kv"} or dep & Dep.DATA:
             return
-        kind, source, aliases = self.reader.planner.source_of(name)
         lengths = scan.completion.seq_atoms
         along = Dep.IOTA in dep or any(
-            atoms(size) & lengths for size in (node.meta.shape if isinstance(node.meta, TensorMeta) else ())
+            symbols(size) & lengths for size in (node.meta.shape if isinstance(node.meta, TensorMeta) else ())
         )
         if along:
-            hint = "the value of the whole sequence stays in the stage"
-            self.reader.report(source, kind, aliases, "natural", "BL006", hint)
+            self.reader.report_value(name, "natural", "the value of the whole sequence stays in the stage")
             return
-        self.reader.report(source, kind, aliases, "positions", _CODES.get(kind, "BL003"), "")
+        self.reader.report_value(name, "positions")
 
     def _varies_along_batch(self, node: Node, access: _Access) -> bool:
         shape = node.meta.shape if isinstance(node.meta, TensorMeta) else ()

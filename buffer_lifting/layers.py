@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_QUOTED = re.compile(r"(?<=')[^\s']+(?=')")
 _AT_NODE = re.compile(r" \(at \w+\)$")
 
 
@@ -14,17 +15,14 @@ def layers(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
-def pattern(message: str, source: str) -> str:
-    """A message about a source (its FQN), without what differs between layers: its numbers, and the node named last."""
-    message = _AT_NODE.sub("", message)
-    return message.replace(repr(source), repr(layers(source))) if source else message
+def pattern(message: str) -> str:
+    """A message without what differs between layers: the numbers in quoted FQNs, and the node named last."""
+    return _QUOTED.sub(lambda found: layers(found[0]), _AT_NODE.sub("", message))
 
 
-def common(messages: Sequence[str], sources: Sequence[str]) -> str:
+def common(messages: Sequence[str]) -> str:
     """What messages of one pattern say together: the message if all are equal, else the pattern."""
-    if len(set(messages)) == 1:
-        return messages[0]
-    return pattern(messages[0], sources[0])
+    return messages[0] if len(set(messages)) == 1 else pattern(messages[0])
 
 
 def spread(modules: Sequence[str]) -> str:

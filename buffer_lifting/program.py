@@ -40,6 +40,9 @@ class PositionRead:
         source_kind: ``"buffer"``, ``"constant"``, ``"parameter"``, ``"iota"``, ``"input"``, ``"length"`` or
             ``"is_causal"``.
         source: FQN of the source, or the op that makes it (``"aten.arange"``); ``aliases`` are its other FQNs.
+        sources: everything that the value is made from, sorted: the FQNs of state with more than one element and the
+            names of inputs, or ``source`` alone.
+        expression: how it is made from them, as a text without node names; a long one is cut and ends with a digest.
         value: name of the node whose value is read; ``node`` is the node that reads it, ``op`` its op and
             ``operand`` the argument.
         seq_dims: ``(dim of the value, axis name, role)``.
@@ -67,6 +70,8 @@ class PositionRead:
     modules: tuple[str, ...]
     code: str
     hint: str = ""
+    sources: tuple[str, ...] = ()
+    expression: str = ""
 
 
 @dataclass(frozen=True, slots=True)

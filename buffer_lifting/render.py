@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
     Item = PositionRead | SequenceMixing | Finding
 
+_SOURCES = {
+    "iota": "the index from {}",
+    "length": "the sequence length",
+    "is_causal": "the causal mask (is_causal=True)",
+    "flex": "the {} of flex_attention",
+}
+
 
 @dataclass
 class _Group:
@@ -35,7 +42,6 @@ class _Group:
     modules: list[str]
     items: list[Item]
     texts: list[str]
-    sources: list[str]
 
 
 def render_scan(
@@ -58,7 +64,7 @@ def render_scan(
     items += [mix for mix in report.mixing if everything or not mix.handled]
     lines: list[str] = []
     for group in _grouped(items):
-        text = common(group.texts, group.sources)
+        text = common(group.texts)
         lines.append(f"{_place(group.where, target)}: {group.code} {text}{_spread(group)}")
         source = _source_line(group.where)
         if source:
@@ -87,12 +93,10 @@ def _grouped(items: Iterable[Item]) -> list[_Group]:
     groups: dict[Any, _Group] = {}
     for item in items:
         text, refused = _message(item)
-        source = getattr(item, "source", "")
-        key = (item.location and (item.location.file, item.location.line), item.code, pattern(text, source), item.hint)
-        group = groups.setdefault(key, _Group(item.location, item.code, item.hint, refused, [], [], [], []))
+        key = (item.location and (item.location.file, item.location.line), item.code, pattern(text), item.hint)
+        group = groups.setdefault(key, _Group(item.location, item.code, item.hint, refused, [], [], []))
         group.items.append(item)
         group.texts.append(text)
-        group.sources.append(source)
         for module in getattr(item, "modules", ()):
             if module and module not in group.modules:
                 group.modules.append(module)
@@ -110,7 +114,7 @@ def _message(item: Item) -> tuple[str, bool]:
     from buffer_lifting.program import PositionRead, SequenceMixing
 
     if isinstance(item, PositionRead):
-        read = _source(item.source_kind, item.source)
+        read = what_is_read(item)
         if item.refusal:
             return f"cannot lift {read}: {item.refusal}", True
         if item.source_kind == "is_causal":
@@ -126,12 +130,14 @@ def _message(item: Item) -> tuple[str, bool]:
     return item.message, True
 
 
-def _source(kind: str, name: str) -> str:
-    return {
-        "iota": f"the index from {name}",
-        "length": "the sequence length",
-        "is_causal": "the causal mask (is_causal=True)",
-    }.get(kind, f"{kind} {name!r}")
+def what_is_read(read: PositionRead) -> str:
+    """The sources of a read in words."""
+    kind, name = read.source_kind, read.source
+    what = _SOURCES.get(kind, f"{kind} {{!r}}").format(name)
+    if read.code == "BL003" and kind not in _SOURCES:
+        what = f"the index from aten.arange, scaled by {what},"
+    others = ", ".join(repr(other) for other in read.sources if other != name)
+    return f"{what} with {others}" if others else what
 
 
 def _spread(group: _Group) -> str:

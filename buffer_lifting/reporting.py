@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from buffer_lifting.axis_rules import Alignment
+from buffer_lifting.expressions import Expressions
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind
+from buffer_lifting.graph.sizes import is_symbol
 from buffer_lifting.labels import BATCH, COL, ROW, Labels, features, has_seq
 from buffer_lifting.ops import is_mutating
 from buffer_lifting.plan import Refuse
@@ -33,6 +35,7 @@ class Reports:
         self.planner, self.labels = planner, labels
         self.reads: list[PositionRead] = []
         self.mixing: list[SequenceMixing] = []
+        self._expressions: Expressions | None = None
 
     def mix(self, node: Node, reason: str, handled: bool, code: str, hint: str = "") -> None:
         """Reports an op on data that mixes the sequence, or is not known on its axis."""
@@ -62,9 +65,30 @@ class Reports:
     def accepted(self, edge: Edge, stream: Stream, form: Form) -> PositionRead:
         """Reports a read that is rebuilt, and returns it."""
         kind, source, aliases = self.planner.source_of(edge.value.name)
-        code = "BL006" if form == "natural" else _CODES.get(kind, "BL003")
+        code = "BL006" if form == "natural" else self.code_of(kind, edge.value.name)
         hint = "the whole sequence x sequence value stays in the stage" if form == "natural" else ""
         return self._record(edge, kind, source, aliases, stream, form, None, code, hint)
+
+    def code_of(self, kind: str, name: str) -> str:
+        """The code of a value that can be lifted: a buffer's scale of an index is no table that is read."""
+        code = _CODES.get(kind, "BL003")
+        return code if code not in ("BL001", "BL002") or self.planner.takes_rows(name) else "BL003"
+
+    def expression(self, name: str) -> str:
+        """How a value is made, as a text."""
+        return str(self._known().of(name))
+
+    def short(self, name: str) -> str:
+        """The same inside another text."""
+        return self._known().of(name).short
+
+    def _known(self) -> Expressions:
+        if self._expressions is None:
+            inputs = self.planner.inputs
+            axes = {**inputs.lengths, **({} if inputs.batch is None else {BATCH: inputs.batch})}
+            names = {str(size): axis for axis, size in axes.items() if is_symbol(size)}
+            self._expressions = Expressions(self.planner.record, names)
+        return self._expressions
 
     def refused(self, node: Node, path: str, value: Node, labels: Labels, refusal: Refuse) -> None:
         """Reports a read that cannot be rebuilt."""
@@ -117,6 +141,7 @@ class Reports:
             modules=(node.module,),
             code="BL004",
             hint="buffer_lifting.context_parallel replaces the flag by a mask that follows the slots",
+            sources=("is_causal",),
         )
         self.reads.append(read)
 
@@ -152,6 +177,8 @@ class Reports:
             modules=(node.module,),
             code=code,
             hint=hint,
+            sources=self.planner.sources_of(edge.value.name),
+            expression=self.expression(edge.value.name),
         )
         self.reads.append(read)
         return read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import OVER_KEYS, AxisResult
@@ -36,6 +37,9 @@ def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None
         scan.mixed.add(node.name)
     elif any(name in scan.counts for name in operands) or (labelled and result is not None and _of_a_part(result)):
         scan.counts.add(node.name)
+    elif labelled and result is not None and result.outputs is not None and _of_all_samples(scan, operands, result):
+        # a number of samples may divide a loss, as a number of tokens may
+        (scan.counts if node.base_op in ("aten.sum", "aten.count_nonzero") else scan.mixed).add(node.name)
     outputs = result.outputs if result else None
     scan.labels[node.name] = scan.completion.complete(node, outputs) or _same_shape(scan, node)
 
@@ -43,6 +47,16 @@ def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None
 def _of_a_part(result: AxisResult) -> bool:
     """Whether a reduction is over tokens of which a rank has a part: keys are whole on every rank."""
     return bool(result.mixing) and result.mixing != OVER_KEYS
+
+
+def _of_all_samples(scan: _Scan, operands: list[str], result: AxisResult) -> bool:
+    """Whether a value of samples becomes one of all of them, of which a microbatch has a part."""
+    own = [labels for name in operands for labels in scan.labels.get(name) or ()]
+    return _along_batch(own) and not _along_batch(result.outputs or ())
+
+
+def _along_batch(values: Iterable[Labels]) -> bool:
+    return any(factor.axis == BATCH for labels in values for dim in labels for factor in dim)
 
 
 def _same_shape(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:

@@ -19,8 +19,8 @@ from buffer_lifting.flex_plan import FlexPlan
 from buffer_lifting.folding import batch_is_a_matrix_dim, onto_folded_batch
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.gradient_sums import GradientSums
-from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
-from buffer_lifting.graph.sizes import atoms
+from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, ScalarMeta, TensorMeta
+from buffer_lifting.graph.sizes import symbols
 from buffer_lifting.joint_rules import OF_TOKENS
 from buffer_lifting.labels import (
     BATCH,
@@ -223,7 +223,7 @@ class _Scan:
             why = "a loss: divided by a number of tokens, which the context-parallel contract sums over ranks"
             self.reports.mix(node, why, True, "BL200")
             return
-        why = "it is a reduction over all tokens of a user input, of which a rank has a part"
+        why = "it is a reduction over all tokens or samples of a user input, of which a rank or a microbatch has a part"
         hint = "compute it outside the model and give it as an input"
         self.reports.refused(node, path, value, (), Refuse(why, value.name, "BL105", hint))
 
@@ -288,7 +288,9 @@ class _Scan:
                     self.reports.mix(node, why, False, "BL202")
                 continue
             if not isinstance(value.meta, TensorMeta):
-                if Dep.LENGTH in self.deps[name] and (path, name) in length_operands(node):
+                if name in self.mixed:
+                    self.reports.refused(node, path, value, (), self._mixed_refusal(name))
+                elif Dep.LENGTH in self.deps[name] and (path, name) in length_operands(node):
                     self._length(node, path, value)
                 continue
             alignment = result.operands.get(path) if result else None
@@ -333,6 +335,9 @@ class _Scan:
         edge = Edge(node, path, value, Alignment((), None))
         self.planner.trail.clear()
         try:
+            if isinstance(node.meta, ScalarMeta):
+                why = "a number computed from data meets the sequence length"
+                raise Refuse(why, node.name, "BL108", "positions must not depend on data: give them as an input")
             if not is_pointwise(node) and node.base_op != ATTENTION:
                 raise Refuse("the sequence length itself enters the data", node.name, "BL104")
             plan = self.planner.scalar(value.name)
@@ -342,7 +347,10 @@ class _Scan:
         self._accept(edge, Value(plan, False, 0), list(dict.fromkeys(self.planner.trail)), None)
 
     def _mixed_refusal(self, name: str) -> Refuse:
-        why = "it is computed from user inputs by an op that mixes the sequence, and has no sequence dim to gather"
+        why = (
+            "it is computed from user inputs by an op that mixes the sequence or the batch, and has no sequence dim to "
+            "gather"
+        )
         return Refuse(why, name, "BL105", "compute it outside the model and give it as an input")
 
     def _varies_along_batch(self, value: Node, alignment: Alignment) -> bool:
@@ -360,7 +368,7 @@ class _Scan:
         )
 
     def _runs_along(self, meta: TensorMeta) -> bool:
-        return any(atoms(size) & self.completion.seq_atoms for size in meta.shape)
+        return any(symbols(size) & self.completion.seq_atoms for size in meta.shape)
 
     def _read(self, edge: Edge) -> None:
         value, labels = edge.value, edge.alignment.labels

@@ -282,6 +282,20 @@ def test_wrong_configuration(text: str, why: str, capsys: Capture) -> None:
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["buffer-lifting", "Buffer_Lifting", "tool:buffer_lifting"])
+def test_a_section_of_a_similar_name_is_an_error(name: str, capsys: Capture) -> None:
+    Path("setup.cfg").write_text(f"[{name}]\nignore = BL\n")
+    assert main(["check", "plain.pt2"]) == 2
+    assert f"the section [{name}] is not read; it is called [buffer_lifting]" in capsys.readouterr().err
+
+
+def test_a_setup_cfg_as_other_tools_write_it() -> None:
+    text = "\ufeff[DEFAULT]\nlevel = 3\n\n[metadata]\nname = other\n\n[buffer_lifting]\nignore = BL\n"
+    Path("setup.cfg").write_text(text, encoding="utf-8")
+    assert main(["check", "llama.pt2"]) == 0
+    assert main(["check", "llama.pt2", "--select", "BL0"]) == 1
+
+
 def test_axes_of_the_project_are_for_what_is_not_lifted(capsys: Capture) -> None:
     configure("axes = tokens:0=batch,1=words")
     targets = ["llama.pt2", "llama.lifted", "stages", "check_targets:program", "check_targets:lifted"]

@@ -152,7 +152,7 @@ def test_a_layer_more(capsys: Capture) -> None:
     assert diff("base.pt2", "deeper.pt2", capsys, 1) == [
         "reads",
         "  + 'layers.3.table' read by aten.mul.Tensor in layers.3: code BL001, kind buffer, operand other, "
-        "lifted as values, stream positions, dims [0=seq:row]",
+        "lifted as values, stream positions, dims [0=seq:row], value slice('layers.3.table', dim=0, end=seq)",
         "lifted inputs",
         "  + 'layers.3.table' by positions, axis seq, row: name lifted_layers_3_table, form values, "
         "tensor float32[batch, seq, 8]",
@@ -182,6 +182,9 @@ def test_a_program_that_became_static(capsys: Capture) -> None:
         "axes",
         "  ~ axis batch: size dynamic -> 3",
         "  ~ axis seq: size dynamic -> 11",
+        "reads",
+        "  ~ 'layers.{0-2}.table' read by aten.mul.Tensor in layers.{0-2}: value "
+        "slice('layers.{0-2}.table', dim=0, end=seq) -> slice('layers.{0-2}.table', dim=0, end=11)",
     ]
 
 

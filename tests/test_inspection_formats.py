@@ -84,11 +84,13 @@ def test_json_is_as_documented(places: Places) -> None:
     }
     (wanted,) = documented["findings"]
     for item in document["findings"]:
-        for key in ("location", "suppressed"):
-            assert item[key] is None or shape(item[key]) == wanted[key]
-        assert {key: shape(value) for key, value in item.items() if key not in ("location", "suppressed")} == {
-            key: value for key, value in wanted.items() if key not in ("location", "suppressed")
+        for key in ("location", "suppressed", "sources"):
+            assert not item[key] or shape(item[key]) == wanted[key]
+        assert item["sources"] == ([item["source"]] if item["source"] else [])
+        assert {key: shape(value) for key, value in item.items() if shape(value) not in (None, [], "NoneType")} == {
+            key: value for key, value in wanted.items() if shape(item[key]) not in (None, [], "NoneType")
         }
+        assert set(item) == set(wanted)
     assert [item["suppressed"] is not None for item in document["findings"]] == [False, True, False, False, False]
     assert [item["location"] and item["location"]["path"] for item in document["findings"]] == [
         "models/my llama.py",

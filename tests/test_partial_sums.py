@@ -152,13 +152,22 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
         lambda g, h, labels: cross_entropy(g, labels, reduction="sum") / (labels[:, 1:] != -100).sum(),
         "mixes the sequence",
     ),
-    "count of all": (lambda g, h, labels: h / (labels != -100).sum(), "a reduction over all tokens of a user input"),
+    "count of all": (
+        lambda g, h, labels: h / (labels != -100).sum(),
+        "a reduction over all tokens or samples of a user input",
+    ),
     "longest sample": (
         lambda g, h, labels: h.pow(2).sum() / (labels != -100).sum(1).max(),
         "mixes the sequence",
     ),
-    "share": (lambda g, h, labels: h * (labels > 3).float().mean(), "a reduction over all tokens of a user input"),
-    "bounded": (lambda g, h, labels: h / labels.sum().clamp(min=1), "a reduction over all tokens of a user input"),
+    "share": (
+        lambda g, h, labels: h * (labels > 3).float().mean(),
+        "a reduction over all tokens or samples of a user input",
+    ),
+    "bounded": (
+        lambda g, h, labels: h / labels.sum().clamp(min=1),
+        "a reduction over all tokens or samples of a user input",
+    ),
 }
 
 

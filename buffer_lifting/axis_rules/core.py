@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
-from buffer_lifting.graph.sizes import Size
+from buffer_lifting.graph.sizes import Size, symbols
 from buffer_lifting.labels import (
     COL,
     ROW,
@@ -78,6 +78,10 @@ class OpView:
     def length(self, axis: str) -> Size | None:
         """The length of a sequence axis."""
         return self._lengths.get(axis)
+
+    def is_length(self, size: Size) -> bool:
+        """Whether a size is made from the dynamic length of a sequence axis."""
+        return any(not symbols(size).isdisjoint(symbols(length)) for length in self._lengths.values())
 
     def positional(self, path: str) -> Labels | None:
         """The labels of an operand without user contents, by its sizes; ``None`` for anything else."""

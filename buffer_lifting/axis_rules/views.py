@@ -104,6 +104,8 @@ def _slice(view: OpView) -> AxisResult:
     if is_labelled(labels[dim]):
         what = "sequence" if has_seq(labels[dim]) else "batch"
         return AxisResult(None, mixing=f"a part of the {what} is cut out")
+    if isinstance(source[dim], int) and view.is_length(shape[dim]):
+        return AxisResult(None, mixing="features are cut at a number made from the sequence length")
     return AxisResult(((*labels[:dim], feature(shape[dim]), *labels[dim + 1 :]),))
 
 

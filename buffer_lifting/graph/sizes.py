@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+_WORD = re.compile(r"[A-Za-z_]\w*")
 Monomial = tuple[tuple[str, int], ...]  # ((atom, power), ...), sorted by atom; () is the constant term
 
 
@@ -116,6 +117,14 @@ def atoms(size: Size) -> frozenset[str]:
     if isinstance(size, int):
         return frozenset()
     return frozenset(atom for monomial, _ in size.terms for atom, _ in monomial)
+
+
+def symbols(size: Size) -> frozenset[str]:
+    """The names of all symbols in a size, those inside opaque subexpressions (``"(s70//4)"``) as well."""
+    found = atoms(size)
+    if all(atom.isidentifier() for atom in found):
+        return found
+    return found.union(*(_WORD.findall(atom) for atom in found))
 
 
 def is_symbol(size: Size) -> bool:

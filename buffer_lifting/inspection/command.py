@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from buffer_lifting.errors import LiftingError
 from buffer_lifting.inspection.baseline import Enabled, Known, apply_baseline, read_baseline, updated, write_baseline
-from buffer_lifting.inspection.config import FORMATS, CheckError, Config, Exemption, find_config, split
+from buffer_lifting.inspection.config import FORMATS, CheckError, Config, Exemption, exemptions, find_config, split
 from buffer_lifting.inspection.diagnostics import Diagnostic
 from buffer_lifting.inspection.github_format import render_github
 from buffer_lifting.inspection.json_format import render_json
 from buffer_lifting.inspection.places import Places, printable, repository_root
-from buffer_lifting.inspection.results import FINDINGS, CheckResult, Failure, Reported
+from buffer_lifting.inspection.results import FINDINGS, CheckResult, Failure, Reported, Suppression
 from buffer_lifting.inspection.rules import RULES, check_prefixes, is_enabled, rule, rule_page
 from buffer_lifting.inspection.sarif_format import render_sarif
 from buffer_lifting.inspection.text import render_text
@@ -251,11 +251,10 @@ def run(
 
 
 def _suppressed(target: str, item: Diagnostic, config: Config, used: set[Exemption]) -> Reported:
-    for entry in config.suppress:
-        if entry.matches(item):
-            used.add(entry)
-            return Reported(target, item, entry.suppression)
-    return Reported(target, item)
+    covering = exemptions(config.suppress, item)
+    used.update(covering)
+    reason = "; ".join(dict.fromkeys(entry.reason for entry in covering))
+    return Reported(target, item, Suppression("configuration", reason) if covering else None)
 
 
 def _codes(texts: list[str], what: str) -> tuple[str, ...]:

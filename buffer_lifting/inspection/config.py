@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import configparser
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from buffer_lifting.inspection.diagnostics import Diagnostic
-from buffer_lifting.inspection.results import Suppression
 from buffer_lifting.inspection.rules import check_prefixes
 
 SECTION = "buffer_lifting"
+_WORDS = re.compile(r"[^a-z]")
 FORMATS = ("text", "json", "github", "sarif", "html")
 _BOOLEANS = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 
@@ -22,25 +24,28 @@ class CheckError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Exemption:
-    """An entry of ``suppress``: codes by prefix, a glob over source and module FQNs, and the reason."""
+    """An entry of ``suppress``: codes by prefix, a glob over source or module FQNs, and the reason."""
 
     prefix: str
     pattern: str
     reason: str
 
-    def matches(self, found: Diagnostic) -> bool:
-        """Whether it covers a finding: the pattern fits the source's FQN or the module's."""
-        if not found.code.startswith(self.prefix):
-            return False
-        return any(fnmatchcase(name, self.pattern) for name in (found.source, found.module))
-
-    @property
-    def suppression(self) -> Suppression:
-        """What a finding is marked with."""
-        return Suppression("configuration", self.reason)
-
     def __str__(self) -> str:
         return f"{self.prefix} {self.pattern}"
+
+
+def exemptions(entries: Sequence[Exemption], found: Diagnostic) -> tuple[Exemption, ...]:
+    """The entries that cover a finding: one that fits its module, or those that fit each of its sources; else none."""
+    own = [entry for entry in entries if found.code.startswith(entry.prefix)]
+    for entry in own:
+        if fnmatchcase(found.module, entry.pattern):
+            return (entry,)
+    fitting = [
+        next((entry for entry in own if fnmatchcase(source, entry.pattern)), None)
+        for source in found.sources or (found.source,)
+    ]
+    used = tuple(dict.fromkeys(entry for entry in fitting if entry is not None))
+    return used if None not in fitting else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +77,14 @@ def find_config(start: Path, root: Path) -> Config:
     for directory in (start, *start.parents) if inside else (start,):
         file = directory / "setup.cfg"
         if file.is_file():
-            parser = configparser.RawConfigParser()
+            parser = configparser.RawConfigParser(default_section="")  # [DEFAULT] is of other tools
             try:
-                parser.read_string(file.read_text(encoding="utf-8"), str(file))
+                parser.read_string(file.read_text(encoding="utf-8-sig"), str(file))
             except (configparser.Error, UnicodeDecodeError, OSError) as error:
                 raise CheckError(f"{file}: {' '.join(str(error).split())}") from error
+            for name in parser.sections():
+                if name != SECTION and _WORDS.sub("", name.lower()) in ("bufferlifting", "toolbufferlifting"):
+                    raise CheckError(f"{file}: the section [{name}] is not read; it is called [{SECTION}]")
             if parser.has_section(SECTION):
                 return _read(dict(parser.items(SECTION)), file)
         if directory == root:

@@ -16,17 +16,12 @@ from buffer_lifting.errors import AxesError
 from buffer_lifting.graph.record import GraphRecord, Location
 from buffer_lifting.inspection.rules import Severity, check_prefixes, is_enabled, rule
 from buffer_lifting.program import Axes, Finding, PositionRead, ScanReport, SequenceMixing
+from buffer_lifting.render import what_is_read
 
 if TYPE_CHECKING:
     from buffer_lifting.lifted import LiftedProgram
 
 Key = tuple[str, str, str, str, int]
-_READ_AS = {
-    "iota": "the index from {}",
-    "length": "the sequence length",
-    "is_causal": "the causal mask (is_causal=True)",
-    "flex": "the {} of flex_attention",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +35,9 @@ class Diagnostic:
         module, module_class: FQN and class of the module that the node was traced in; ``""`` is the root's FQN, and
             the class of a finding about a whole program.
         source: FQN of what is read, the op that makes it, or the lifted input; empty when the finding has no source.
+        sources: all that the value is made from, sorted; empty when ``source`` is all.
         node, op: the node that reads, and its op; empty for a finding about a whole program.
-        ordinal: counts, in the order of the graph, the findings that are equal in code, source, module and op.
+        ordinal: counts, in the order of the graph, the findings that are equal in code, sources, module and op.
     """
 
     code: str
@@ -55,11 +51,12 @@ class Diagnostic:
     node: str
     op: str
     ordinal: int = 0
+    sources: tuple[str, ...] = ()
 
     @property
     def key(self) -> Key:
-        """``(code, source, module, op, ordinal)``: no line and no node name is part of it."""
-        return self.code, self.source, self.module, self.op, self.ordinal
+        """``(code, sources, module, op, ordinal)``: no line and no node name is part of it."""
+        return self.code, ", ".join(self.sources) or self.source, self.module, self.op, self.ordinal
 
     @property
     def fingerprint(self) -> str:
@@ -194,8 +191,7 @@ def _rescanned(lifted: LiftedProgram) -> tuple[Diagnostic, ...]:
 
 def read_message(read: PositionRead) -> tuple[str, str]:
     """What a finding says of a read, and a way out."""
-    template = _READ_AS.get(read.source_kind, f"{read.source_kind} {{!r}}")
-    what = template.format(read.source)
+    what = what_is_read(read)
     if read.refusal:
         return f"cannot lift {what}: {read.refusal}", read.hint
     if read.code == "BL004":
@@ -211,9 +207,10 @@ def mixing_message(mix: SequenceMixing) -> str:
 def _of_read(read: PositionRead, classes: dict[str, str]) -> Diagnostic:
     message, hint = read_message(read)
     module = read.modules[0] if read.modules else ""
-    return diagnostic(
+    found = diagnostic(
         read.code, message, hint, read.location, module, classes.get(read.node, ""), read.source, read.node, read.op
     )
+    return replace(found, sources=read.sources)
 
 
 def _of_mixing(mix: SequenceMixing, classes: dict[str, str]) -> Diagnostic:

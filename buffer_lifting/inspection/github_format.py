@@ -28,8 +28,9 @@ def render_github(result: CheckResult, places: Places) -> str:
             properties = {"file": place.path, "line": str(place.line), **properties}
         where = f" [{place.path}:{place.line}]" if place is not None and not place.inside else ""
         module = f" (in {found.module})" if found.module else ""
+        of = f" ({item.target})" if len(result.targets) > 1 else ""
         help_ = f"\nhelp: {found.hint}" if found.hint else ""
-        lines.append(_command(_COMMANDS[found.severity], properties, f"{found.message}{module}{where}{help_}"))
+        lines.append(_command(_COMMANDS[found.severity], properties, f"{found.message}{module}{where}{of}{help_}"))
     counts = Counter(item.diagnostic.severity for item in result.findings)
     counts["error"] += len(result.failures)
     if any(count > SHOWN for count in counts.values()):

@@ -53,7 +53,7 @@ class GraphAssertions:
         """
         __tracebackhide__ = True
         from buffer_lifting.cli import parse_axes
-        from buffer_lifting.inspection.config import find_config
+        from buffer_lifting.inspection.config import exemptions, find_config
         from buffer_lifting.inspection.places import Places, repository_root
         from buffer_lifting.inspection.results import CheckResult, Reported
         from buffer_lifting.inspection.text import render_text
@@ -65,7 +65,7 @@ class GraphAssertions:
         found = [
             item
             for item in _findings(program, parse_axes(config.axes) if axes is None else axes, axes is None)
-            if is_enabled(item.code, chosen, left_out) and not any(entry.matches(item) for entry in config.suppress)
+            if is_enabled(item.code, chosen, left_out) and not exemptions(config.suppress, item)
         ]
         if not found:
             return

@@ -44,6 +44,7 @@ def _finding(item: Reported, places: Places) -> dict[str, Any]:
         "module": found.module,
         "module_class": found.module_class,
         "source": found.source,
+        "sources": list(found.sources) or [found.source] * bool(found.source),
         "node": found.node,
         "op": found.op,
         "ordinal": found.ordinal,

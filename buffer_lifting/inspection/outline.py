@@ -157,6 +157,7 @@ def _read(read: PositionRead) -> Entry:
         ("lifted as", "refused" if read.refusal or read.form is None else read.form),
         ("stream", read.stream),
         ("dims", f"[{dims}]"),
+        ("value", read.expression or NOT_RECORDED),
     )
     return Entry("reads", (("source", read.source), ("module", module), ("op", read.op)), facts, read.refusal or "")
 

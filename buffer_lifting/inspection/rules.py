@@ -121,7 +121,7 @@ _ALL = (
         "arange, cumsum over ones, or the length of the sequence itself gives each rank 0..S_local-1 (or its own\n"
         "length) under a sharded sequence. Lifting replaces the index by an input with the tokens' positions.",
         "def forward(self, x):\n"
-        "    position = torch.arange(x.shape[1])\n    return x * (position * self.inv_freq).cos()",
+        "    position = torch.arange(x.shape[1])[:, None]\n    return x * (position * self.inv_freq).cos()",
         _LIFT,
     ),
     Rule(
@@ -153,9 +153,10 @@ _ALL = (
         "Its chain cannot be rebuilt from lifted inputs. Lifting keeps the whole [S, S] value in the stage and\n"
         "gathers it along both axes: correct, and S*S memory. A value computed from a difference of positions\n"
         "by local ops is lifted without that.",
-        "def forward(self, scores):\n    return scores + self.bias.flip(0)[: scores.shape[-2], : scores.shape[-1]]",
-        "def forward(self, scores, positions):\n"
-        "    return scores - (positions[:, :, None] - positions[:, None, :]).abs()",
+        "def forward(self, x):\n"
+        "    bias = self.bias[: x.shape[1], : x.shape[1]].cumsum(0)\n    return (x @ x.mT + bias).softmax(-1) @ x",
+        "def forward(self, x, positions):\n"
+        "    bias = -(positions[:, :, None] - positions[:, None]).abs()\n    return (x @ x.mT + bias).softmax(-1) @ x",
     ),
     Rule(
         "BL007",
@@ -183,8 +184,10 @@ _ALL = (
         "error",
         "the storage of a value that is read by position is written in place",
         "What a view shows then depends on the order of the writes, which is not analysed.",
-        "mask = torch.full((S, S), 0.0)\nmask[:, :4].fill_(1.0)",
-        "mask = torch.where(torch.arange(S) < 4, 1.0, 0.0).expand(S, S)",
+        "def forward(self, x):\n"
+        "    mask = torch.zeros(x.shape[1], x.shape[1])\n    mask.diagonal().fill_(1.0)\n"
+        "    return (x @ x.mT + mask).softmax(-1) @ x",
+        "def forward(self, x):\n    return (x @ x.mT + torch.eye(x.shape[1])).softmax(-1) @ x",
     ),
     Rule(
         "BL103",
@@ -193,19 +196,19 @@ _ALL = (
         "which dims run along the batch and the sequence is not known",
         "Two dims of the example inputs have one size, or an input has the length of another. Name them by axes=\n"
         "(--axes on the command line), or export with distinct sizes or dynamic dims.",
-        "tokens = torch.zeros(8, 8, dtype=torch.long)  # batch 8, sequence 8\n"
-        "program = torch.export.export(model, (tokens,))",
-        'bl.scan(program, axes={"tokens": {0: "batch", 1: "seq"}})',
+        "tokens, weight = torch.zeros(8, 8, dtype=torch.long), torch.ones(8)  # of each sample, or of each position?\n"
+        "program = torch.export.export(model, (tokens, weight))",
+        'bl.scan(program, axes={"tokens": {0: "batch", 1: "seq"}, "weight": {0: "batch"}})',
     ),
     Rule(
         "BL104",
         "length-in-data",
         "error",
         "a number computed from the sequence length or from data cannot be lifted",
-        "The number (a scale, an offset, the bound of a slice taken by .item()) would be this shard's, and it\n"
-        "enters the data in a way that cannot be given the whole length.",
-        "def forward(self, x, lengths):\n    return x[:, : lengths.max().item()]",
-        "def forward(self, x, mask):\n    return x * mask[..., None]",
+        "The number (a result, a scale, an offset) would be this shard's, and it is used in a way that cannot be\n"
+        "given the whole length.",
+        "def forward(self, x):\n    return x, x.shape[1]",
+        "def forward(self, x):\n    return x",
     ),
     Rule(
         "BL105",
@@ -215,8 +218,8 @@ _ALL = (
         "An op between the source of positions and the data has no rule, or looks along the sequence.\n"
         "`buffer-lifting scan --explain` shows where the analysis stops. Compute the value in another way, or lift\n"
         "with strict=False and feed it yourself.",
-        "def forward(self, x):\n    return x + self.positions[: x.shape[1]].flip(0)",
-        "def forward(self, x):\n    return x + self.positions[: x.shape[1]]",
+        "def forward(self, x):\n    return x + self.wpe.weight[: x.shape[1]].flip(0)",
+        "def forward(self, x):\n    return x + self.wpe.weight.flip(0)[: x.shape[1]]",
     ),
     Rule(
         "BL106",
@@ -224,8 +227,8 @@ _ALL = (
         "error",
         "no input has a sequence axis",
         "Nothing says which token stands where: give the axes of the inputs by axes=.",
-        "report = bl.scan(export(model, (features,)))  # [batch, 64, 512]: which dim runs over the tokens?",
-        'report = bl.scan(export(model, (features,)), axes={"x": {0: "batch", 1: "seq"}})',
+        "report = bl.scan(export(model, (features,)))  # [64, 512]: is a row a token, or a sample?",
+        'report = bl.scan(export(model, (features,)), axes={"x": {0: "seq"}})',
     ),
     Rule(
         "BL107",
@@ -242,9 +245,12 @@ _ALL = (
         "positions-from-data",
         "error",
         "positions are computed from differentiable data",
-        "An index that depends on activations cannot be fed: give positions as an input, or compute them from user\n"
-        "inputs alone.",
-        "def forward(self, x):\n    return self.table[self.pointer(x).argmax(-1)]",
+        "A number that depends on activations is part of what is read by position, so that no feed can make the rows:\n"
+        "give positions as an input, or compute them from user inputs alone.",
+        "def forward(self, x):\n"
+        "    start = self.pointer(x)[0, 0].argmax().item()\n"
+        "    torch._check(start >= 0)\n    torch._check(start + x.shape[1] < 64)\n"
+        "    return x + self.table[start : start + x.shape[1]]",
         "def forward(self, x, positions):\n    return x + self.table[positions]",
     ),
     Rule(
@@ -323,13 +329,11 @@ _ALL = (
         "specialised-length",
         "warning",
         "the sequence length is a constant, although other dims are dynamic",
-        "The export fixed the length to that of its example (a table read at full length does that), so no other\n"
-        "length and no shard can be fed. Export with an example that is shorter than the tables, or with a static\n"
+        "The export fixed the length to that of its example (rows of a fixed number that meet every token do that),\n"
+        "so no other length and no shard can be fed. Take as many rows as there are tokens, or export with a static\n"
         "batch too if one size is meant.",
-        "tokens = torch.zeros(3, config.max_seq_len, dtype=torch.long)\n"
-        "torch.export.export(model, (tokens,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))",
-        "tokens = torch.zeros(3, 11, dtype=torch.long)\n"
-        "torch.export.export(model, (tokens,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))",
+        "def forward(self, tokens):\n    return self.wte(tokens) + self.table[:16]  # exported with 16 tokens",
+        "def forward(self, tokens):\n    return self.wte(tokens) + self.table[: tokens.shape[1]]",
     ),
     Rule(
         "BL901",

@@ -67,7 +67,12 @@ def _result(item: Reported, places: Places) -> dict[str, Any]:
         "message": {"text": text},
         "locations": [_location(item, places)],
         "partialFingerprints": {FINGERPRINT: found.fingerprint},
-        "properties": {"target": item.target, "source": found.source, "op": found.op},
+        "properties": {
+            "target": item.target,
+            "source": found.source,
+            "sources": list(found.sources),
+            "op": found.op,
+        },
         "suppressions": [],
     }
     if item.suppression is not None:

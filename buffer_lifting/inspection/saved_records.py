@@ -128,6 +128,8 @@ def _read(value: dict[str, Any]) -> PositionRead:
         modules=_modules(value),
         code=_code(value),
         hint=_text(value, "hint"),
+        sources=tuple(as_text(item, "a name") for item in as_list(value.get("sources", []), "sources")),
+        expression=as_text(value.get("expression", ""), "expression"),
     )
 
 

@@ -26,14 +26,14 @@ def render_text(result: CheckResult, places: Places, statistics: bool = False) -
     groups: dict[object, _Group] = {}
     for item in result.findings:
         found, place = item.diagnostic, places.of(item.diagnostic)
-        message = pattern(found.message, found.source)
+        message = pattern(found.message)
         key = (item.target, place and (place.path, place.line), found.code, message, found.hint)
         group = groups.setdefault(key, _Group(item, place))
         group.items.append(found)
         group.modules[found.module] = None
     lines: list[str] = []
     for group in groups.values():
-        lines += _lines(group)
+        lines += _lines(group, len(result.targets) > 1)
     if statistics:
         counts = result.statistics
         width = max((len(str(count)) for count in counts.values()), default=0)
@@ -41,11 +41,12 @@ def render_text(result: CheckResult, places: Places, statistics: bool = False) -
     return "\n".join(lines)
 
 
-def _lines(group: _Group) -> list[str]:
+def _lines(group: _Group, several: bool) -> list[str]:
     found, place = group.first.diagnostic, group.place
     where = f"{place.path}:{place.line}" if place else group.first.target
-    message = common([item.message for item in group.items], [item.source for item in group.items])
-    lines = [printable(f"{where}: {found.code} {message}{_spread(group)}")]
+    message = common([item.message for item in group.items])
+    of = f" ({group.first.target})" if several and place else ""
+    lines = [printable(f"{where}: {found.code} {message}{_spread(group)}{of}")]
     if place is not None and place.source:
         lines.append(f"    {printable(place.source)}")
         if place.source.isprintable() and place.source.isascii():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import operand_of
 from buffer_lifting.graph.record import Node, NodeKind, Ref, TensorMeta
-from buffer_lifting.graph.sizes import Size, atoms
+from buffer_lifting.graph.sizes import Size, atoms, symbols
 from buffer_lifting.labels import BATCH, COL, DimLabel, Factor, Labels, has_seq, is_labelled
 from buffer_lifting.ops import FILLS, ORDER_FREE, is_mutating, is_pointwise
 from buffer_lifting.plan import AxisSize, Call, Context, Existing, Plan, Reapply, Refuse, Value
@@ -193,7 +193,7 @@ _SUMS = frozenset(f"aten.{name}" for name in ["matmul", "bmm", "mm", "mv", "dot"
 def _axes_of(planner: Planner, size: Size) -> set[str]:
     """The sequence axes whose length is the size, or of which it is made."""
     lengths = planner.inputs.lengths.items()
-    return {axis for axis, length in lengths if size == length or atoms(size) & atoms(length)}
+    return {axis for axis, length in lengths if size == length or symbols(size) & atoms(length)}
 
 
 def check_summed(planner: Planner, node: Node, sizes: Iterable[Size]) -> None:

@@ -31,7 +31,7 @@ def cards(result: CheckResult, places: Places) -> dict[tuple[str, str], list[Car
         what, place = item.diagnostic, places.of(item.diagnostic)
         reason = item.suppression and (item.suppression.by, item.suppression.reason)
         line = place and (place.path, place.line)
-        key = (item.target, layers(what.module), line, what.code, pattern(what.message, what.source), what.hint, reason)
+        key = (item.target, layers(what.module), line, what.code, pattern(what.message), what.hint, reason)
         found.setdefault(key, Card(item, place)).items.append(item)
     grouped: dict[tuple[str, str], list[Card]] = {}
     for card in found.values():
@@ -70,7 +70,7 @@ def _card(card: Card, target: int, links: Links, room: Room) -> str:
     found, suppression = card.first.diagnostic, card.first.suppression
     times = len(card.items)
     items = [item.diagnostic for item in card.items]
-    message = common([item.message for item in items], [item.source for item in items])
+    message = common([item.message for item in items])
     marks = [f'<span class="badge {found.severity}">{found.severity}</span>']
     if times > 1:
         marks.append(f'<span class="badge plain">&#215; {times}</span>')

@@ -77,7 +77,7 @@ def layers_of(item: Item) -> tuple[str, str]:
     if isinstance(item, SequenceMixing):
         return mixing_message(item), item.hint
     message, hint = read_message(item)
-    return pattern(message, item.source), hint  # the node is in the chain
+    return pattern(message), hint  # the node is in the chain
 
 
 def member(item: Item) -> Member:

@@ -1,0 +1,238 @@
+"""What a read is made from: every source counts, in findings, suppressions, baselines, diffs and snapshots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+import buffer_lifting as bl
+from buffer_lifting.cli import main
+from buffer_lifting.inspection.diff import compare
+from buffer_lifting.inspection.outline import outline
+from buffer_lifting.inspection.outline_text import outline_text
+
+DIM, TOKENS = 8, torch.zeros(3, 11, dtype=torch.long)
+Forward = Callable[["Net", Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """Tables, and a forward that is given."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self.body = forward
+        self.e = nn.Embedding(16, DIM)
+        self.learned = nn.Parameter(torch.randn(64, DIM))
+        for name in ("alpha", "beta", "gamma"):
+            self.register_buffer(name, torch.randn(64, DIM))
+        self.register_buffer("inv_freq", torch.rand(DIM))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.body(self, tokens)
+
+
+def export(forward: Forward) -> ExportedProgram:
+    """A dynamic export of a net with this forward."""
+    torch.manual_seed(0)
+    return torch.export.export(Net(forward), (TOKENS,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+
+
+def one(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) + net.alpha[: ids.shape[1]]
+
+
+def two(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) + (net.alpha[: ids.shape[1]] + net.beta[: ids.shape[1]])
+
+
+def three(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) + (net.alpha[: ids.shape[1]] + net.beta[: ids.shape[1]] * net.gamma[1 : ids.shape[1] + 1])
+
+
+def shifted(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) + net.alpha[1 : ids.shape[1] + 1]
+
+
+def stepped(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) + net.alpha[: 2 * ids.shape[1] : 2]
+
+
+def cosine(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) + net.alpha[: ids.shape[1]].cos()
+
+
+def scores(net: Net, ids: Tensor, hidden: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    x, i = net.e(ids), torch.arange(ids.shape[1])
+    return (x @ x.mT).masked_fill(hidden(i[:, None], i[None]), -1e9).softmax(-1) @ x
+
+
+def causal(net: Net, ids: Tensor) -> Tensor:
+    return scores(net, ids, lambda i, j: i < j)
+
+
+def inverted(net: Net, ids: Tensor) -> Tensor:
+    return scores(net, ids, lambda i, j: i > j)
+
+
+def window(net: Net, ids: Tensor) -> Tensor:
+    return scores(net, ids, lambda i, j: (i < j) | (i - j > 4))
+
+
+def narrow_window(net: Net, ids: Tensor) -> Tensor:
+    return scores(net, ids, lambda i, j: (i < j) | (i - j > 3))
+
+
+def rope(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) * (torch.arange(ids.shape[1])[:, None] * net.inv_freq).cos()
+
+
+def looked_up(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) * net.alpha[torch.arange(ids.shape[1])]
+
+
+def joined(net: Net, ids: Tensor) -> Tensor:
+    return net.e(ids) * (torch.arange(ids.shape[1])[:, None] * net.inv_freq + net.beta[: ids.shape[1]])
+
+
+def test_all_sources_are_named() -> None:
+    (read,) = bl.scan(export(three)).reads
+    assert read.sources == ("alpha", "beta", "gamma") and read.source == "alpha"
+    (found,) = bl.check(export(three))
+    assert found.message.startswith("buffer 'alpha' with 'beta', 'gamma' is read by position")
+    assert found.sources == read.sources
+    keys = {item.key for forward in (one, two, three) for item in bl.check(export(forward))}
+    assert {key[1] for key in keys} == {"alpha", "alpha, beta", "alpha, beta, gamma"}
+
+
+@pytest.mark.parametrize(
+    ("forward", "code", "words"),
+    [
+        (rope, "BL003", "the index from aten.arange, scaled by buffer 'inv_freq', is read by position"),
+        (looked_up, "BL001", "buffer 'alpha' is read by position"),
+        (joined, "BL001", "with 'inv_freq' is read by position"),
+        (one, "BL001", "buffer 'alpha' is read"),
+        (lambda net, ids: net.e(ids) + net.learned[torch.arange(ids.shape[1])], "BL002", "parameter 'learned' is read"),
+        (lambda net, ids: net.e(ids) * torch.arange(ids.shape[1])[:, None] * net.learned[0], "BL003", "aten.arange"),
+        (causal, "BL003", "the index from aten.arange is read"),
+    ],
+)
+def test_an_index_times_a_buffer_is_no_table(forward: Forward, code: str, words: str) -> None:
+    (found,) = bl.check(export(forward))
+    assert found.code == code and words in found.message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (one, two),
+        (two, three),
+        (one, shifted),
+        (one, stepped),
+        (one, cosine),
+        (causal, inverted),
+        (causal, window),
+        (window, narrow_window),
+    ],
+)
+def test_what_a_read_is_made_of_is_compared(old: Forward, new: Forward) -> None:
+    before, after = outline(export(old)), outline(export(new))
+    assert not compare(before, outline(export(old))).changes, "another export of the same"
+    assert any(change.entry.section == "reads" for change in compare(before, after).changes)
+    assert outline_text(before) != outline_text(after), "what a snapshot holds"
+    lifted = [outline(bl.lift(export(forward))) for forward in (old, new)]
+    assert not compare(before, lifted[0]).changes and compare(*lifted).changes
+
+
+def test_expressions() -> None:
+    texts = {f.__name__: bl.scan(export(f)).reads[0].expression for f in (one, shifted, stepped, causal, window)}
+    assert texts["one"] == "slice('alpha', dim=0, end=seq)"
+    assert texts["shifted"] == "slice('alpha', dim=0, start=1, end=seq + 1)"
+    assert texts["stepped"] == "slice('alpha', dim=0, end=2*seq, step=2)"
+    assert texts["causal"] == "lt(unsqueeze(arange(end=seq), dim=1), unsqueeze(arange(end=seq), dim=0))"
+    assert texts["window"].startswith("or(lt(…), gt(…)) #") and len(texts["window"]) < 40
+
+
+def test_layers_have_one_text() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("a", torch.randn(64, DIM))
+            self.register_buffer("b", torch.randn(64, DIM))
+
+        def forward(self, x: Tensor) -> Tensor:
+            S = x.shape[1]
+            return x * (self.a[:S].cos() * self.b[1 : S + 1].sin() + self.b[:S].cos() * self.a[2 : S + 2].sin())
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e = nn.Embedding(16, DIM)
+            self.layers = nn.Sequential(*(Layer() for _ in range(3)))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.layers(self.e(ids))
+
+    program = torch.export.export(Deep(), (TOKENS,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+    reads = bl.scan(program).reads
+    assert len(reads) == 3 and len({read.expression for read in reads}) == 1 and "#" in reads[0].expression
+    assert "'layers.{0-2}.a' read by aten.mul.Tensor in layers.{0-2}:" in outline_text(outline(program))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a program whose read has two sources."""
+    (tmp_path / ".git").mkdir()
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(export(one), "model.pt2")
+    return tmp_path
+
+
+def test_a_new_buffer_in_a_known_read_is_a_new_finding(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "model.pt2", "--baseline", "known.json", "--update-baseline"]) == 0
+    assert main(["check", "model.pt2", "--baseline", "known.json"]) == 0
+    torch.export.save(export(two), here / "model.pt2")
+    capsys.readouterr()
+    assert main(["check", "model.pt2", "--baseline", "known.json"]) == 1
+    captured = capsys.readouterr()
+    assert "buffer 'alpha' with 'beta'" in captured.out and "stale entry of model.pt2" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        (["BL001 alpha: fed by hand"], 1),
+        (["BL001 beta: fed by hand"], 1),
+        (["BL001 alpha: fed by hand", "BL001 beta: so is this"], 0),
+        (["BL001 alpha: fed by hand", "BL002 beta: another rule"], 1),
+        (["BL001 *: all of them"], 0),
+    ],
+)
+def test_every_source_has_to_be_suppressed(
+    lines: list[str], code: int, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.export.save(export(two), here / "model.pt2")
+    (here / "setup.cfg").write_text("\n    ".join(["[buffer_lifting]\nsuppress =", *lines]) + "\n")
+    assert main(["check", "model.pt2"]) == code
+    assert capsys.readouterr().err.count("matches no finding") == (len(lines) if code else 0)
+    main(["check", "model.pt2", "--format", "json"])
+    (found,) = json.loads(capsys.readouterr().out)["findings"]
+    assert found["sources"] == ["alpha", "beta"]
+    reasons = "; ".join(line.partition(": ")[2] for line in lines)
+    assert found["suppressed"] == (None if code else {"by": "configuration", "reason": reasons})
+
+
+def test_findings_name_their_target_where_there_are_several(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "model.pt2"]) == 1
+    assert "(model.pt2)" not in capsys.readouterr().out
+    torch.export.save(export(two), here / "other.pt2")
+    assert main(["check", "model.pt2", "other.pt2"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "BL001" in line]
+    assert [line.rpartition(" ")[2] for line in lines] == ["(model.pt2)", "(other.pt2)"]
+    assert main(["check", "model.pt2", "other.pt2", "--format", "github"]) == 1
+    assert "(other.pt2)" in capsys.readouterr().out
