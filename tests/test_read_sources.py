@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -236,3 +237,11 @@ def test_findings_name_their_target_where_there_are_several(here: Path, capsys: 
     assert [line.rpartition(" ")[2] for line in lines] == ["(model.pt2)", "(other.pt2)"]
     assert main(["check", "model.pt2", "other.pt2", "--format", "github"]) == 1
     assert "(other.pt2)" in capsys.readouterr().out
+
+
+def test_the_page_draws_every_source(here: Path) -> None:
+    torch.export.save(export(two), here / "model.pt2")
+    assert main(["report", "model.pt2", "-o", "page.html"]) == 1
+    page = (here / "page.html").read_text()
+    (picture,) = re.findall(r"<svg[^>]*aria-label=\"model.pt2 before lifting[^\"]*\".*?</svg>", page, re.DOTALL)
+    assert "alpha" in picture and "beta" in picture

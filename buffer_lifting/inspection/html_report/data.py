@@ -51,6 +51,7 @@ def _group(group: ReadGroup, places: Places) -> dict[str, Any]:
         "status": group.status,
         "source": group.source,
         "source_kind": group.source_kind,
+        "also": list(group.also),
         "consumer": group.consumer,
         "location": place and {"path": place.path, "line": place.line, "inside": place.inside, "code": place.source},
         "members": [asdict(item) for item in group.members],

@@ -105,7 +105,7 @@ def _member(item: Reported) -> str:
     parts = [f"node {code(found.node)}"] if found.node else []
     parts += [code(found.op)] if found.op else []
     parts += [f"in {code(found.module)}"] if found.module else []
-    parts += [f"source {code(found.source)}"] if found.source else []
+    parts += [f"source {code(', '.join(found.sources) or found.source)}"] if found.source else []
     return ", ".join(parts)
 
 

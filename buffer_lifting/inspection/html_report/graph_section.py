@@ -208,6 +208,9 @@ def whole_before(view: ProgramView, number: int) -> Picture:
         if group.source:
             boxes.setdefault(f"source {group.source}", _source(group))
             arrows[f"source {group.source}", end.id] = Arrow(f"source {group.source}", end.id)
+        for name in (f"source {other}" for other in group.also):
+            boxes.setdefault(name, Box(name, "source", name.removeprefix("source "), "", 0))
+            arrows[name, end.id] = Arrow(name, end.id)
     about = f"{view.target} before lifting: " + _words(boxes, arrows)
     return Picture(tuple(boxes.values()), tuple(arrows.values()), about)
 

@@ -84,7 +84,7 @@ def member(item: Item) -> Member:
     """An item as a line of its group."""
     module = item.modules[0] if item.modules else ""
     if isinstance(item, PositionRead):
-        return Member(item.node, item.operand, module, item.source)
+        return Member(item.node, item.operand, module, ", ".join(item.sources) or item.source)
     return Member(item.node, "", module, "")
 
 
@@ -109,6 +109,9 @@ def _group(name: str, items: list[tuple[Item, Explanation]]) -> ReadGroup:
         status=status(item),
         source=layers(item.source) if isinstance(item, PositionRead) else "",
         source_kind=item.source_kind if isinstance(item, PositionRead) else "",
+        also=tuple(layers(name) for name in item.sources if name != item.source)
+        if isinstance(item, PositionRead)
+        else (),
         consumer=short_op(item.op),
         location=item.location,
         members=tuple(member(other) for other, _ in items),

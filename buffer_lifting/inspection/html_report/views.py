@@ -77,6 +77,7 @@ class ReadGroup:
         status: what lifting does: ``"lifted"``, ``"natural"`` (kept in natural order, and gathered), ``"causal"`` (a
             flag that ``context_parallel`` replaces), ``"refused"`` or ``"handled"`` (an op that needs no lift).
         source: its FQN or op; the numbers of layers are ``*``. ``consumer`` is the op that reads it.
+        also: the other sources of its value.
         location: of the read in the model's source.
         members: the reads themselves, at least one; the pictures and rows are those of the first.
         inputs: names of the lifted inputs that it reads after lifting.
@@ -99,6 +100,7 @@ class ReadGroup:
     after: Picture | None
     rows: tuple[Row, ...] = ()
     nearest: tuple[tuple[str, str, str], ...] = ()
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
