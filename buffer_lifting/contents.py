@@ -18,13 +18,6 @@ _SIZES = frozenset(
     {"size", "sizes", "shape", "end", "length", "repeats", "split_size", "split_sizes", "sections", "chunks"}
     | {"output_size", "normalized_shape", "stride", "implicit"}
 )
-#: Ops that repeat a value and take nothing out of it.
-_REPEATS = frozenset(["aten.expand", "aten.expand_as", "aten.repeat", "aten.tile", "aten.broadcast_to"])
-#: Ops that take out of a value what an index says.
-_LOOKUPS = frozenset(
-    f"aten.{name}"
-    for name in ["index", "_unsafe_index", "embedding", "gather", "index_select", "take", "take_along_dim"]
-)
 
 
 class Contents:
@@ -242,32 +235,6 @@ class Contents:
             if told and node.tensor is not None and node.tensor.shape:
                 found.add(node.fqn)
         return tuple(sorted(found))
-
-    def takes_rows(self, name: str) -> bool:
-        """Whether a position value has rows of state (or it cannot be told), and not only an index times state."""
-        ancestors = [self.record.nodes[ancestor] for ancestor in self.ancestors(name)]
-        if not any(node.base_op in INDICES for node in ancestors):
-            return True
-        return any(self._takes_rows(node) for node in ancestors)
-
-    def _takes_rows(self, node: Node) -> bool:
-        shape = node.tensor.shape if node.tensor is not None else ()
-        if node.kind is NodeKind.STATE:
-            return any(self.axis_of(size) is not None for size in shape)
-        tables = [path for path, ref in node.named_refs() if path in ("self", "weight") and self._is_state(ref)]
-        if not tables or node.base_op in _REPEATS:
-            return False
-        others = [ref for path, ref in node.named_refs() if path not in tables]
-        if node.base_op in _LOOKUPS:
-            return any(self.deps[ref] & (Dep.IOTA | Dep.LENGTH | Dep.USER) for ref in others)
-        return any(
-            isinstance(self.record.nodes[ref].meta, ScalarMeta) and self.is_length_of_sequence(ref) for ref in others
-        )
-
-    def _is_state(self, name: str) -> bool:
-        """Whether a value is made from state and neither from an index nor from lengths."""
-        kinds = {self.record.nodes[ancestor].kind for ancestor in self.ancestors(name)}
-        return NodeKind.STATE in kinds and not self.deps[name] & (Dep.IOTA | Dep.LENGTH | Dep.USER)
 
     def source_of(self, name: str) -> tuple[str, str, tuple[str, ...]]:
         """Kind, name and aliases of what a position value comes from: parameter, then state, input, iota."""

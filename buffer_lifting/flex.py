@@ -20,6 +20,7 @@ from buffer_lifting.graph.record import Arg, GraphRecord, Location, Node, NodeKi
 from buffer_lifting.labels import COL, ROW, Factor, Labels, has_batch, has_seq
 from buffer_lifting.plan import CutKey, FrontierEdge, Refuse
 from buffer_lifting.program import Form, PositionRead
+from buffer_lifting.reporting import code_of
 
 if TYPE_CHECKING:
     from buffer_lifting.scanner import _Scan
@@ -130,7 +131,7 @@ class FlexReader:
     def report_value(self, name: str, form: Form, hint: str = "") -> None:
         """Adds an accepted read of a value of the graph around the node."""
         kind = self.planner.source_of(name)[0]
-        code = "BL006" if form == "natural" else self.scan.reports.code_of(kind, name)
+        code = "BL006" if form == "natural" else code_of(kind)
         self.reads.append(self._read(None, code, hint, form, name))
 
     def _read(self, refusal: str | None, code: str, hint: str, form: Form | None, of: str = "") -> PositionRead:

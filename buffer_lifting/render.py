@@ -134,8 +134,6 @@ def what_is_read(read: PositionRead) -> str:
     """The sources of a read in words."""
     kind, name = read.source_kind, read.source
     what = _SOURCES.get(kind, f"{kind} {{!r}}").format(name)
-    if read.code == "BL003" and kind not in _SOURCES:
-        what = f"the index from aten.arange, scaled by {what},"
     others = ", ".join(repr(other) for other in read.sources if other != name)
     return f"{what} with {others}" if others else what
 

@@ -18,6 +18,11 @@ from buffer_lifting.program import Finding, Form, PositionRead, SequenceMixing, 
 _CODES = {"buffer": "BL001", "constant": "BL001", "parameter": "BL002", "iota": "BL003", "input": "BL005"}
 
 
+def code_of(kind: str) -> str:
+    """The code of a read that can be lifted, by the kind of its source."""
+    return _CODES.get(kind, "BL003")
+
+
 @dataclass(frozen=True)
 class Edge:
     """An operand without data at a node with data."""
@@ -65,14 +70,9 @@ class Reports:
     def accepted(self, edge: Edge, stream: Stream, form: Form) -> PositionRead:
         """Reports a read that is rebuilt, and returns it."""
         kind, source, aliases = self.planner.source_of(edge.value.name)
-        code = "BL006" if form == "natural" else self.code_of(kind, edge.value.name)
+        code = "BL006" if form == "natural" else code_of(kind)
         hint = "the whole sequence x sequence value stays in the stage" if form == "natural" else ""
         return self._record(edge, kind, source, aliases, stream, form, None, code, hint)
-
-    def code_of(self, kind: str, name: str) -> str:
-        """The code of a value that can be lifted: a buffer's scale of an index is no table that is read."""
-        code = _CODES.get(kind, "BL003")
-        return code if code not in ("BL001", "BL002") or self.planner.takes_rows(name) else "BL003"
 
     def expression(self, name: str) -> str:
         """How a value is made, as a text."""

@@ -379,6 +379,7 @@ class _Scan:
             return
         of_length = Dep.LENGTH in dep and Dep.USER not in dep  # the same at every position, and another on a shard
         same = Dep.WRITTEN not in dep and not of_length and not self.planner.varies_along(value.name, labels)
+        same = same and value.name not in self.mixed  # of whole samples, whatever a rank has
         if seq_axes(labels) and same:
             return
         two_axis = len(seq_axes(labels)) > 1

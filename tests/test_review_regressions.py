@@ -366,3 +366,121 @@ def test_values_made_from_the_batch_size(name: str, size: int) -> None:
     """They were computed for two samples, however many there were. The example has three."""
     ep = program(OF_THE_BATCH[name])
     assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=size)).passed
+
+
+WHOLE_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "first": lambda ids: ids[:, :1].expand(-1, ids.shape[1]),
+    "first repeated": lambda ids: ids[:, :1].repeat(1, ids.shape[1]),
+    "last": lambda ids: ids[:, -1:].expand(ids.shape),
+    "count": lambda ids: (ids == 0).sum(1, keepdim=True).expand(ids.shape),
+    "largest": lambda ids: ids.amax(1, keepdim=True).expand(ids.shape),
+    "any": lambda ids: (ids == 3).any(1, keepdim=True).long().expand(ids.shape),
+}
+
+
+class Attends(nn.Module):
+    """Causal attention over embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.h = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.h(F.scaled_dot_product_attention(*[x[:, None]] * 3, is_causal=True)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [*((n, True) for n in WHOLE_SAMPLES), *((n, False) for n in ("count", "largest", "any"))]
+)
+def test_a_value_of_whole_samples_that_is_spread_over_the_tokens_is_hoisted(name: str, dynamic: bool) -> None:
+    """It is the same at every token, so no position is read; a rank that has a part of a sample computes another."""
+
+    class Model(Attends):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.attend(self.e(ids) + self.e(WHOLE_SAMPLES[name](ids)))
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) if dynamic else None
+    ep = export(Model(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes)
+    lifted = bl.lift(ep)
+    assert [item.stream for item in lifted.inputs] == ["inputs"]
+    for size in (1, 2) if dynamic else (1,):
+        assert bl.verify(ep, bl.context_parallel(lifted, size=size)).passed
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda a: a / a.norm(),
+        lambda a: torch.exp(a - a.amax((-2, -1), keepdim=True)),
+        lambda a: a / a.sum(),
+        lambda a: F.relu(a - a.mean()),
+        lambda a: (a / a.std()).softmax(-1),
+        lambda a: ((a - a.mean((-2, -1), keepdim=True)) / a.std((-2, -1), keepdim=True)).softmax(-1),
+        lambda a: a / a.sum((0, -1), keepdim=True),
+    ],
+)
+@pytest.mark.parametrize("heads", [True, False])
+def test_a_reduction_over_queries_and_keys_is_refused(scores: Callable[[Tensor], Tensor], heads: bool) -> None:
+    """Over the keys alone it is whole on every rank; over the queries it is not."""
+
+    class Model(Attends):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.e(ids)
+            q = x.view(*x.shape[:2], 2, 4).transpose(1, 2) if heads else x
+            out = scores(q @ q.mT) @ q
+            return self.h(out.transpose(1, 2).reshape(x.shape) if heads else out)
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
+    ep = export(Model(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes)
+    with pytest.raises(bl.UnsupportedReadError, match=r"BL201 .*(reduction over|goes back into the tokens)"):
+        bl.lift(ep)
+
+
+SAMPLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "largest": lambda x, lengths: x * lengths.max(),
+    "mean": lambda x, lengths: x * lengths.float().mean(),
+    "number": lambda x, lengths: x * lengths.max().item(),
+    "first sample": lambda x, lengths: x * lengths[0].item(),
+    "norm": lambda x, lengths: x / x.sum((1, 2)).norm(),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_value_of_all_samples_is_refused(name: str) -> None:
+    """A microbatch has a part of the samples."""
+
+    class Model(Attends):
+        def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+            return self.h(SAMPLES[name](self.e(ids), lengths))
+
+    args = torch.randint(1, VOCAB, (3, LENGTH)), torch.tensor([4, 5, 6])
+    ep = export(Model(), args, dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO}))
+    with pytest.raises(bl.UnsupportedReadError, match=r"mixes the sequence or the batch|all tokens or samples|BL201"):
+        bl.lift(ep, axes={"ids": {0: "batch", 1: "seq"}, "lengths": {0: "batch"}})
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (lambda x: x[..., : x.shape[1] // 4], "BL201"),
+        (lambda x: torch.full_like(x, x.shape[1] % 3) + x, "BL003"),
+        (lambda x: x * (x.shape[1] // 3), "BL003"),
+    ],
+)
+def test_a_quotient_of_the_length_is_a_length(body: Callable[[Tensor], Tensor], code: str) -> None:
+    """``S // 4`` of a shard is another number: features that are cut at it are refused, values are made of all of S."""
+
+    class Model(Attends):
+        def forward(self, ids: Tensor) -> Tensor:
+            y = body(self.e(ids))
+            return self.h(y) if y.shape[-1] == 8 else y
+
+    ep = export(Model(), (torch.randint(1, VOCAB, (3, 16)),), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+    assert [item.code for item in bl.check(ep)] == [code]
+    if code == "BL003":
+        parallel = bl.context_parallel(bl.lift(ep), size=2)
+        (length,) = parallel.inputs
+        assert length.role == "col", "the keys of all ranks are as many as the sequence has tokens"
+        ids = torch.randint(1, VOCAB, (3, 20))
+        feed = parallel.feed(3, 20, shard=(1, 2))
+        assert torch.equal(parallel.program.module()(ids[:, 10:], **feed), ep.module()(ids)[:, 10:])

@@ -232,26 +232,25 @@ def _reduce(view: OpView) -> AxisResult:
         over = set(range(rank))
     keep = bool(view.node.args.get("keepdim"))
     out: list[DimLabel] = []
-    mixing, handled = "", False
+    # everything is reduced: a loss, which the CP contract normalises
+    is_loss = len(over) == rank and view.node.base_op in ("aten.sum", "aten.mean", "aten.nansum")
+    found: list[tuple[bool, str]] = []  # whether it is handled, and what it is
     for index, dim in enumerate(labels):
         if index not in over:
             out.append(dim)
             continue
         if has_seq(dim) and view.node.base_op in ("aten.argmax", "aten.argmin"):
-            mixing, handled = "a reduction over the sequence: an index along it is taken from the data", False
+            found.append((False, "a reduction over the sequence: an index along it is taken from the data"))
         elif has_seq(dim) and all(f.role in KEYS for f in dim if f.is_seq):
-            mixing, handled = OVER_KEYS, True
+            found.append((True, OVER_KEYS))
         elif has_seq(dim):
-            handled = len(over) == rank and view.node.base_op in (
-                "aten.sum",
-                "aten.mean",
-                "aten.nansum",
-            )  # everything is reduced: a loss, which the CP contract normalises
-            mixing = "a loss: a reduction over all tokens" if handled else _OVER_SEQUENCE
-        elif is_labelled(dim) and len(over) < rank:
-            mixing = mixing or "a reduction over the batch"
+            found.append((is_loss, "a loss: a reduction over all tokens" if is_loss else _OVER_SEQUENCE))
+        elif is_labelled(dim) and not is_loss:
+            found.append((False, "a reduction over the batch"))
         if keep:
             out.append(())
+    # of several dims the one that is not handled counts, and of rows and keys together the rows
+    handled, mixing = min(found, key=lambda item: (item[0], item[1] == OVER_KEYS), default=(False, ""))
     hint = _POOLED if mixing == _OVER_SEQUENCE else ""
     return AxisResult((tuple(out),) * len(view.shapes_out()), {}, mixing, handled, hint=hint)
 

@@ -97,9 +97,10 @@ _ALL = (
         "buffer-read-by-position",
         "warning",
         "a buffer or constant is read by sequence position and is not lifted",
-        "The rows 0..S-1 of the table are read whatever tokens this rank holds. When a load balancer reorders or\n"
-        "shards the sequence (context parallelism), every token gets another token's row, and nothing says so.\n"
-        "Lift the program: the table's rows become an input with a batch dim, which follows the tokens.",
+        "The rows 0..S-1 of the table (or of what an index times the buffer gives: arange x inv_freq) are read\n"
+        "whatever tokens this rank holds. When a load balancer reorders or shards the sequence (context parallelism),\n"
+        "every token gets another token's row, and nothing says so. Lift the program: the rows become an input with\n"
+        "a batch dim, which follows the tokens.",
         "def forward(self, x):\n    return rotate(x, self.freqs_cis[: x.shape[1]])",
         _LIFT,
     ),
@@ -119,9 +120,10 @@ _ALL = (
         "warning",
         "an index or length along the sequence is made in the graph and is not lifted",
         "arange, cumsum over ones, or the length of the sequence itself gives each rank 0..S_local-1 (or its own\n"
-        "length) under a sharded sequence. Lifting replaces the index by an input with the tokens' positions.",
+        "length) under a sharded sequence. Lifting replaces the index by an input with the tokens' positions. An\n"
+        "index that meets a buffer or parameter on its way is reported by that (BL001, BL002).",
         "def forward(self, x):\n"
-        "    position = torch.arange(x.shape[1])[:, None]\n    return x * (position * self.inv_freq).cos()",
+        "    position = torch.arange(x.shape[1])[:, None]\n    return x * (position / 10000).cos()",
         _LIFT,
     ),
     Rule(

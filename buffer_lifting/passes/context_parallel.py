@@ -22,7 +22,7 @@ from buffer_lifting.passes.follow_slots import AttentionState, FollowSlots
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.passes.ring_attention import Ring
 from buffer_lifting.passes.shard_attention import ShardAttention, ShardState
-from buffer_lifting.program import Axes, FeedOutput, LiftedInput
+from buffer_lifting.program import Axes, FeedOutput, LiftedInput, ScanReport
 from buffer_lifting.scanner import scan_record
 
 STRATEGIES = ("auto", "allgather", "alltoall", "ring")
@@ -80,6 +80,7 @@ def context_parallel(
     normalized = normalize(lifted.program)
     record = build_record(lifted.program, normalized.graph)
     plan = scan_record(record, lifted_axes(lifted))
+    _check_attention(lifted, plan.report)
     state = AttentionState(normalized.graph, plan, lifted.feed_program.outputs, ring=strategy == "ring" and size > 1)
     modified = FollowSlots()(state).modified
     causal = {read.node: read.seq_dims[0][1] for read in plan.report.reads if read.source_kind == "is_causal"}
@@ -112,6 +113,21 @@ def context_parallel(
     added = tuple(o.input for o in outputs)
     ring = tuple(dict.fromkeys(causal[name] for name in state.slots))
     return LiftedProgram(program, added, lifted.report, feed, size, mesh_dim, losses, ring, _routed=lifted._routed)
+
+
+def _check_attention(lifted: LiftedProgram, found: ScanReport) -> None:
+    """Attention that was known to follow the sequence still does once the reads are lifted.
+
+    Raises:
+        UnsupportedReadError: one does not, so that its mask would stay as it is.
+    """
+    known = {item.node for item in lifted.report.mixing if item.handled}
+    known |= {read.node for read in lifted.report.reads if read.source_kind == "is_causal"}
+    lost = [item for item in found.mixing if not item.handled and item.node in known]
+    if lost:
+        raise UnsupportedReadError(
+            "the lifted program computes it in a way that is not understood:\n" + "\n".join(map(describe, lost))
+        )
 
 
 def _examples(lifted: LiftedProgram, added: tuple[FeedOutput, ...]) -> dict[str, torch.Tensor] | None:
