@@ -123,6 +123,7 @@ class Cut:
     drop_dims: tuple[int, ...] = ()
     one_axis_read: bool = False
     hoisted: bool = False
+    mixes: bool = False  # an op between the index that it is computed from and the cut mixes the sequence
     read_form: str = "values"
 
 
@@ -183,6 +184,8 @@ class LiftPlan:
     varies: Callable[[str], Sequence[bool]] = field(default=lambda name: ())
     lengths: dict[str, Size] = field(default_factory=dict)  # of each sequence axis
     gradients: list[GradientPlan] = field(default_factory=list)  # of tables that are read by position
+    #: Operands (node, path) that follow the positions in a value that follows the slots: a bias for each key.
+    biases: dict[tuple[str, str], Labels] = field(default_factory=dict)
     shifts: list[LossShift] = field(default_factory=list)  # shifted losses that the record has in their longer form
 
     def labels_of_original(self) -> dict[str, tuple[Labels, ...] | None]:

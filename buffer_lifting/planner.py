@@ -26,7 +26,7 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.local_rules import local
-from buffer_lifting.ops import is_random, is_view
+from buffer_lifting.ops import INDICES, is_random, is_view
 from buffer_lifting.plan import (
     AxisSize,
     Call,
@@ -41,6 +41,7 @@ from buffer_lifting.plan import (
     Trace,
     Value,
 )
+from buffer_lifting.stream_rule import joined
 
 
 class Planner(Contents):
@@ -61,6 +62,7 @@ class Planner(Contents):
         self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
         self.trace = Trace()
         self.batch_sums: dict[str, Value] = {}  # gradient that is summed over the batch -> what it is before the sum
+        self.joined: dict[tuple[str, str], Labels] = {}  # operands of masks that follow the positions
         self.summed: set[str] = set()  # those, and what is computed from them row by row
         self._memo = self.trace.rebuilt
         self._scalars: dict[str, Plan] = {}
@@ -338,6 +340,7 @@ class Planner(Contents):
                     batch_dim=batch,
                     drop_dims=tuple(drop),
                     hoisted=hoisted,
+                    mixes=not hoisted and stream == "slots" and self._mixes(node, labels, context),
                 )
             cut = self.cuts[key]
             cut.one_axis_read |= stream == "positions"
@@ -345,6 +348,30 @@ class Planner(Contents):
             plan = Lifted(key)
         ones = drop if batch is None else [*drop, batch]
         return Value(self._restore(plan, node.name, seq[0], row, ones), True, len(labels))
+
+    def _mixes(self, node: Node, labels: Labels, context: Context) -> bool:
+        """Whether a value is not, element by element, a function of the index (document ids)."""
+        if node.base_op in INDICES:
+            return False
+        mark = len(self.trail)
+        try:
+            self._local(node, labels, replace(context, form="positions"))
+            return any(self.cuts[key].mixes for key in self.trail[mark:])
+        except Refuse:
+            return True
+        finally:
+            del self.trail[mark:]
+
+    def biases(self, node: Node, labels: Labels, context: Context) -> frozenset[str]:
+        """The operands of an elementwise op that follow the positions where its result follows the slots."""
+        if context.stream != "slots" or len(seq_axes(labels)) < 2:
+            return frozenset()
+        paths = joined(self, node, labels)
+        for path, name in node.named_refs():
+            if path in paths:
+                rank = len(self.variation.of(name))
+                self.joined[node.name, path] = labels[len(labels) - rank :]
+        return paths
 
     @staticmethod
     def _restore(plan: Plan, anchor: str, seq: int, row: list[int], ones: list[int]) -> Plan:

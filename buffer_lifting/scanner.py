@@ -66,6 +66,7 @@ from buffer_lifting.scan_users import (
     report_returned,
     under_vmap,
 )
+from buffer_lifting.stream_rule import stream_of
 
 FormOption = str | Mapping[str, str]
 
@@ -171,6 +172,7 @@ class _Scan:
             varies=self.planner.variation.of,
             lengths=self.inputs.lengths,
             gradients=self.gradients.plans if self.gradients else [],
+            biases=self.planner.joined,
         )
 
     # -- forward --------------------------------------------------------------------------------------------
@@ -374,7 +376,7 @@ class _Scan:
         if seq_axes(labels) and same:
             return
         two_axis = len(seq_axes(labels)) > 1
-        context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
+        context = Context(stream_of(self.planner, value.name, labels), self._form_of(value, two_axis))
         try:
             rebuilt = self.planner.rebuild_read(value.name, labels, context)
             form: Form | None = None

@@ -127,6 +127,7 @@ def widened(value: Value, rank: int, anchor: str) -> Plan:
 
 def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     rank = len(labels)
+    biases = planner.biases(node, labels, context)
     operands: list[tuple[str, Value]] = []
     numbers: list[tuple[str, object]] = []
     for path, name in node.named_refs():
@@ -140,7 +141,8 @@ def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -
         own = tuple(
             () if size == 1 else dim for size, dim in zip(meta.shape, labels[rank - len(meta.shape) :], strict=True)
         )
-        operands.append((path, planner.rebuild(name, own, context)))
+        along = replace(context, stream="positions") if path in biases else context
+        operands.append((path, planner.rebuild(name, own, along)))
     same = None if numbers else unchanged(node, *(value for _, value in operands))
     if same:
         return same
