@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.graph.record import Node
 from buffer_lifting.graph.sizes import Size
-from buffer_lifting.labels import Labels
+from buffer_lifting.labels import Labels, has_batch
 from buffer_lifting.program import FeedOutput, InputAxes, PositionRead, ScanReport
 
 if TYPE_CHECKING:
@@ -28,6 +28,20 @@ class Refuse(Exception):
     def __init__(self, reason: str, node: str, code: str = "BL105", hint: str = "") -> None:
         super().__init__(reason)
         self.node, self.code, self.hint = node, code, hint
+
+
+DRAWN = "it draws random numbers for the tokens: in another order, or on a shard, they get others"
+DRAW_ELSEWHERE = (
+    "draw them outside the model and give them as an input; dropout of the data is taken as it is: every rank draws "
+    "its own"
+)
+
+
+def drawn(node: str, labels: Labels) -> Refuse:
+    """Why random numbers do not follow their tokens."""
+    if any(has_batch(dim) for dim in labels):
+        return Refuse(DRAWN, node, hint=DRAW_ELSEWHERE)
+    return Refuse("it draws random numbers, once for all samples", node, hint="draw them on data instead")
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,7 @@ from buffer_lifting.plan import (
     Refuse,
     Trace,
     Value,
+    drawn,
 )
 from buffer_lifting.stream_rule import joined
 
@@ -177,7 +178,7 @@ class Planner(Contents):
         if not dep & (Dep.USER | Dep.LENGTH) and not follows and not any(has_batch(dim) for dim in labels):
             return Value(Existing(name), False, len(labels))
         if Dep.WRITTEN in dep:
-            raise self._written(node)
+            raise drawn(name, labels) if Dep.RANDOM in dep else self._written(node)
         if node.kind is NodeKind.INPUT:
             return self._user_input(node, labels, context)
         if Dep.USER in dep:
@@ -185,7 +186,7 @@ class Planner(Contents):
         if not follows:
             return local(self, node, labels, context)
         if node.kind is NodeKind.OP and is_random(node):
-            raise Refuse("it draws random numbers, once for all samples", name, hint="draw them on data instead")
+            raise drawn(name, labels)
         legal = len(seq_axes(labels)) == 1 and not dep & (Dep.PARAM | Dep.RANDOM)
         refusals: list[Refuse] = []
         climbs = not legal or not self.varies_along(node.name, labels) or self._climbs(node, labels, context)

@@ -42,9 +42,20 @@ from buffer_lifting.ops import (
     FLEX_ATTENTION,
     content_operands,
     is_pointwise,
+    is_random,
     length_operands,
 )
-from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
+from buffer_lifting.plan import (
+    DRAW_ELSEWHERE,
+    DRAWN,
+    Context,
+    CutKey,
+    FrontierEdge,
+    LiftPlan,
+    Refuse,
+    Replacement,
+    Value,
+)
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (
     Axes,
@@ -193,7 +204,10 @@ class _Scan:
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
             if carries:
-                self.reports.mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
+                if is_random(node):
+                    self.reports.mix(node, DRAWN, False, "BL202", DRAW_ELSEWHERE)
+                else:
+                    self.reports.mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
         else:
             self.labels[node.name] = self._outputs(node, result)
             if result.mixing and (result.outputs is None or carries):
@@ -314,7 +328,9 @@ class _Scan:
                 self._read(Edge(node, path, value, alignment))
             elif self._varies_along_batch(value, alignment):
                 why = "it varies along the batch, which microbatches cut: every microbatch would read the first rows"
-                self.reports.refused(node, path, value, (), Refuse(why, name))
+                random = Dep.RANDOM in self.deps[name]
+                refusal = drawn(name, alignment.labels) if random else Refuse(why, name)
+                self.reports.refused(node, path, value, (), refusal)
             elif self._runs_along(value.meta) and Dep.USER not in self.deps[name]:
                 why = "it has the size of the sequence, but does not line up with the data's sequence dim"
                 self.reports.refused(node, path, value, (), Refuse(why, name))
