@@ -55,6 +55,7 @@ from buffer_lifting.plan import (
     Refuse,
     Replacement,
     Value,
+    drawn,
 )
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (

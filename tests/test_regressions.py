@@ -96,6 +96,17 @@ REFUSED: dict[str, tuple[Body, str]] = {
         lambda n, i: n.h(n.e(i) + F.dropout(n.pe(torch.arange(i.shape[1])), 0.1, True)),
         "draws random numbers",
     ),
+    "noise_of_each_token": (lambda n, i: n.h(n.e(i) + torch.randn_like(n.e(i))), "random numbers for the tokens"),
+    "noise_written_in_place": (
+        lambda n, i: n.h(n.e(i) * torch.empty_like(n.e(i)).uniform_(0.9, 1.1)),
+        "random numbers for the tokens",
+    ),
+    "gumbel_softmax": (lambda n, i: n.h(F.gumbel_softmax(n.e(i), dim=-1)), "random numbers for the tokens"),
+    "noise_around_data": (lambda n, i: n.h(torch.normal(n.e(i), 1.0)), "random numbers for the tokens"),
+    "dropped_samples": (
+        lambda n, i: n.h(n.e(i) * (torch.rand(i.shape[0], 1, 1) < 0.5)),
+        "random numbers for the tokens",
+    ),
     "returned_running_count": (lambda n, i: (n.h(n.e(i)), (i > 3).cumsum(1)), "it is returned"),
 }
 
