@@ -120,6 +120,9 @@ class _Scan:
         self.frontier: list[FrontierEdge] = []
         self.flex: list[FlexPlan] = []
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
+        self.parts: dict[
+            str, Labels
+        ] = {}  # of user inputs, cut or padded along a static sequence: the labels of the whole
         self.counts: set[str] = set()  # made from reductions over all tokens of user inputs: the same in any order
         self.distributed: set[str] = set()  # made from what context_parallel gathers of user inputs
         self.matched: set[str] = set()  # patterns of a form mapping that named a source

@@ -38,7 +38,19 @@ def program(body: Body, dynamic: bool) -> torch.export.ExportedProgram:
     return export(Net(body), (ids,), dynamic_shapes=shapes)
 
 
+def shifted_in_place(n: Net, ids: Tensor) -> Tensor:
+    """``shift_tokens_right`` of transformers' decoders."""
+    shifted = ids.new_zeros(ids.shape)
+    shifted[:, 1:] = ids[:, :-1].clone()
+    shifted[:, 0] = 2
+    shifted.masked_fill_(shifted == 3, 1)
+    return n.h(n.e(shifted))
+
+
 HOISTED: dict[str, Body] = {
+    "shifted_in_place": shifted_in_place,
+    "shifted_by_cat": lambda n, i: n.h(n.e(torch.cat([i.new_full((i.shape[0], 1), 2), i[:, :-1]], 1))),
+    "shifted_by_pad": lambda n, i: n.h(n.e(i) + n.e(F.pad(i, (1, 0))[:, :-1])),
     "flip": lambda n, i: n.h(n.e(i.flip(1))),
     "cummax": lambda n, i: n.h(n.e(i.cummax(1)[0])),
     "positions_from_mask": lambda n, i: n.h(n.e(i) + n.pe((i > 3).cumsum(1))),
@@ -57,9 +69,27 @@ def test_integer_inputs_that_mix_the_sequence_are_hoisted(name: str, dynamic: bo
     assert bl.verify(ep, lifted).passed
 
 
+TOKENS: dict[str, Body] = {
+    "first": lambda n, i: n.h(n.e(i) + n.e(i[:, :1])),
+    "last": lambda n, i: n.h(n.e(i) + n.e(i[:, -1])[:, None]),
+    "last_but_one": lambda n, i: n.h(n.e(i) * (i == i[:, -2:-1])[..., None]),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", TOKENS)
+def test_one_token_of_the_user_is_found_among_the_keys(name: str, dynamic: bool) -> None:
+    """It was refused: each sample has one, and no sequence dim to gather along."""
+    ep = program(TOKENS[name], dynamic)
+    lifted = bl.lift(ep)
+    assert [(item.stream, item.role) for item in lifted.inputs] == [("inputs", "col"), ("slots", "col")]
+    assert bl.verify(ep, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
+
+
 REFUSED: dict[str, tuple[Body, str]] = {
-    "first_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, :1])), "mixes the sequence"),
-    "last_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, -1])[:, None]), "mixes the sequence"),
+    "first_tokens": (lambda n, i: n.h(n.e(i) + n.e(i[:, :2]).sum(1, keepdim=True)), "mixes the sequence"),
+    "a_part_alone": (lambda n, i: n.h(n.e(i[:, 1:])), "mixes the sequence"),
+    "one_token_more": (lambda n, i: n.h(n.e(F.pad(i, (1, 0)))), "mixes the sequence"),
     "argmax_of_ids": (lambda n, i: n.h(n.e(i) + n.pe(i.argmax(1))[:, None]), "mixes the sequence"),
     "attention_over_the_batch": (
         lambda n, i: n.h(F.scaled_dot_product_attention(*[n.e(i).transpose(0, 1)] * 3).transpose(0, 1)),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules.compute import BY_FREQUENCY, NO_FREQUENCY
+from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import gather, gather_lane, operand_of, under_spread
 from buffer_lifting.graph.record import Node, Ref
-from buffer_lifting.labels import COL, ROW, Labels, is_labelled
-from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, unchanged, widened
+from buffer_lifting.labels import COL, ROW, Factor, Labels, has_seq, is_labelled
+from buffer_lifting.local_rules.core import axis_size, dim_size, has_batch_or_seq, local_rule, unchanged, widened
 from buffer_lifting.plan import Call, Context, Existing, Plan, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -143,6 +145,30 @@ def _gather(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     batch = Call("aten.sym_size.int", (value.plan, 0), node.name)
     plan = Call("aten.expand.default", (plan, (batch, *sizes)), node.name)
     return Value(Call("aten.gather.default", (plan, dim + 1, value.plan), node.name), True, len(labels))
+
+
+def token_at(planner: Planner, node: Node, labels: Labels, dim: int, place: object, context: Context) -> Value | None:
+    """What a user's input holds at one slot of the whole sequence (the first token, the last one), by sample.
+
+    ``labels`` are those of the operand, in which dim ``dim`` has one element, ``place`` is its index. It is found among
+    the keys, which every rank has. ``None`` where the dim is no sequence, or the value is not one of the user.
+    """
+    source, shape = operand_of(planner, node)
+    axis = planner.keys_axis(shape[dim])
+    of_user = Dep.USER in planner.deps[source.name] and not any(has_seq(label) for label in labels)
+    if axis is None or not isinstance(place, int) or not of_user:
+        return None
+    keys = Factor(axis, COL, shape[dim])
+    value = planner.rebuild(source.name, (*labels[:dim], (keys,), *labels[dim + 1 :]), replace(context, stream="slots"))
+    if not value.lane:
+        return None
+    distance: Plan = planner.iota(keys, Context("slots", "positions"))
+    if place < 0:
+        distance = Call("aten.sub.Tensor", (distance, axis_size(keys)), node.name)
+    distance = Call("aten.abs.default", (Call("aten.sub.Scalar", (distance, place), node.name),), node.name)
+    return gather_lane(
+        node.name, value.plan, len(labels), dim, Call("aten.argmin.default", (distance, 1, True), node.name)
+    )
 
 
 @local_rule("tril", "triu")
