@@ -219,3 +219,4 @@ class FrontierEdge:
     batch_from_right: int | None
     read: PositionRead
     keys: tuple[CutKey, ...] = ()  # the cuts that its replacement reads
+    stream: str = "slots"  # that of the whole value; a part of it, a bias beside a mask, may follow the positions

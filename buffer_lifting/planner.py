@@ -42,7 +42,8 @@ from buffer_lifting.plan import (
     Value,
     drawn,
 )
-from buffer_lifting.stream_rule import joined
+
+_MOVED = ("aten.flip", "aten.roll")  # of rows of a parameter: another index in the model does it
 
 
 class Planner(Contents):
@@ -64,6 +65,7 @@ class Planner(Contents):
         self.trace = Trace()
         self.batch_sums: dict[str, Value] = {}  # gradient that is summed over the batch -> what it is before the sum
         self.joined: dict[tuple[str, str], Labels] = {}  # operands of masks that follow the positions
+        self.natural: set[str] = set()  # rows made of rows of parameters, which stay in natural order in the stage
         self.summed: set[str] = set()  # those, and what is computed from them row by row
         self._memo = self.trace.rebuilt
         self._scalars: dict[str, Plan] = {}
@@ -200,6 +202,11 @@ class Planner(Contents):
                 del self.trail[mark:]  # what the refused attempt has used
                 refusals.append(refusal)
                 self.trace.tried[name, labels, context, attempt.__name__] = refusal
+        whole = self.record.nodes[refusals[0].node].base_op not in _MOVED and Dep.RANDOM not in dep
+        if whole and Dep.PARAM in dep and len(seq_axes(labels)) == 1:
+            value = gather_rows(self, node, labels, context, natural=True)  # its parameters keep their gradient
+            self.natural.add(name)
+            return value
         raise refusals[0]
 
     def _local(self, node: Node, labels: Labels, context: Context) -> Value:
@@ -362,17 +369,6 @@ class Planner(Contents):
             return True
         finally:
             del self.trail[mark:]
-
-    def biases(self, node: Node, labels: Labels, context: Context) -> frozenset[str]:
-        """The operands of an elementwise op that follow the positions where its result follows the slots."""
-        if context.stream != "slots" or len(seq_axes(labels)) < 2:
-            return frozenset()
-        paths = joined(self, node, labels)
-        for path, name in node.named_refs():
-            if path in paths:
-                rank = len(self.variation.of(name))
-                self.joined[node.name, path] = labels[len(labels) - rank :]
-        return paths
 
     @staticmethod
     def _restore(plan: Plan, anchor: str, seq: int, row: list[int], ones: list[int]) -> Plan:

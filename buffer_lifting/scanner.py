@@ -399,7 +399,8 @@ class _Scan:
         context = Context(stream_of(self.planner, value.name, labels), self._form_of(value, two_axis))
         try:
             rebuilt = self.planner.rebuild_read(value.name, labels, context)
-            form: Form | None = None
+            whole = not self.planner.natural.isdisjoint(self.planner.ancestors(value.name))
+            form: Form | None = "natural" if whole else None
         except Refuse as refused:
             natural = self._natural(edge, context)
             if natural is None:
@@ -479,5 +480,6 @@ class _Scan:
                 edge.alignment.batch_from_right,
                 read,
                 tuple(used),
+                stream_of(self.planner, edge.value.name, edge.alignment.labels),
             )
         )

@@ -7,10 +7,16 @@ follows the positions, also where it is joined with a mask before it meets the d
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from buffer_lifting.contents import Contents
 from buffer_lifting.graph.record import Node, NodeKind
 from buffer_lifting.labels import COL, Labels, seq_axes
 from buffer_lifting.ops import is_pointwise, is_view
+from buffer_lifting.plan import Context
+
+if TYPE_CHECKING:
+    from buffer_lifting.planner import Planner
 
 _COPIES = frozenset(
     f"aten.{name}" for name in ["clone", "contiguous", "repeat", "repeat_interleave", "lift_fresh_copy"]
@@ -26,12 +32,22 @@ def stream_of(contents: Contents, name: str, labels: Labels) -> str:
     return "slots" if sees and is_flag(contents, name) else "positions"
 
 
-def joined(contents: Contents, node: Node, labels: Labels) -> frozenset[str]:
+def joined(planner: Planner, node: Node, labels: Labels, context: Context) -> frozenset[str]:
     """The operands (by path) of an elementwise op that follow the positions though its result follows the slots.
 
     They vary along one axis, and another operand along two: a bias for each key beside a mask. Where a value of the
-    queries meets one of the keys, both are compared and follow the slots.
+    queries meets one of the keys, both are compared and follow the slots. The planner keeps them for verification.
     """
+    if context.stream != "slots" or len(seq_axes(labels)) < 2:
+        return frozenset()
+    paths = _biases(planner, node, labels)
+    for path, name in node.named_refs():
+        if path in paths:
+            planner.joined[node.name, path] = labels[len(labels) - len(planner.variation.of(name)) :]
+    return paths
+
+
+def _biases(contents: Contents, node: Node, labels: Labels) -> frozenset[str]:
     found: dict[str, set[tuple[str, str]]] = {}
     names: dict[str, str] = {}
     for path, name in node.named_refs():

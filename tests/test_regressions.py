@@ -86,6 +86,37 @@ def test_one_token_of_the_user_is_found_among_the_keys(name: str, dynamic: bool)
     assert bl.verify(ep, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
 
 
+WHOLE: dict[str, Body] = {
+    "cumsum": lambda n, i: n.h(n.e(i) + n.pe.weight[: i.shape[1]].cumsum(0)),
+    "centred": lambda n, i: n.h(
+        n.e(i) + F.normalize(n.pe(torch.arange(i.shape[1])).diff(dim=0, prepend=n.h.weight[:1]))
+    ),
+    "resampled": lambda n, i: n.h(
+        n.e(i) + F.interpolate(n.pe.weight.T[None], size=i.shape[1], mode="linear").squeeze(0).T
+    ),
+    "bias_of_keys": lambda n, i: n.h(
+        F.scaled_dot_product_attention(
+            *[n.e(i)[:, None]] * 3,
+            attn_mask=torch.where(
+                torch.ones(i.shape[1], i.shape[1], dtype=torch.bool).tril(),
+                n.pe.weight[: i.shape[1], 0].cumsum(0),
+                -1e9,
+            ),
+        )[:, 0]
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", WHOLE)
+def test_rows_made_of_rows_of_a_parameter_stay_whole(name: str, dynamic: bool) -> None:
+    """They were refused: no input can carry a gradient. In natural order in the stage, their gradient flows."""
+    ep = program(WHOLE[name], dynamic)
+    lifted = bl.lift(ep)
+    assert [read.form for read in lifted.report.reads] == ["natural"]
+    assert bl.verify(ep, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
+
+
 REFUSED: dict[str, tuple[Body, str]] = {
     "first_tokens": (lambda n, i: n.h(n.e(i) + n.e(i[:, :2]).sum(1, keepdim=True)), "mixes the sequence"),
     "a_part_alone": (lambda n, i: n.h(n.e(i[:, 1:])), "mixes the sequence"),

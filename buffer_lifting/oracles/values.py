@@ -233,6 +233,8 @@ class _Values:
         programs = {self.plan.outputs[key].program for key in edge.keys}
         along = {factor.role for dim in edge.labels for factor in dim if factor.is_seq}
         streams = {key.stream for key in edge.keys if key.role in along}  # keys read for their number have none
+        if edge.stream == "positions" and len(streams) > 1:
+            streams.discard("slots")
         samples = []
         for sample in range(case.batch):
             iotas = None
