@@ -15,6 +15,7 @@ from buffer_lifting.contents import Contents
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, TensorMeta
+from buffer_lifting.graph.sizes import multiply
 from buffer_lifting.labels import (
     COL,
     Factor,
@@ -88,6 +89,10 @@ class Planner(Contents):
                 assert isinstance(keys, Lifted)
                 size = AxisSize(axis, COL, length if isinstance(length, int) else None, keys.key)
                 return self._scalars.setdefault(f"length of {axis}", size)
+        for axis, length in self.inputs.lengths.items():
+            if node.base_op == "aten.sym_numel" and node.meta.size == multiply(self.inputs.batch or 1, length):
+                keys = self.iota(Factor(axis, COL, length), Context("slots", "positions"))
+                return self._scalars.setdefault(f"tokens of {axis}", Call("aten.sym_numel.default", (keys,), name))
         if node.op.startswith("sym."):
             parts = [(path, self.scalar(ref)) for path, ref in node.named_refs() if Dep.LENGTH in self.deps[ref]]
             return self._scalars.setdefault(name, Reapply(name, tuple(parts)))

@@ -128,7 +128,7 @@ def test_lifted_and_verified(name: str, dynamic: bool) -> None:
     assert checks.keys() == {"values", "identity", "equivariance"}
     assert "bitwise" in checks["identity"].detail or "a shifted loss" in checks["identity"].detail
     if dynamic and name == "two_means":  # a rank's share of each is another
-        with pytest.raises(bl.LiftingError, match="losses that count tokens of their own.*return each loss by itself"):
+        with pytest.raises(bl.LiftingError, match=r"losses that count tokens of their own.*return each loss by itself"):
             bl.context_parallel(lifted, size=2)
     elif dynamic:
         whole = bl.verify(own, bl.context_parallel(lifted, size=2))

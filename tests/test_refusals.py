@@ -228,6 +228,10 @@ OF_USERS: dict[str, tuple[Body, Tensor]] = {
         lambda n, i, y: F.cross_entropy(n.h(n.embed(i)).mT, y, reduction="sum") / (y != -100).sum(),
         torch.randint(0, VOCAB, (BATCH, LENGTH)),
     ),
+    "sum_over_all_tokens": (
+        lambda n, i, y: F.cross_entropy(n.h(n.embed(i)).mT, y, reduction="sum") / i.numel(),
+        torch.randint(0, VOCAB, (BATCH, LENGTH)),
+    ),
     "rows_of_positions": (  # [3, batch, seq] with batch 3: its first dim is no batch
         lambda n, i, p: n.h(n.e(i) + n.pe(p[0]) + 2 * n.pe(p[1]) + 3 * n.pe(p[2])),
         torch.arange(LENGTH).expand(3, BATCH, LENGTH).contiguous(),
