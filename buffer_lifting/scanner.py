@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
+from buffer_lifting.axis_rules.key_major import softmax_dims
 from buffer_lifting.completion import Completion
 from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.flex import plan_flex
@@ -129,7 +130,7 @@ class _Scan:
         self.totals: set[str] = set()  # what is computed from a reduction over all tokens
         self.alignments: dict[str, dict[str, Alignment]] = {}
         self.vmapped = {node.name for node in record.nodes.values() if node.op.endswith("_add_batch_dim")}
-        self.completion = Completion(inputs)
+        self.completion, self.softmaxes = Completion(inputs), softmax_dims(record)
         self.routing = Routing(record)
         self.gradients = GradientSums(self) if record.joint else None
         if not inputs.lengths:
@@ -197,7 +198,8 @@ class _Scan:
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
         varies = self.planner.variation.of
-        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data, varies)
+        known = (self._positional, self.inputs.lengths, self._is_data, varies, self.softmaxes)
+        view = OpView(self.record, node, self.labels, *known)
         if Dep.DATA not in dep:
             label_user_value(self, node, apply_rule(view))
             return

@@ -118,6 +118,30 @@ def diagonal(net: Net, ids: Tensor) -> Tensor:
     return net.done(F.scaled_dot_product_attention(*net.heads(net.embed(ids)), attn_mask=mask))
 
 
+def keys_first(net: Net, ids: Tensor) -> Tensor:
+    """Scores with the keys in front of the queries, their softmax and their masks likewise."""
+    q, k, v = net.heads(net.embed(ids))
+    i = torch.arange(ids.shape[1])
+    bias = net.pe.weight[:, 0][(i[:, None] - i).clamp(-20, 20) + 20] - 0.1 * i[:, None]
+    scores = torch.einsum("bhqd,bhkd->bhkq", q, k).masked_fill(i[:, None] > i, -1e9) + bias
+    return net.done(torch.einsum("bhkq,bhkd->bhqd", scores.softmax(-2), v))
+
+
+def keys_first_by_matmul(net: Net, ids: Tensor) -> Tensor:
+    """The same by products of matrices, with a triangle of keys."""
+    q, k, v = net.heads(net.embed(ids))
+    scores = (k @ q.mT).masked_fill(~causal(ids.shape[1]).mT, -1e9)
+    return net.done(scores.softmax(2).mT @ v)
+
+
+def keys_between(net: Net, ids: Tensor) -> Tensor:
+    """Heads last, and the keys in front of the queries."""
+    q, k, v = net.heads(net.embed(ids))
+    seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu()
+    scores = torch.einsum("bhqd,bhkd->bkqh", q, k).masked_fill(~seen[..., None], -1e9)
+    return net.h(torch.einsum("bkqh,bhkd->bqhd", scores.softmax(1), v).flatten(2))
+
+
 def sum_of_positions(net: Net, ids: Tensor) -> Tensor:
     """A floating sum over positions, a number made of the length."""
     return net.h(net.embed(ids) / torch.arange(1, ids.shape[1] + 1).float().sum())
@@ -200,6 +224,9 @@ LIFTED = [
     talking_heads,
     matrix_and_vector,
     diagonal,
+    keys_first,
+    keys_first_by_matmul,
+    keys_between,
     sum_of_positions,
     alibi_repeated,
     alibi_interleaved,
@@ -212,6 +239,13 @@ LIFTED = [
 def test_lifts(body: Body, dynamic: bool) -> None:
     """What is liftable is lifted, by all oracles."""
     lift_and_verify(program(body, dynamic))
+
+
+@pytest.mark.parametrize("body", [keys_first, keys_first_by_matmul, keys_between], ids=lambda body: body.__name__)
+def test_keys_first_on_two_ranks(body: Body) -> None:
+    """The keys are gathered, not the queries."""
+    ep = program(body, True)
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=2)).passed
 
 
 def mask(dtype: torch.dtype) -> Tensor:
@@ -322,6 +356,12 @@ def heads_first(net: Net, ids: Tensor) -> Tensor:
     return net.done((scores.softmax(-1) @ v).unflatten(0, (HEADS, x.shape[0])).transpose(0, 1))
 
 
+def softmax_over_queries(net: Net, ids: Tensor) -> Tensor:
+    """Scores that are normalised over the queries and summed over the keys: no rank has all queries."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done((q @ k.mT).softmax(-2) @ v)
+
+
 def row_for_each_sample(net: Net, ids: Tensor) -> Tensor:
     """Another table for each sample: what microbatches would read is not theirs."""
     return net.h(net.e(ids) + net.pe.weight.view(4, 16, WIDTH)[: ids.shape[0], : ids.shape[1]])
@@ -350,6 +390,8 @@ NEAR_MISSES: list[tuple[Body, bool, str]] = [
     (product_of_positions, True, "mixes the sequence"),
     (alibi_of_other_heads, True, "BL105"),
     (alibi_of_other_heads, False, "BL105"),
+    (softmax_over_queries, True, "a sum over the sequence"),
+    (softmax_over_queries, False, "a sum over the sequence"),
     (heads_first, True, "the batch is folded behind another dim"),
     (heads_first, False, "the batch is folded behind another dim"),
 ]

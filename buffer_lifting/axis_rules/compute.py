@@ -14,6 +14,7 @@ from buffer_lifting.axis_rules.core import (
     rule,
     where_it_varies,
 )
+from buffer_lifting.axis_rules.key_major import keys_where_normalised
 from buffer_lifting.labels import (
     BATCH,
     COL,
@@ -86,12 +87,13 @@ def _matmul(view: OpView) -> AxisResult:
     batch = batch_dim(out)
     for path, own in operands.items():
         operands[path] = Alignment(own.labels, None if batch is None else len(out) - batch)
-    if added:
-        operands["self"] = align(out, view.shape("self") or ())
     if left is None or right is None:
         unknown = left_path if left is None else right_path
         operands[unknown] = _operand_of_matmul(view, unknown, left_path, lhs, rhs, out)
-    return AxisResult((out,), operands, mixing, handled)
+    turned = out if left is None or right is None else keys_where_normalised(out, view.softmax_dim())
+    if added:
+        operands["self"] = align(turned, view.shape("self") or ())
+    return AxisResult((turned,), operands, mixing, handled)
 
 
 def _operand_of_matmul(view: OpView, path: str, left_path: str, lhs: Labels, rhs: Labels, out: Labels) -> Alignment:
@@ -141,6 +143,7 @@ def _einsum(view: OpView) -> AxisResult:
         if has_seq(dim) and any({(f.axis, f.role) for f in dim} & {(f.axis, f.role) for f in old} for old in out):
             dim = with_role(dim, COL)
         out.append(dim)
+    turned = keys_where_normalised(tuple(out), view.softmax_dim())
     mixing, handled = "", False
     for letter, dim in by_letter.items():
         if letter not in target and has_seq(dim):
@@ -155,7 +158,7 @@ def _einsum(view: OpView) -> AxisResult:
         # a value of positions has no batch dim of its own: lifting puts one in front, and into the equation
         front = len(labels) + 1 if batch_dim(labels) is None else len(labels) - (batch_dim(labels) or 0)
         operands[path] = Alignment(of_data or labels, None if of_data else front)
-    return AxisResult((tuple(out),), operands, mixing, handled)
+    return AxisResult((turned,), operands, mixing, handled)
 
 
 #: Of ``scale_grad_by_freq``: a rank has a part of the tokens, and a microbatch a part of the batch.

@@ -176,7 +176,8 @@ def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) ->
     source, _ = operand_of(planner, node)
     diagonal = node.args.get("diagonal", 0)
     row, col = labels[-2], labels[-1]
-    if len(row) != 1 or len(col) != 1 or row[0].role != ROW or col[0].role != COL or not isinstance(diagonal, int):
+    roles = {(dim[0].axis, dim[0].role) for dim in (row, col) if len(dim) == 1}  # the keys may come first
+    if roles != {(row[0].axis, ROW), (row[0].axis, COL)} or not isinstance(diagonal, int):
         raise Refuse("a triangle whose rows and columns are not queries and keys", node.name)
     value = planner.rebuild(source.name, labels, context)
     rows = Call("aten.unsqueeze.default", (planner.iota(row[0], context), 2), node.name)
