@@ -127,6 +127,18 @@ def keys_first(net: Net, ids: Tensor) -> Tensor:
     return net.done(torch.einsum("bhkq,bhkd->bhqd", scores.softmax(-2), v))
 
 
+def triangle_apart(net: Net, ids: Tensor) -> Tensor:
+    """What the refusal of a triangle of scores tells to write, without a softmax."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done((q @ k.mT).masked_fill(~causal(ids.shape[1]), 0) @ v)
+
+
+def triangle_of_features(net: Net, ids: Tensor) -> Tensor:
+    """A matrix of features for each token."""
+    x = net.embed(ids)
+    return net.h(((x[..., None] * x[..., None, :]).tril() @ x[..., None])[..., 0])
+
+
 def keys_first_by_matmul(net: Net, ids: Tensor) -> Tensor:
     """The same by products of matrices, with a triangle of keys."""
     q, k, v = net.heads(net.embed(ids))
@@ -227,6 +239,8 @@ LIFTED = [
     keys_first,
     keys_first_by_matmul,
     keys_between,
+    triangle_apart,
+    triangle_of_features,
     sum_of_positions,
     alibi_repeated,
     alibi_interleaved,
@@ -356,6 +370,19 @@ def heads_first(net: Net, ids: Tensor) -> Tensor:
     return net.done((scores.softmax(-1) @ v).unflatten(0, (HEADS, x.shape[0])).transpose(0, 1))
 
 
+def triangle_of_scores(net: Net, ids: Tensor) -> Tensor:
+    """The triangle is an op on the scores themselves."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done((q @ k.mT).tril() @ v)
+
+
+def triangle_of_keys_first(net: Net, ids: Tensor) -> Tensor:
+    """Scores below zero stand for those that are not seen."""
+    q, k, v = net.heads(net.embed(ids))
+    scores = torch.einsum("bhqd,bhkd->bhkq", q, k).triu()
+    return net.done(scores.masked_fill(scores == 0, -1e9).softmax(-2).mT @ v)
+
+
 def softmax_over_queries(net: Net, ids: Tensor) -> Tensor:
     """Scores that are normalised over the queries and summed over the keys: no rank has all queries."""
     q, k, v = net.heads(net.embed(ids))
@@ -390,6 +417,8 @@ NEAR_MISSES: list[tuple[Body, bool, str]] = [
     (product_of_positions, True, "mixes the sequence"),
     (alibi_of_other_heads, True, "BL105"),
     (alibi_of_other_heads, False, "BL105"),
+    (triangle_of_scores, True, "zeroes scores by the places of query and key.* -> write the mask apart"),
+    (triangle_of_keys_first, False, "zeroes scores by the places of query and key.* -> write the mask apart"),
     (softmax_over_queries, True, "a sum over the sequence"),
     (softmax_over_queries, False, "a sum over the sequence"),
     (heads_first, True, "the batch is folded behind another dim"),

@@ -209,6 +209,23 @@ def _softmax(view: OpView) -> AxisResult:
     return AxisResult((labels,))
 
 
+@rule("tril", "triu")
+def _triangle(view: OpView) -> AxisResult:
+    """Features alone pass; a triangle of scores is a mask by place, of which the op has no operand to lift."""
+    labels = view.labels("self")
+    if labels is None or len(labels) < 2:
+        return AxisResult(None)
+    if not any(is_labelled(dim) for dim in labels[-2:]):
+        return AxisResult((labels,))
+    op = view.node.base_op
+    if {f.role for dim in labels[-2:] for f in dim if f.is_seq} == {ROW, COL}:
+        why = f"{op} zeroes scores by the places of query and key"
+        name = op.removeprefix("aten.")
+        hint = f"write the mask apart: scores.masked_fill(~torch.ones(S, S, dtype=torch.bool).{name}(k), 0)"
+        return AxisResult((labels,), mixing=why, hint=hint)
+    return AxisResult((labels,), mixing=f"{op} zeroes elements by their place in the sequence or batch")
+
+
 _OVER_SEQUENCE = "a reduction over the sequence"
 _POOLED = (
     "pool outside the model, of values for each token that it returns; a loss: reduce batch and sequence in one op; "

@@ -7,7 +7,9 @@ from buffer_lifting.labels import COL, ROW, Labels, transposed
 from buffer_lifting.ops import MATRIX_PRODUCTS, is_pointwise
 
 _SOFTMAXES = frozenset(f"aten.{name}" for name in ["softmax", "_softmax", "_safe_softmax"])
-_KEPT = frozenset(f"aten.{name}" for name in ["clone", "contiguous", "dropout", "to", "_to_copy", "alias"])
+_KEPT = frozenset(
+    f"aten.{name}" for name in ["clone", "contiguous", "dropout", "to", "_to_copy", "alias", "tril", "triu"]
+)
 
 
 def softmax_dims(record: GraphRecord) -> dict[str, int]:
