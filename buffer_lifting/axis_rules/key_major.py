@@ -13,7 +13,10 @@ _KEPT = frozenset(
 
 
 def softmax_dims(record: GraphRecord) -> dict[str, int]:
-    """Each product that a softmax reads, through ops that keep the place of every element: the dim it runs over."""
+    """Each product that a softmax reads, through ops that keep the place of every element: the dim it runs over.
+
+    Softmaxes over the last dim are left out.
+    """
     found: dict[str, int] = {}
     torn: set[str] = set()
     for softmax in record.nodes.values():
@@ -21,6 +24,8 @@ def softmax_dims(record: GraphRecord) -> dict[str, int]:
         if softmax.base_op not in _SOFTMAXES or softmax.tensor is None or not isinstance(dim, int):
             continue
         shape = softmax.tensor.shape
+        if not shape or dim % len(shape) == len(shape) - 1:
+            continue  # keys come last anyway
         stack, seen = [source.name] if isinstance(source, Ref) else [], set[str]()
         while stack:
             name = stack.pop()
