@@ -69,10 +69,20 @@ def test_integer_inputs_that_mix_the_sequence_are_hoisted(name: str, dynamic: bo
     assert bl.verify(ep, lifted).passed
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_hoisted_tokens_are_what_stages_compute_with(dynamic: bool) -> None:
+    """A model whose only tokens are shifted in the graph had no activations, and could not be split."""
+    ep = program(HOISTED["shifted_by_cat"], dynamic)
+    staged = bl.partition(bl.context_parallel(bl.lift(ep), size=1), split_points=["h"])
+    assert bl.verify(ep, staged).passed
+    assert "lifted_ids" in staged.stages[0].kwargs and not staged.stages[1].kwargs
+
+
 TOKENS: dict[str, Body] = {
     "first": lambda n, i: n.h(n.e(i) + n.e(i[:, :1])),
     "last": lambda n, i: n.h(n.e(i) + n.e(i[:, -1])[:, None]),
     "last_but_one": lambda n, i: n.h(n.e(i) * (i == i[:, -2:-1])[..., None]),
+    "of_a_mask": lambda n, i: n.h(n.e(i) * (i > 3)[:, 2][:, None, None]),
 }
 
 
@@ -83,6 +93,7 @@ def test_one_token_of_the_user_is_found_among_the_keys(name: str, dynamic: bool)
     ep = program(TOKENS[name], dynamic)
     lifted = bl.lift(ep)
     assert [(item.stream, item.role) for item in lifted.inputs] == [("inputs", "col"), ("slots", "col")]
+    assert not bl.check(lifted)
     assert bl.verify(ep, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
 
 
@@ -115,6 +126,8 @@ def test_rows_made_of_rows_of_a_parameter_stay_whole(name: str, dynamic: bool) -
     lifted = bl.lift(ep)
     assert [read.form for read in lifted.report.reads] == ["natural"]
     assert bl.verify(ep, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
+    if name != "bias_of_keys":
+        assert not bl.check(lifted)
 
 
 REFUSED: dict[str, tuple[Body, str]] = {

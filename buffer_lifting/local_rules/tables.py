@@ -156,19 +156,32 @@ def token_at(planner: Planner, node: Node, labels: Labels, dim: int, place: obje
     source, shape = operand_of(planner, node)
     axis = planner.keys_axis(shape[dim])
     of_user = Dep.USER in planner.deps[source.name] and not any(has_seq(label) for label in labels)
-    if axis is None or not isinstance(place, int) or not of_user:
+    assert source.tensor is not None
+    exact = source.tensor.is_floating or source.tensor.dtype in ("int64", "bool")  # a sum keeps these dtypes
+    if axis is None or not isinstance(place, int) or not of_user or not exact:
         return None
     keys = Factor(axis, COL, shape[dim])
-    value = planner.rebuild(source.name, (*labels[:dim], (keys,), *labels[dim + 1 :]), replace(context, stream="slots"))
+    mark, own = len(planner.trail), (*labels[:dim], (keys,), *labels[dim + 1 :])
+    try:
+        value = planner.rebuild(source.name, own, replace(context, stream="slots"))
+    except Refuse:  # features that are as many as the sequence is long
+        del planner.trail[mark:]
+        return None
     if not value.lane:
         return None
-    distance: Plan = planner.iota(keys, Context("slots", "positions"))
+    slots: Plan = planner.iota(keys, Context("slots", "positions"))
     if place < 0:
-        distance = Call("aten.sub.Tensor", (distance, axis_size(keys)), node.name)
-    distance = Call("aten.abs.default", (Call("aten.sub.Scalar", (distance, place), node.name),), node.name)
-    return gather_lane(
-        node.name, value.plan, len(labels), dim, Call("aten.argmin.default", (distance, 1, True), node.name)
-    )
+        slots = Call("aten.sub.Tensor", (slots, axis_size(keys)), node.name)
+    here: Plan = Call("aten.eq.Scalar", (slots, place), node.name)
+    for _ in range(dim):
+        here = Call("aten.unsqueeze.default", (here, 1), node.name)
+    for _ in range(len(labels) - dim - 1):
+        here = Call("aten.unsqueeze.default", (here, -1), node.name)
+    if source.tensor.dtype == "bool":
+        here = Call("aten.logical_and.default", (value.plan, here), node.name)
+        return Value(Call("aten.any.dims", (here, (dim + 1,), True), node.name), True, len(labels))
+    alone = Call("aten.where.ScalarOther", (here, value.plan, 0), node.name)  # a sum of one element is exact
+    return Value(Call("aten.sum.dim_IntList", (alone, (dim + 1,), True), node.name), True, len(labels))
 
 
 @local_rule("tril", "triu")
