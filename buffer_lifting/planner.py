@@ -44,7 +44,7 @@ from buffer_lifting.plan import (
     drawn,
 )
 
-_MOVED = ("aten.flip", "aten.roll")  # of rows of a parameter: another index in the model does it
+_MOVED = ("aten.flip", "aten.roll", "aten.embedding")  # of parameters' rows: another index does it, or it is refused
 
 
 class Planner(Contents):
