@@ -123,8 +123,10 @@ def _key_operands(node: Node, labels: dict[str, tuple[Labels, ...] | None]) -> l
         left_path, right_path = MATRIX_OPERANDS[node.base_op]
         left, right = of(left_path), of(right_path)
         if left and right and len(left) > 1 and len(right) > 1:
+            out = labels[node.name]
             if has_seq(left[-2]) and has_seq(right[-1]):
-                want(right_path, right, -1)
+                keys_first = bool(out) and any(f.role == COL for f in out[0][-2])  # type: ignore[index]
+                want(left_path if keys_first else right_path, left if keys_first else right, -2 if keys_first else -1)
             if has_seq(left[-1]) and has_seq(right[-2]):
                 want(left_path, left, -1)
                 want(right_path, right, -2)

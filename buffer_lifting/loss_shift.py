@@ -212,9 +212,6 @@ class _Search(Chains):
             raise NoShift("its loss is not reduced (reduction='none'): write reduction='sum' or 'mean' in the model")
         if reduction == _MEAN and loss.args.get("weight") is not None:
             raise NoShift("its loss is a mean with class weights: ranks would not know each other's sum of weights")
-        others = [name for name in self.losses if name != loss.name]
-        if others and any(self.record.nodes[name].args.get("reduction") != _SUM for name in (loss.name, *others)):
-            raise NoShift(f"it and {others[0]!r} are means over their own numbers of targets; use reduction='sum'")
         return ignored
 
     def _target(self, loss: Node) -> tuple[Node, int]:

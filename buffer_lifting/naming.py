@@ -49,7 +49,7 @@ def name_outputs(planner: Planner, record: GraphRecord) -> tuple[dict[CutKey, Fe
             program = "iota"
         elif cut.hoisted:
             program = "hoisted"
-        elif not cut.one_axis_read and not cut.ancestors.isdisjoint(position_iotas):
+        elif cut.mixes and not cut.ancestors.isdisjoint(position_iotas):
             program = "substituted"
         form: Form = "positions" if cut.node is None else "values"
         stream: Stream = "inputs" if cut.hoisted else ("slots" if key.stream == "slots" else "positions")

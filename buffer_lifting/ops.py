@@ -99,6 +99,7 @@ _SHAPE_ONLY = frozenset(
         "is_same_size",
     ]
 )
+_RECURRENT = ("aten.gru", "aten.lstm", "aten.rnn_relu", "aten.rnn_tanh")
 _LIKE_OTHER = ("aten.expand_as", "aten.view_as", "aten.reshape_as")
 #: Fills: the same value at every index.
 FILLS = frozenset(
@@ -160,6 +161,8 @@ def is_random(node: Node) -> bool:
         return bool(node.args.get("p")) and bool(node.args.get("train"))
     if node.base_op in ATTENTIONS:
         return bool(node.args.get("dropout_p"))
+    if node.base_op in _RECURRENT:
+        return bool(node.args.get("dropout")) and bool(node.args.get("train"))
     return node.base_op in RANDOM
 
 

@@ -24,6 +24,8 @@ from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.record import GraphRecord, NodeKind, Ref, StateKind, TensorMeta
+from buffer_lifting.graph.record import Node as GraphNode
+from buffer_lifting.labels import Labels
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.ops import ASSERTIONS, is_mutating
 from buffer_lifting.passes.context_parallel import lifted_axes
@@ -101,8 +103,7 @@ def partition(
     user = list(lifted.input_axes) or []
     check_names(lifted.input_axes, user)
     labels = label_inputs(record, lifted_axes(lifted))
-    positional = frozenset(item.name for item in lifted.inputs)
-    deps = analyse(record, labels.labels, positional)
+    deps = _deps(record, labels.labels, lifted)
     activations = [
         node.name
         for node in record.nodes.values()
@@ -117,6 +118,27 @@ def partition(
             record, nodes, activations, num_stages, routed, weights, placement.ranks if placement else None
         )
     return _Partition(lifted, record, nodes, activations, cuts, axis_names(labels), routed).build(placement)
+
+
+def _deps(record: GraphRecord, labels: dict[str, Labels], lifted: LiftedProgram) -> dict[str, Dep]:
+    """What values depend on; lifted inputs are positions, which every stage computes with itself.
+
+    But for those that are the tokens of the model: user inputs that the graph has shifted, say, and that most of its
+    parameters meet.
+    """
+    everything = frozenset(item.name for item in lifted.inputs)
+    deps = analyse(record, labels, everything)
+    hoisted = {item.name for item in lifted.inputs if item.stream == "inputs"}
+    if not hoisted:
+        return deps
+    of_tokens = analyse(record, labels, everything - hoisted)
+    weighted = [n.name for n in record.nodes.values() if n.kind is NodeKind.OP and _reads_parameter(record, n)]
+    missed = [name for name in weighted if Dep.DATA in of_tokens[name] and Dep.DATA not in deps[name]]
+    return of_tokens if 2 * len(missed) > len(weighted) else deps
+
+
+def _reads_parameter(record: GraphRecord, node: GraphNode) -> bool:
+    return any(record.nodes[name].state_kind is StateKind.PARAMETER for name in node.refs())
 
 
 def _routed(record: GraphRecord, lifted: LiftedProgram) -> frozenset[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from buffer_lifting.axis_rules import Alignment
 from buffer_lifting.graph.record import Node
 from buffer_lifting.graph.sizes import Size
-from buffer_lifting.labels import Labels
+from buffer_lifting.labels import Labels, has_batch
 from buffer_lifting.program import FeedOutput, InputAxes, PositionRead, ScanReport
 
 if TYPE_CHECKING:
@@ -28,6 +28,20 @@ class Refuse(Exception):
     def __init__(self, reason: str, node: str, code: str = "BL105", hint: str = "") -> None:
         super().__init__(reason)
         self.node, self.code, self.hint = node, code, hint
+
+
+DRAWN = "it draws random numbers for the tokens: in another order, or on a shard, they get others"
+DRAW_ELSEWHERE = (
+    "draw them outside the model and give them as an input; dropout of the data is taken as it is: every rank draws "
+    "its own"
+)
+
+
+def drawn(node: str, labels: Labels) -> Refuse:
+    """Why random numbers do not follow their tokens."""
+    if any(has_batch(dim) for dim in labels):
+        return Refuse(DRAWN, node, hint=DRAW_ELSEWHERE)
+    return Refuse("it draws random numbers, once for all samples", node, hint="draw them on data instead")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +137,7 @@ class Cut:
     drop_dims: tuple[int, ...] = ()
     one_axis_read: bool = False
     hoisted: bool = False
+    mixes: bool = False  # an op between the index that it is computed from and the cut mixes the sequence
     read_form: str = "values"
 
 
@@ -183,6 +198,8 @@ class LiftPlan:
     varies: Callable[[str], Sequence[bool]] = field(default=lambda name: ())
     lengths: dict[str, Size] = field(default_factory=dict)  # of each sequence axis
     gradients: list[GradientPlan] = field(default_factory=list)  # of tables that are read by position
+    #: Operands (node, path) that follow the positions in a value that follows the slots: a bias for each key.
+    biases: dict[tuple[str, str], Labels] = field(default_factory=dict)
     shifts: list[LossShift] = field(default_factory=list)  # shifted losses that the record has in their longer form
 
     def labels_of_original(self) -> dict[str, tuple[Labels, ...] | None]:
@@ -202,3 +219,4 @@ class FrontierEdge:
     batch_from_right: int | None
     read: PositionRead
     keys: tuple[CutKey, ...] = ()  # the cuts that its replacement reads
+    stream: str = "slots"  # that of the whole value; a part of it, a bias beside a mask, may follow the positions

@@ -15,6 +15,7 @@ from buffer_lifting.contents import Contents
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import gather_rows
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, Ref, ScalarMeta, TensorMeta
+from buffer_lifting.graph.sizes import multiply
 from buffer_lifting.labels import (
     COL,
     Factor,
@@ -26,7 +27,7 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.local_rules import local
-from buffer_lifting.ops import is_random, is_view
+from buffer_lifting.ops import INDICES, is_random, is_view
 from buffer_lifting.plan import (
     AxisSize,
     Call,
@@ -40,7 +41,10 @@ from buffer_lifting.plan import (
     Refuse,
     Trace,
     Value,
+    drawn,
 )
+
+_MOVED = ("aten.flip", "aten.roll", "aten.embedding")  # of parameters' rows: another index does it, or it is refused
 
 
 class Planner(Contents):
@@ -61,6 +65,8 @@ class Planner(Contents):
         self.trail: list[CutKey] = []  # the cuts that the read being planned has used, for its report
         self.trace = Trace()
         self.batch_sums: dict[str, Value] = {}  # gradient that is summed over the batch -> what it is before the sum
+        self.joined: dict[tuple[str, str], Labels] = {}  # operands of masks that follow the positions
+        self.natural: set[str] = set()  # rows made of rows of parameters, which stay in natural order in the stage
         self.summed: set[str] = set()  # those, and what is computed from them row by row
         self._memo = self.trace.rebuilt
         self._scalars: dict[str, Plan] = {}
@@ -83,6 +89,10 @@ class Planner(Contents):
                 assert isinstance(keys, Lifted)
                 size = AxisSize(axis, COL, length if isinstance(length, int) else None, keys.key)
                 return self._scalars.setdefault(f"length of {axis}", size)
+        for axis, length in self.inputs.lengths.items():
+            if node.base_op == "aten.sym_numel" and node.meta.size == multiply(self.inputs.batch or 1, length):
+                keys = self.iota(Factor(axis, COL, length), Context("slots", "positions"))
+                return self._scalars.setdefault(f"tokens of {axis}", Call("aten.sym_numel.default", (keys,), name))
         if node.op.startswith("sym."):
             parts = [(path, self.scalar(ref)) for path, ref in node.named_refs() if Dep.LENGTH in self.deps[ref]]
             return self._scalars.setdefault(name, Reapply(name, tuple(parts)))
@@ -175,7 +185,7 @@ class Planner(Contents):
         if not dep & (Dep.USER | Dep.LENGTH) and not follows and not any(has_batch(dim) for dim in labels):
             return Value(Existing(name), False, len(labels))
         if Dep.WRITTEN in dep:
-            raise self._written(node)
+            raise drawn(name, labels) if Dep.RANDOM in dep else self._written(node)
         if node.kind is NodeKind.INPUT:
             return self._user_input(node, labels, context)
         if Dep.USER in dep:
@@ -183,7 +193,7 @@ class Planner(Contents):
         if not follows:
             return local(self, node, labels, context)
         if node.kind is NodeKind.OP and is_random(node):
-            raise Refuse("it draws random numbers, once for all samples", name, hint="draw them on data instead")
+            raise drawn(name, labels)
         legal = len(seq_axes(labels)) == 1 and not dep & (Dep.PARAM | Dep.RANDOM)
         refusals: list[Refuse] = []
         climbs = not legal or not self.varies_along(node.name, labels) or self._climbs(node, labels, context)
@@ -197,6 +207,11 @@ class Planner(Contents):
                 del self.trail[mark:]  # what the refused attempt has used
                 refusals.append(refusal)
                 self.trace.tried[name, labels, context, attempt.__name__] = refusal
+        whole = self.record.nodes[refusals[0].node].base_op not in _MOVED and Dep.RANDOM not in dep
+        if whole and Dep.PARAM in dep and len(seq_axes(labels)) == 1:
+            value = gather_rows(self, node, labels, context, natural=True)  # its parameters keep their gradient
+            self.natural.add(name)
+            return value
         raise refusals[0]
 
     def _local(self, node: Node, labels: Labels, context: Context) -> Value:
@@ -338,6 +353,7 @@ class Planner(Contents):
                     batch_dim=batch,
                     drop_dims=tuple(drop),
                     hoisted=hoisted,
+                    mixes=not hoisted and stream == "slots" and self._mixes(node, labels, context),
                 )
             cut = self.cuts[key]
             cut.one_axis_read |= stream == "positions"
@@ -345,6 +361,19 @@ class Planner(Contents):
             plan = Lifted(key)
         ones = drop if batch is None else [*drop, batch]
         return Value(self._restore(plan, node.name, seq[0], row, ones), True, len(labels))
+
+    def _mixes(self, node: Node, labels: Labels, context: Context) -> bool:
+        """Whether a value is not, element by element, a function of the index (document ids)."""
+        if node.base_op in INDICES:
+            return False
+        mark = len(self.trail)
+        try:
+            self._local(node, labels, replace(context, form="positions"))
+            return any(self.cuts[key].mixes for key in self.trail[mark:])
+        except Refuse:
+            return True
+        finally:
+            del self.trail[mark:]
 
     @staticmethod
     def _restore(plan: Plan, anchor: str, seq: int, row: list[int], ones: list[int]) -> Plan:

@@ -71,7 +71,9 @@ class Reports:
         """Reports a read that is rebuilt, and returns it."""
         kind, source, aliases = self.planner.source_of(edge.value.name)
         code = "BL006" if form == "natural" else code_of(kind)
-        hint = "the whole sequence x sequence value stays in the stage" if form == "natural" else ""
+        axes = sum(f.is_seq for dim in edge.alignment.labels for f in dim)
+        whole = "sequence x sequence value stays" if axes > 1 else "sequence's rows stay"
+        hint = f"the whole {whole} in the stage" if form == "natural" else ""
         return self._record(edge, kind, source, aliases, stream, form, None, code, hint)
 
     def expression(self, name: str) -> str:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from buffer_lifting.axis_rules import OVER_KEYS, AxisResult
 from buffer_lifting.dataflow import Dep
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
-from buffer_lifting.labels import BATCH, Labels, has_seq, is_labelled
+from buffer_lifting.graph.sizes import product
+from buffer_lifting.labels import BATCH, Labels, feature, has_seq, is_labelled
 from buffer_lifting.local_rules.core import at_full_length
-from buffer_lifting.ops import ATTENTION, content_operands
+from buffer_lifting.ops import ATTENTION, content_operands, is_pointwise, is_view
 from buffer_lifting.plan import Refuse, Value
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import Finding
@@ -41,7 +42,10 @@ def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None
         # a number of samples may divide a loss, as a number of tokens may
         (scan.counts if node.base_op in ("aten.sum", "aten.count_nonzero") else scan.mixed).add(node.name)
     outputs = result.outputs if result else None
-    scan.labels[node.name] = scan.completion.complete(node, outputs) or _same_shape(scan, node)
+    labels = scan.completion.complete(node, outputs) or _same_shape(scan, node)
+    if not any(has_seq(dim) for own in labels or () for dim in own):
+        labels = _resized(scan, node) or labels
+    scan.labels[node.name] = labels
 
 
 def _of_a_part(result: AxisResult) -> bool:
@@ -67,6 +71,31 @@ def _same_shape(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:
         shapes = [meta.shape for meta in metas if isinstance(meta, TensorMeta)]
         if known and source is not None and shapes and all(shape == source.shape for shape in shapes):
             return (known[0],) * len(shapes)
+    return None
+
+
+_RESIZES = frozenset(
+    f"aten.{name}" for name in ["slice", "narrow", "cat", "concat", "pad", "constant_pad_nd", "slice_scatter"]
+)
+
+
+def _resized(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:
+    """Labels of a part of a static sequence, and of what is as long as the sequence again (ids shifted by one)."""
+    meta = node.tensor
+    if meta is None or not (node.base_op in _RESIZES or is_pointwise(node) or is_view(node)):
+        return None
+    for name in node.refs():
+        source, known = scan.record.nodes[name].tensor, scan.labels.get(name)
+        whole = scan.parts.get(name) or (known[0] if known else None)
+        if whole is None or source is None or len(whole) != len(meta.shape):
+            continue
+        if node.base_op not in _RESIZES and source.shape != meta.shape:
+            continue
+        if not any(has_seq(dim) for dim in whole):
+            continue
+        scan.parts[node.name] = whole
+        sizes = zip(whole, meta.shape, strict=True)
+        return (tuple(dim if product([f.size for f in dim]) == size else feature(size) for dim, size in sizes),)
     return None
 
 

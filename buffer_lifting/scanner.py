@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
+from buffer_lifting.axis_rules.key_major import softmax_dims
 from buffer_lifting.completion import Completion
 from buffer_lifting.dataflow import Dep, analyse
 from buffer_lifting.flex import plan_flex
@@ -42,9 +43,21 @@ from buffer_lifting.ops import (
     FLEX_ATTENTION,
     content_operands,
     is_pointwise,
+    is_random,
     length_operands,
 )
-from buffer_lifting.plan import Context, CutKey, FrontierEdge, LiftPlan, Refuse, Replacement, Value
+from buffer_lifting.plan import (
+    DRAW_ELSEWHERE,
+    DRAWN,
+    Context,
+    CutKey,
+    FrontierEdge,
+    LiftPlan,
+    Refuse,
+    Replacement,
+    Value,
+    drawn,
+)
 from buffer_lifting.planner import Planner
 from buffer_lifting.program import (
     Axes,
@@ -66,6 +79,7 @@ from buffer_lifting.scan_users import (
     report_returned,
     under_vmap,
 )
+from buffer_lifting.stream_rule import stream_of
 
 FormOption = str | Mapping[str, str]
 
@@ -107,13 +121,16 @@ class _Scan:
         self.frontier: list[FrontierEdge] = []
         self.flex: list[FlexPlan] = []
         self.mixed: set[str] = set()  # values of user inputs alone that an op computed across the sequence
+        self.parts: dict[
+            str, Labels
+        ] = {}  # of user inputs, cut or padded along a static sequence: the labels of the whole
         self.counts: set[str] = set()  # made from reductions over all tokens of user inputs: the same in any order
         self.distributed: set[str] = set()  # made from what context_parallel gathers of user inputs
         self.matched: set[str] = set()  # patterns of a form mapping that named a source
         self.totals: set[str] = set()  # what is computed from a reduction over all tokens
         self.alignments: dict[str, dict[str, Alignment]] = {}
         self.vmapped = {node.name for node in record.nodes.values() if node.op.endswith("_add_batch_dim")}
-        self.completion = Completion(inputs)
+        self.completion, self.softmaxes = Completion(inputs), softmax_dims(record)
         self.routing = Routing(record)
         self.gradients = GradientSums(self) if record.joint else None
         if not inputs.lengths:
@@ -171,6 +188,7 @@ class _Scan:
             varies=self.planner.variation.of,
             lengths=self.inputs.lengths,
             gradients=self.gradients.plans if self.gradients else [],
+            biases=self.planner.joined,
         )
 
     # -- forward --------------------------------------------------------------------------------------------
@@ -180,7 +198,8 @@ class _Scan:
         if Dep.USER not in dep and Dep.DATA not in dep:
             return
         varies = self.planner.variation.of
-        view = OpView(self.record, node, self.labels, self._positional, self.inputs.lengths, self._is_data, varies)
+        known = (self._positional, self.inputs.lengths, self._is_data, varies, self.softmaxes)
+        view = OpView(self.record, node, self.labels, *known)
         if Dep.DATA not in dep:
             label_user_value(self, node, apply_rule(view))
             return
@@ -191,7 +210,10 @@ class _Scan:
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
             if carries:
-                self.reports.mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
+                if is_random(node):
+                    self.reports.mix(node, DRAWN, False, "BL202", DRAW_ELSEWHERE)
+                else:
+                    self.reports.mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
         else:
             self.labels[node.name] = self._outputs(node, result)
             if result.mixing and (result.outputs is None or carries):
@@ -314,7 +336,9 @@ class _Scan:
                 self._read(Edge(node, path, value, alignment))
             elif self._varies_along_batch(value, alignment):
                 why = "it varies along the batch, which microbatches cut: every microbatch would read the first rows"
-                self.reports.refused(node, path, value, (), Refuse(why, name))
+                random = Dep.RANDOM in self.deps[name]
+                refusal = drawn(name, alignment.labels) if random else Refuse(why, name)
+                self.reports.refused(node, path, value, (), refusal)
             elif self._runs_along(value.meta) and Dep.USER not in self.deps[name]:
                 why = "it has the size of the sequence, but does not line up with the data's sequence dim"
                 self.reports.refused(node, path, value, (), Refuse(why, name))
@@ -383,10 +407,11 @@ class _Scan:
         if seq_axes(labels) and same:
             return
         two_axis = len(seq_axes(labels)) > 1
-        context = Context("slots" if two_axis else "positions", self._form_of(value, two_axis))
+        context = Context(stream_of(self.planner, value.name, labels), self._form_of(value, two_axis))
         try:
             rebuilt = self.planner.rebuild_read(value.name, labels, context)
-            form: Form | None = None
+            whole = not self.planner.natural.isdisjoint(self.planner.ancestors(value.name))
+            form: Form | None = "natural" if whole else None
         except Refuse as refused:
             natural = self._natural(edge, context)
             if natural is None:
@@ -466,5 +491,6 @@ class _Scan:
                 edge.alignment.batch_from_right,
                 read,
                 tuple(used),
+                stream_of(self.planner, edge.value.name, edge.alignment.labels),
             )
         )

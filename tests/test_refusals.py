@@ -118,6 +118,42 @@ def diagonal(net: Net, ids: Tensor) -> Tensor:
     return net.done(F.scaled_dot_product_attention(*net.heads(net.embed(ids)), attn_mask=mask))
 
 
+def keys_first(net: Net, ids: Tensor) -> Tensor:
+    """Scores with the keys in front of the queries, their softmax and their masks likewise."""
+    q, k, v = net.heads(net.embed(ids))
+    i = torch.arange(ids.shape[1])
+    bias = net.pe.weight[:, 0][(i[:, None] - i).clamp(-20, 20) + 20] - 0.1 * i[:, None]
+    scores = torch.einsum("bhqd,bhkd->bhkq", q, k).masked_fill(i[:, None] > i, -1e9) + bias
+    return net.done(torch.einsum("bhkq,bhkd->bhqd", scores.softmax(-2), v))
+
+
+def triangle_apart(net: Net, ids: Tensor) -> Tensor:
+    """What the refusal of a triangle of scores tells to write, without a softmax."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done((q @ k.mT).masked_fill(~causal(ids.shape[1]), 0) @ v)
+
+
+def triangle_of_features(net: Net, ids: Tensor) -> Tensor:
+    """A matrix of features for each token."""
+    x = net.embed(ids)
+    return net.h(((x[..., None] * x[..., None, :]).tril() @ x[..., None])[..., 0])
+
+
+def keys_first_by_matmul(net: Net, ids: Tensor) -> Tensor:
+    """The same by products of matrices, with a triangle of keys."""
+    q, k, v = net.heads(net.embed(ids))
+    scores = (k @ q.mT).masked_fill(~causal(ids.shape[1]).mT, -1e9)
+    return net.done(scores.softmax(2).mT @ v)
+
+
+def keys_between(net: Net, ids: Tensor) -> Tensor:
+    """Heads last, and the keys in front of the queries."""
+    q, k, v = net.heads(net.embed(ids))
+    seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu()
+    scores = torch.einsum("bhqd,bhkd->bkqh", q, k).masked_fill(~seen[..., None], -1e9)
+    return net.h(torch.einsum("bkqh,bhkd->bqhd", scores.softmax(1), v).flatten(2))
+
+
 def sum_of_positions(net: Net, ids: Tensor) -> Tensor:
     """A floating sum over positions, a number made of the length."""
     return net.h(net.embed(ids) / torch.arange(1, ids.shape[1] + 1).float().sum())
@@ -200,6 +236,11 @@ LIFTED = [
     talking_heads,
     matrix_and_vector,
     diagonal,
+    keys_first,
+    keys_first_by_matmul,
+    keys_between,
+    triangle_apart,
+    triangle_of_features,
     sum_of_positions,
     alibi_repeated,
     alibi_interleaved,
@@ -214,6 +255,13 @@ def test_lifts(body: Body, dynamic: bool) -> None:
     lift_and_verify(program(body, dynamic))
 
 
+@pytest.mark.parametrize("body", [keys_first, keys_first_by_matmul, keys_between], ids=lambda body: body.__name__)
+def test_keys_first_on_two_ranks(body: Body) -> None:
+    """The keys are gathered, not the queries."""
+    ep = program(body, True)
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=2)).passed
+
+
 def mask(dtype: torch.dtype) -> Tensor:
     """A padding mask."""
     return (torch.arange(LENGTH)[None] < torch.tensor([[LENGTH], [LENGTH - 2], [LENGTH - 4]])).to(dtype)
@@ -226,6 +274,10 @@ OF_USERS: dict[str, tuple[Body, Tensor]] = {
     "count": (lambda n, i, m: n.h(n.embed(i) / m.sum(1).sqrt()[:, None, None]), mask(torch.bool)),
     "mean_token_loss": (
         lambda n, i, y: F.cross_entropy(n.h(n.embed(i)).mT, y, reduction="sum") / (y != -100).sum(),
+        torch.randint(0, VOCAB, (BATCH, LENGTH)),
+    ),
+    "sum_over_all_tokens": (
+        lambda n, i, y: F.cross_entropy(n.h(n.embed(i)).mT, y, reduction="sum") / i.numel(),
         torch.randint(0, VOCAB, (BATCH, LENGTH)),
     ),
     "rows_of_positions": (  # [3, batch, seq] with batch 3: its first dim is no batch
@@ -318,6 +370,25 @@ def heads_first(net: Net, ids: Tensor) -> Tensor:
     return net.done((scores.softmax(-1) @ v).unflatten(0, (HEADS, x.shape[0])).transpose(0, 1))
 
 
+def triangle_of_scores(net: Net, ids: Tensor) -> Tensor:
+    """The triangle is an op on the scores themselves."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done((q @ k.mT).tril() @ v)
+
+
+def triangle_of_keys_first(net: Net, ids: Tensor) -> Tensor:
+    """Scores below zero stand for those that are not seen."""
+    q, k, v = net.heads(net.embed(ids))
+    scores = torch.einsum("bhqd,bhkd->bhkq", q, k).triu()
+    return net.done(scores.masked_fill(scores == 0, -1e9).softmax(-2).mT @ v)
+
+
+def softmax_over_queries(net: Net, ids: Tensor) -> Tensor:
+    """Scores that are normalised over the queries and summed over the keys: no rank has all queries."""
+    q, k, v = net.heads(net.embed(ids))
+    return net.done((q @ k.mT).softmax(-2) @ v)
+
+
 def row_for_each_sample(net: Net, ids: Tensor) -> Tensor:
     """Another table for each sample: what microbatches would read is not theirs."""
     return net.h(net.e(ids) + net.pe.weight.view(4, 16, WIDTH)[: ids.shape[0], : ids.shape[1]])
@@ -346,6 +417,10 @@ NEAR_MISSES: list[tuple[Body, bool, str]] = [
     (product_of_positions, True, "mixes the sequence"),
     (alibi_of_other_heads, True, "BL105"),
     (alibi_of_other_heads, False, "BL105"),
+    (triangle_of_scores, True, "zeroes scores by the places of query and key.* -> write the mask apart"),
+    (triangle_of_keys_first, False, "zeroes scores by the places of query and key.* -> write the mask apart"),
+    (softmax_over_queries, True, "a sum over the sequence"),
+    (softmax_over_queries, False, "a sum over the sequence"),
     (heads_first, True, "the batch is folded behind another dim"),
     (heads_first, False, "the batch is folded behind another dim"),
 ]

@@ -38,7 +38,19 @@ def program(body: Body, dynamic: bool) -> torch.export.ExportedProgram:
     return export(Net(body), (ids,), dynamic_shapes=shapes)
 
 
+def shifted_in_place(n: Net, ids: Tensor) -> Tensor:
+    """``shift_tokens_right`` of transformers' decoders."""
+    shifted = ids.new_zeros(ids.shape)
+    shifted[:, 1:] = ids[:, :-1].clone()
+    shifted[:, 0] = 2
+    shifted.masked_fill_(shifted == 3, 1)
+    return n.h(n.e(shifted))
+
+
 HOISTED: dict[str, Body] = {
+    "shifted_in_place": shifted_in_place,
+    "shifted_by_cat": lambda n, i: n.h(n.e(torch.cat([i.new_full((i.shape[0], 1), 2), i[:, :-1]], 1))),
+    "shifted_by_pad": lambda n, i: n.h(n.e(i) + n.e(F.pad(i, (1, 0))[:, :-1])),
     "flip": lambda n, i: n.h(n.e(i.flip(1))),
     "cummax": lambda n, i: n.h(n.e(i.cummax(1)[0])),
     "positions_from_mask": lambda n, i: n.h(n.e(i) + n.pe((i > 3).cumsum(1))),
@@ -57,9 +69,71 @@ def test_integer_inputs_that_mix_the_sequence_are_hoisted(name: str, dynamic: bo
     assert bl.verify(ep, lifted).passed
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_hoisted_tokens_are_what_stages_compute_with(dynamic: bool) -> None:
+    """A model whose only tokens are shifted in the graph had no activations, and could not be split."""
+    ep = program(HOISTED["shifted_by_cat"], dynamic)
+    staged = bl.partition(bl.context_parallel(bl.lift(ep), size=1), split_points=["h"])
+    assert bl.verify(ep, staged).passed
+    assert "lifted_ids" in staged.stages[0].kwargs and not staged.stages[1].kwargs
+
+
+TOKENS: dict[str, Body] = {
+    "first": lambda n, i: n.h(n.e(i) + n.e(i[:, :1])),
+    "last": lambda n, i: n.h(n.e(i) + n.e(i[:, -1])[:, None]),
+    "last_but_one": lambda n, i: n.h(n.e(i) * (i == i[:, -2:-1])[..., None]),
+    "of_a_mask": lambda n, i: n.h(n.e(i) * (i > 3)[:, 2][:, None, None]),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", TOKENS)
+def test_one_token_of_the_user_is_found_among_the_keys(name: str, dynamic: bool) -> None:
+    """It was refused: each sample has one, and no sequence dim to gather along."""
+    ep = program(TOKENS[name], dynamic)
+    lifted = bl.lift(ep)
+    assert [(item.stream, item.role) for item in lifted.inputs] == [("inputs", "col"), ("slots", "col")]
+    assert not bl.check(lifted)
+    assert bl.verify(ep, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
+
+
+WHOLE: dict[str, Body] = {
+    "cumsum": lambda n, i: n.h(n.e(i) + n.pe.weight[: i.shape[1]].cumsum(0)),
+    "centred": lambda n, i: n.h(
+        n.e(i) + F.normalize(n.pe(torch.arange(i.shape[1])).diff(dim=0, prepend=n.h.weight[:1]))
+    ),
+    "resampled": lambda n, i: n.h(
+        n.e(i) + F.interpolate(n.pe.weight.T[None], size=i.shape[1], mode="linear").squeeze(0).T
+    ),
+    "bias_of_keys": lambda n, i: n.h(
+        F.scaled_dot_product_attention(
+            *[n.e(i)[:, None]] * 3,
+            attn_mask=torch.where(
+                torch.ones(i.shape[1], i.shape[1], dtype=torch.bool).tril(),
+                n.pe.weight[: i.shape[1], 0].cumsum(0),
+                -1e9,
+            ),
+        )[:, 0]
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", WHOLE)
+def test_rows_made_of_rows_of_a_parameter_stay_whole(name: str, dynamic: bool) -> None:
+    """They were refused: no input can carry a gradient. In natural order in the stage, their gradient flows."""
+    ep = program(WHOLE[name], dynamic)
+    lifted = bl.lift(ep)
+    assert [read.form for read in lifted.report.reads] == ["natural"]
+    assert bl.verify(ep, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
+    if name != "bias_of_keys":
+        assert not bl.check(lifted)
+
+
 REFUSED: dict[str, tuple[Body, str]] = {
-    "first_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, :1])), "mixes the sequence"),
-    "last_token": (lambda n, i: n.h(n.e(i) + n.e(i[:, -1])[:, None]), "mixes the sequence"),
+    "first_tokens": (lambda n, i: n.h(n.e(i) + n.e(i[:, :2]).sum(1, keepdim=True)), "mixes the sequence"),
+    "a_part_alone": (lambda n, i: n.h(n.e(i[:, 1:])), "mixes the sequence"),
+    "one_token_more": (lambda n, i: n.h(n.e(F.pad(i, (1, 0)))), "mixes the sequence"),
     "argmax_of_ids": (lambda n, i: n.h(n.e(i) + n.pe(i.argmax(1))[:, None]), "mixes the sequence"),
     "attention_over_the_batch": (
         lambda n, i: n.h(F.scaled_dot_product_attention(*[n.e(i).transpose(0, 1)] * 3).transpose(0, 1)),
@@ -95,6 +169,17 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "dropout_on_positions": (
         lambda n, i: n.h(n.e(i) + F.dropout(n.pe(torch.arange(i.shape[1])), 0.1, True)),
         "draws random numbers",
+    ),
+    "noise_of_each_token": (lambda n, i: n.h(n.e(i) + torch.randn_like(n.e(i))), "random numbers for the tokens"),
+    "noise_written_in_place": (
+        lambda n, i: n.h(n.e(i) * torch.empty_like(n.e(i)).uniform_(0.9, 1.1)),
+        "random numbers for the tokens",
+    ),
+    "gumbel_softmax": (lambda n, i: n.h(F.gumbel_softmax(n.e(i), dim=-1)), "random numbers for the tokens"),
+    "noise_around_data": (lambda n, i: n.h(torch.normal(n.e(i), 1.0)), "random numbers for the tokens"),
+    "dropped_samples": (
+        lambda n, i: n.h(n.e(i) * (torch.rand(i.shape[0], 1, 1) < 0.5)),
+        "random numbers for the tokens",
     ),
     "returned_running_count": (lambda n, i: (n.h(n.e(i)), (i > 3).cumsum(1)), "it is returned"),
 }
@@ -165,7 +250,7 @@ def test_dropout_and_low_precision_verify() -> None:
         ),
         True,
     )
-    assert any(read.refusal for read in bl.scan(relative).reads)
+    assert bl.verify(relative, bl.context_parallel(bl.lift(relative), size=2)).passed
 
 
 @pytest.mark.parametrize(

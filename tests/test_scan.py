@@ -371,7 +371,7 @@ REFUSED: dict[str, tuple[Read, str]] = {
         "aten.batch_norm.default is not known",
     ),
     "softmax": (lambda n, x, t: x.softmax(1), "a softmax along the sequence"),
-    "softmax_of_queries": (lambda n, x, t: (x @ x.mT).softmax(-2) @ x, "a softmax along the sequence"),
+    "softmax_of_queries": (lambda n, x, t: (x @ x.mT).softmax(-2) @ x, "a sum over the sequence"),
     "token_shift": (lambda n, x, t: F.pad(x, (0, 0, 1, -1)), "aten.pad may move elements"),
     "running_mean": (_running_mean, "a sum over the sequence"),
     "mixing_matrix": (lambda n, x, t: n.bias2d[: x.shape[1], : x.shape[1]] @ x, "a sum over the sequence"),

@@ -14,6 +14,7 @@ from buffer_lifting.axis_rules.core import (
     rule,
     where_it_varies,
 )
+from buffer_lifting.axis_rules.key_major import keys_where_normalised
 from buffer_lifting.labels import (
     BATCH,
     COL,
@@ -86,12 +87,13 @@ def _matmul(view: OpView) -> AxisResult:
     batch = batch_dim(out)
     for path, own in operands.items():
         operands[path] = Alignment(own.labels, None if batch is None else len(out) - batch)
-    if added:
-        operands["self"] = align(out, view.shape("self") or ())
     if left is None or right is None:
         unknown = left_path if left is None else right_path
         operands[unknown] = _operand_of_matmul(view, unknown, left_path, lhs, rhs, out)
-    return AxisResult((out,), operands, mixing, handled)
+    turned = out if left is None or right is None else keys_where_normalised(out, view.softmax_dim())
+    if added:
+        operands["self"] = align(turned, view.shape("self") or ())
+    return AxisResult((turned,), operands, mixing, handled)
 
 
 def _operand_of_matmul(view: OpView, path: str, left_path: str, lhs: Labels, rhs: Labels, out: Labels) -> Alignment:
@@ -141,6 +143,7 @@ def _einsum(view: OpView) -> AxisResult:
         if has_seq(dim) and any({(f.axis, f.role) for f in dim} & {(f.axis, f.role) for f in old} for old in out):
             dim = with_role(dim, COL)
         out.append(dim)
+    turned = keys_where_normalised(tuple(out), view.softmax_dim())
     mixing, handled = "", False
     for letter, dim in by_letter.items():
         if letter not in target and has_seq(dim):
@@ -155,7 +158,7 @@ def _einsum(view: OpView) -> AxisResult:
         # a value of positions has no batch dim of its own: lifting puts one in front, and into the equation
         front = len(labels) + 1 if batch_dim(labels) is None else len(labels) - (batch_dim(labels) or 0)
         operands[path] = Alignment(of_data or labels, None if of_data else front)
-    return AxisResult((tuple(out),), operands, mixing, handled)
+    return AxisResult((turned,), operands, mixing, handled)
 
 
 #: Of ``scale_grad_by_freq``: a rank has a part of the tokens, and a microbatch a part of the batch.
@@ -204,6 +207,23 @@ def _softmax(view: OpView) -> AxisResult:
     if is_labelled(dim):
         return AxisResult((labels,), mixing="a softmax along the batch")
     return AxisResult((labels,))
+
+
+@rule("tril", "triu")
+def _triangle(view: OpView) -> AxisResult:
+    """Features alone pass; a triangle of scores is a mask by place, of which the op has no operand to lift."""
+    labels = view.labels("self")
+    if labels is None or len(labels) < 2:
+        return AxisResult(None)
+    if not any(is_labelled(dim) for dim in labels[-2:]):
+        return AxisResult((labels,))
+    op = view.node.base_op
+    if {f.role for dim in labels[-2:] for f in dim if f.is_seq} == {ROW, COL}:
+        why = f"{op} zeroes scores by the places of query and key"
+        name = op.removeprefix("aten.")
+        hint = f"write the mask apart: scores.masked_fill(~torch.ones(S, S, dtype=torch.bool).{name}(k), 0)"
+        return AxisResult((labels,), mixing=why, hint=hint)
+    return AxisResult((labels,), mixing=f"{op} zeroes elements by their place in the sequence or batch")
 
 
 _OVER_SEQUENCE = "a reduction over the sequence"

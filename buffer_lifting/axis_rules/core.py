@@ -65,15 +65,22 @@ class OpView:
         lengths: Mapping[str, Size] | None = None,
         data: Callable[[str], bool] = lambda name: True,
         varies: Callable[[str], tuple[bool, ...]] | None = None,
+        softmaxes: Mapping[str, int] | None = None,
     ) -> None:
         """``positional``: the labels of a value without user contents, as far as its sizes tell.
 
         ``varies``: for each dim of a value whether two elements along it can differ (default: they can).
+        ``softmaxes``: the dim of each product that a softmax runs over further down, as far as that is known.
         """
+        self._softmaxes = softmaxes or {}
         self._data, self._varies = data, varies
         self.record, self.node, self.known, self._positional = record, node, known, positional
         self._lengths = lengths or {}
         self._tensors: list[tuple[str, tuple[Size, ...]]] | None = None
+
+    def softmax_dim(self) -> int | None:
+        """The dim of the result that a softmax runs over further down."""
+        return self._softmaxes.get(self.node.name)
 
     def length(self, axis: str) -> Size | None:
         """The length of a sequence axis."""
@@ -317,7 +324,7 @@ def _read_by_keys(view: OpView, known: list[Labels]) -> list[Labels]:
     result = []
     for labels in known:
         dims = list(labels)
-        for offset in range(1, min(len(labels), len(square)) + 1):
+        for offset in range(1, 0 if _is_square(labels) else min(len(labels), len(square)) + 1):
             mine, other = labels[-offset], square[-offset]
             if mine and other and mine == with_role(other, ROW) and has_seq(other) and mine != other:
                 dims[-offset] = other

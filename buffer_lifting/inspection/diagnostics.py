@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from buffer_lifting.errors import AxesError
 from buffer_lifting.graph.record import GraphRecord, Location
 from buffer_lifting.inspection.rules import Severity, check_prefixes, is_enabled, rule
-from buffer_lifting.program import Axes, Finding, PositionRead, ScanReport, SequenceMixing
+from buffer_lifting.program import Axes, Finding, LiftedInput, PositionRead, ScanReport, SequenceMixing
 from buffer_lifting.render import what_is_read
 
 if TYPE_CHECKING:
@@ -186,7 +186,19 @@ def _rescanned(lifted: LiftedProgram) -> tuple[Diagnostic, ...]:
     from buffer_lifting.passes.normalize import normalize
 
     graph = normalize(lifted.program, read_only=True).graph
-    return check_record(build_record(lifted.program, graph), lifted_axes(lifted))
+    found = check_record(build_record(lifted.program, graph), lifted_axes(lifted))
+    return tuple(item for item in found if not gathers_natural(item, lifted.report, lifted.inputs))
+
+
+def gathers_natural(item: Diagnostic, report: ScanReport, inputs: Sequence[LiftedInput]) -> bool:
+    """Whether a finding of a lifted graph is of what lifting itself gathers from a value in natural order."""
+    natural = {read.source for read in report.reads if read.form == "natural"}
+    own = natural | {lifted.name for lifted in inputs} if natural else natural
+    return item.code in ("BL005", "BL105") and item.source in own and item.node not in _refused(report)
+
+
+def _refused(report: ScanReport) -> set[str]:
+    return {read.node for read in report.reads if read.refusal}
 
 
 def read_message(read: PositionRead) -> tuple[str, str]:

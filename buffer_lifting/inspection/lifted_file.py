@@ -15,7 +15,7 @@ from buffer_lifting.graph.archive import read_archive
 from buffer_lifting.graph.archive_schema import MAX_JSON, SchemaError, as_count, as_dict, load_json
 from buffer_lifting.graph.archive_zip import ZipArchive
 from buffer_lifting.graph.record import Arg, GraphRecord, NodeKind, Ref
-from buffer_lifting.inspection.diagnostics import Diagnostic, check_record, or_misplaced
+from buffer_lifting.inspection.diagnostics import Diagnostic, check_record, gathers_natural, or_misplaced
 from buffer_lifting.inspection.lifted_checks import PlainNode, shape_of_graph
 from buffer_lifting.inspection.saved_records import axes_of, input_axes_of, inputs_of, report_of
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
@@ -66,7 +66,12 @@ def lifted_findings(file: LiftedFile) -> tuple[Diagnostic, ...]:
     """The findings of a saved lifted program."""
     saved = file.saved
     shape = shape_of_graph(file.nodes(), saved.inputs, saved.report, saved.input_axes, saved.axes)
-    return or_misplaced(lambda: check_record(file.record, axes_argument(saved.input_axes, saved.inputs)), shape)
+
+    def rescanned() -> tuple[Diagnostic, ...]:
+        found = check_record(file.record, axes_argument(saved.input_axes, saved.inputs))
+        return tuple(item for item in found if not gathers_natural(item, saved.report, saved.inputs))
+
+    return or_misplaced(rescanned, shape)
 
 
 def read_lifted(path: Path) -> SavedLifted:

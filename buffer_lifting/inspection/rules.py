@@ -151,10 +151,10 @@ _ALL = (
         "BL006",
         "natural-order-value",
         "warning",
-        "a sequence x sequence value is read by position, and can only be lifted in natural order",
-        "Its chain cannot be rebuilt from lifted inputs. Lifting keeps the whole [S, S] value in the stage and\n"
-        "gathers it along both axes: correct, and S*S memory. A value computed from a difference of positions\n"
-        "by local ops is lifted without that.",
+        "a value is read by position that can only be lifted in natural order",
+        "Its chain cannot be rebuilt from lifted inputs. Lifting keeps the whole value in the stage and gathers it\n"
+        "along its axes: correct, and memory for [S, S], or for all S rows that are made of rows of a parameter (a\n"
+        "cumsum). A value computed from a difference of positions by local ops is lifted without that.",
         "def forward(self, x):\n"
         "    bias = self.bias[: x.shape[1], : x.shape[1]].cumsum(0)\n    return (x @ x.mT + bias).softmax(-1) @ x",
         "def forward(self, x, positions):\n"

@@ -17,6 +17,7 @@ from buffer_lifting.graph.sizes import Size, atoms, symbols
 from buffer_lifting.labels import BATCH, COL, DimLabel, Factor, Labels, has_seq, is_labelled
 from buffer_lifting.ops import FILLS, ORDER_FREE, is_mutating, is_pointwise
 from buffer_lifting.plan import AxisSize, Call, Context, Existing, Plan, Reapply, Refuse, Value
+from buffer_lifting.stream_rule import joined
 
 if TYPE_CHECKING:
     from buffer_lifting.planner import Planner
@@ -127,6 +128,7 @@ def widened(value: Value, rank: int, anchor: str) -> Plan:
 
 def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     rank = len(labels)
+    biases = joined(planner, node, labels, context)
     operands: list[tuple[str, Value]] = []
     numbers: list[tuple[str, object]] = []
     for path, name in node.named_refs():
@@ -140,7 +142,8 @@ def _pointwise(planner: Planner, node: Node, labels: Labels, context: Context) -
         own = tuple(
             () if size == 1 else dim for size, dim in zip(meta.shape, labels[rank - len(meta.shape) :], strict=True)
         )
-        operands.append((path, planner.rebuild(name, own, context)))
+        along = replace(context, stream="positions") if path in biases else context
+        operands.append((path, planner.rebuild(name, own, along)))
     same = None if numbers else unchanged(node, *(value for _, value in operands))
     if same:
         return same

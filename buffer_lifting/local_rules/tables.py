@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules.compute import BY_FREQUENCY, NO_FREQUENCY
+from buffer_lifting.dataflow import Dep
 from buffer_lifting.gathering import gather, gather_lane, operand_of, under_spread
 from buffer_lifting.graph.record import Node, Ref
-from buffer_lifting.labels import COL, ROW, Labels, is_labelled
-from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, unchanged, widened
+from buffer_lifting.labels import COL, ROW, Factor, Labels, has_seq, is_labelled
+from buffer_lifting.local_rules.core import axis_size, dim_size, has_batch_or_seq, local_rule, unchanged, widened
 from buffer_lifting.plan import Call, Context, Existing, Plan, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -145,12 +147,50 @@ def _gather(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     return Value(Call("aten.gather.default", (plan, dim + 1, value.plan), node.name), True, len(labels))
 
 
+def token_at(planner: Planner, node: Node, labels: Labels, dim: int, place: object, context: Context) -> Value | None:
+    """What a user's input holds at one slot of the whole sequence (the first token, the last one), by sample.
+
+    ``labels`` are those of the operand, in which dim ``dim`` has one element, ``place`` is its index. It is found among
+    the keys, which every rank has. ``None`` where the dim is no sequence, or the value is not one of the user.
+    """
+    source, shape = operand_of(planner, node)
+    axis = planner.keys_axis(shape[dim])
+    of_user = Dep.USER in planner.deps[source.name] and not any(has_seq(label) for label in labels)
+    assert source.tensor is not None
+    exact = source.tensor.is_floating or source.tensor.dtype in ("int64", "bool")  # a sum keeps these dtypes
+    if axis is None or not isinstance(place, int) or not of_user or not exact:
+        return None
+    keys = Factor(axis, COL, shape[dim])
+    mark, own = len(planner.trail), (*labels[:dim], (keys,), *labels[dim + 1 :])
+    try:
+        value = planner.rebuild(source.name, own, replace(context, stream="slots"))
+    except Refuse:  # features that are as many as the sequence is long
+        del planner.trail[mark:]
+        return None
+    if not value.lane:
+        return None
+    slots: Plan = planner.iota(keys, Context("slots", "positions"))
+    if place < 0:
+        slots = Call("aten.sub.Tensor", (slots, axis_size(keys)), node.name)
+    here: Plan = Call("aten.eq.Scalar", (slots, place), node.name)
+    for _ in range(dim):
+        here = Call("aten.unsqueeze.default", (here, 1), node.name)
+    for _ in range(len(labels) - dim - 1):
+        here = Call("aten.unsqueeze.default", (here, -1), node.name)
+    if source.tensor.dtype == "bool":
+        here = Call("aten.logical_and.default", (value.plan, here), node.name)
+        return Value(Call("aten.any.dims", (here, (dim + 1,), True), node.name), True, len(labels))
+    alone = Call("aten.where.ScalarOther", (here, value.plan, 0), node.name)  # a sum of one element is exact
+    return Value(Call("aten.sum.dim_IntList", (alone, (dim + 1,), True), node.name), True, len(labels))
+
+
 @local_rule("tril", "triu")
 def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     source, _ = operand_of(planner, node)
     diagonal = node.args.get("diagonal", 0)
     row, col = labels[-2], labels[-1]
-    if len(row) != 1 or len(col) != 1 or row[0].role != ROW or col[0].role != COL or not isinstance(diagonal, int):
+    roles = {(dim[0].axis, dim[0].role) for dim in (row, col) if len(dim) == 1}  # the keys may come first
+    if roles != {(row[0].axis, ROW), (row[0].axis, COL)} or not isinstance(diagonal, int):
         raise Refuse("a triangle whose rows and columns are not queries and keys", node.name)
     value = planner.rebuild(source.name, labels, context)
     rows = Call("aten.unsqueeze.default", (planner.iota(row[0], context), 2), node.name)

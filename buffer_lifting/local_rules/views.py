@@ -10,6 +10,7 @@ from buffer_lifting.graph.record import Node, Ref, TensorMeta
 from buffer_lifting.graph.sizes import Size, product
 from buffer_lifting.labels import BATCH, DimLabel, Factor, Labels, has_seq, is_labelled, regroup
 from buffer_lifting.local_rules.core import dim_size, has_batch_or_seq, local_rule, part_of_whole, spread, unchanged
+from buffer_lifting.local_rules.tables import token_at
 from buffer_lifting.plan import AxisSize, Call, Context, Existing, Reapply, Refuse, Value
 
 if TYPE_CHECKING:
@@ -196,6 +197,9 @@ def _select(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     whole = part_of_whole(planner, node, source, shape[dim], labels, index >= 0)
     if whole is not None:
         return whole
+    token = token_at(planner, node, (*labels[:dim], (), *labels[dim:]), dim, index, context)
+    if token is not None:
+        return Value(Call("aten.select.int", (token.plan, dim + 1, 0), node.name), True, len(labels))
     value = planner.rebuild(source.name, (*labels[:dim], (), *labels[dim:]), context, picked=dim)
     return unchanged(node, value) or Value(
         Call("aten.select.int", (value.plan, dim + value.lane, index), node.name), value.lane, len(labels)
@@ -221,8 +225,11 @@ def _slice(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
         whole = part_of_whole(planner, node, source, shape[dim], labels, front)
         if whole is not None:
             return whole
-        value = planner.rebuild(source.name, labels, context, picked=dim)
         bounds = tuple(node.args.get(key) for key in ("start", "end", "step"))
+        token = token_at(planner, node, labels, dim, bounds[0] or 0, context) if node.tensor.shape[dim] == 1 else None
+        if token is not None:
+            return token
+        value = planner.rebuild(source.name, labels, context, picked=dim)
         return unchanged(node, value) or Value(
             Call("aten.slice.Tensor", (value.plan, dim + value.lane, *bounds), node.name),
             value.lane,

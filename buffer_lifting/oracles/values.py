@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Graph, Node
 
+from buffer_lifting.feed_graph import above
+from buffer_lifting.graph.copies import copy_node
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.labels import BATCH, COL, Labels, has_batch
 from buffer_lifting.lifted import LiftedProgram
@@ -21,7 +26,7 @@ from buffer_lifting.plan import FrontierEdge, LiftPlan
 from buffer_lifting.program import Check, PositionRead
 from buffer_lifting.scanner import scan_record
 from buffer_lifting.sharding import shard_inputs
-from buffer_lifting.torch_compat import schema_args
+from buffer_lifting.torch_compat import schema_args, set_arguments
 
 
 class Arrangement:
@@ -111,6 +116,7 @@ class _Values:
         self.plan, self.original, self.changed, self.lifted = plan, original, changed, lifted
         self.nodes = {node.name: node for node in changed.graph.nodes}
         self._original: dict[Any, dict[str, Any]] = {}
+        self._biased = with_biases(original.graph, plan.biases) if plan.biases else original.graph
         self._changed: dict[Any, dict[str, Any]] = {}
 
     def edge(self, edge: FrontierEdge, case: Case, arrangement: Arrangement) -> tuple[float, str] | None:
@@ -204,11 +210,31 @@ class _Values:
             self._original[key] = result
         return result[name]
 
+    def _with_biases(
+        self, name: str, case: Case, iotas: dict[str, torch.Tensor], arrangement: Arrangement, sample: int
+    ) -> Any:
+        """A value of one sample in natural order; what follows the positions in it is that of their position ids."""
+        nodes = {node.name: node for node in self.original.graph.nodes}
+        values = {**self.original.state, **case.named, **iotas}
+        needed = {node.name for node in above({node.name: node for node in self._biased.nodes}, {name}, values)}
+        for (node, path), labels in self.plan.biases.items():
+            if node not in needed:
+                continue
+            bias = self._natural(_operand(nodes[node], path).name, case)
+            for dim, factors in enumerate(labels):
+                axis = next((f.axis for f in factors if f.is_seq), "")
+                if axis in arrangement.positions and len(factors) == 1 and bias.shape[dim] == case.lengths[axis]:
+                    bias = bias.index_select(dim, arrangement.positions[axis][sample])
+            values[bias_name(node, path)] = bias
+        return evaluate(self._biased, values, {name})[name]
+
     def _expected(self, edge: FrontierEdge, case: Case, arrangement: Arrangement) -> torch.Tensor:
         """The original's value, gathered: ``[batch, *dims]`` with folded dims unfolded and no batch dim of its own."""
         programs = {self.plan.outputs[key].program for key in edge.keys}
         along = {factor.role for dim in edge.labels for factor in dim if factor.is_seq}
         streams = {key.stream for key in edge.keys if key.role in along}  # keys read for their number have none
+        if edge.stream == "positions" and len(streams) > 1:
+            streams.discard("slots")
         samples = []
         for sample in range(case.batch):
             iotas = None
@@ -218,6 +244,8 @@ class _Values:
                     name: arrangement.positions[axis][sample] for name, axis in known if axis in arrangement.positions
                 }
             value = self._natural(edge.value, case, iotas)
+            if arrangement.positions and "positions" in streams and streams != {"positions"}:
+                value = self._with_biases(edge.value, case, iotas or {}, arrangement, sample)
             value, roles = _unfold_own(value, edge.labels, case, sample)
             for dim, (axis, role) in enumerate(roles):
                 if axis:
@@ -256,6 +284,24 @@ class _Values:
                 where = len(shape)
             shape.extend(_factor_sizes(label, length, size, case.batch))
         return value.reshape(shape).movedim(where, 0)
+
+
+def bias_name(node: str, path: str) -> str:
+    """The placeholder that stands for an operand in :func:`with_biases`."""
+    return f"bias_{node}_{path.replace('.', '_')}"
+
+
+def with_biases(graph: Graph, biases: Collection[tuple[str, str]]) -> Graph:
+    """A copy of a graph in which operands (node, path) are placeholders of their own."""
+    new, env = Graph(), dict[Node, Node]()
+    stand_ins: dict[str, dict[str, Node]] = defaultdict(dict)
+    for name, path in biases:
+        stand_ins[name][path] = new.placeholder(bias_name(name, path))
+    for node in graph.nodes:
+        env[node] = copy_node(new, node, lambda n: env[n])
+        if node.name in stand_ins:
+            set_arguments(env[node], stand_ins[node.name])
+    return new
 
 
 def _one_head(value: torch.Tensor, at: int, batch: int) -> torch.Tensor:
