@@ -20,7 +20,7 @@ from buffer_lifting.collecting import uncollected
 from buffer_lifting.cost import example_sizes, tensor_bytes
 from buffer_lifting.cost_model import CostWeights, balanced_cuts
 from buffer_lifting.cuts import cuts_at
-from buffer_lifting.dataflow import Dep, analyse
+from buffer_lifting.dataflow import activations_of
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.record import GraphRecord, NodeKind, Ref, StateKind, TensorMeta
@@ -86,7 +86,7 @@ def partition(
         names = ", ".join(sorted(program.graph_signature.buffers_to_mutate.values()))
         raise PartitionError(f"the program writes to the buffers {names}; export the model without its cache")
     normalized = normalize(program, read_only=True)
-    record = build_record(program, normalized.graph)
+    record = build_record(program, normalized.graph, recorded=lifted._recorded)
     written = sorted(node.fqn for node in record.nodes.values() if node.mutated)
     if written:
         raise PartitionError(
@@ -102,11 +102,11 @@ def partition(
     check_names(lifted.input_axes, user)
     labels = label_inputs(record, lifted_axes(lifted))
     positional = frozenset(item.name for item in lifted.inputs)
-    deps = analyse(record, labels.labels, positional)
+    computed = activations_of(record, labels.labels, positional)
     activations = [
         node.name
         for node in record.nodes.values()
-        if node.kind is NodeKind.OP and deps[node.name] & (Dep.DATA | Dep.RANDOM) and node.base_op not in ASSERTIONS
+        if node.kind is NodeKind.OP and node.name in computed and node.base_op not in ASSERTIONS
     ]
     routed = _routed(record, lifted) if num_stages != 1 else frozenset()
     if split_points is not None:
@@ -229,8 +229,10 @@ class _Partition:
     def _check_in_place(self) -> None:
         for name, stage in self.stage_of.items():
             node = self.record.nodes[name]
+            if not is_mutating(node):
+                continue
             target = next((arg.name for arg in node.args.values() if isinstance(arg, Ref)), None)
-            if is_mutating(node) and target in self.stage_of and self.stage_of[target] != stage:
+            if target in self.stage_of and self.stage_of[target] != stage:
                 raise PartitionError(
                     f"node {name!r} ({node.op}) writes in place to {target!r}, which stage "
                     f"{self.stage_of[target]} computes; "
