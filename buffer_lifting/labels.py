@@ -46,7 +46,7 @@ def features(shape: tuple[Size, ...]) -> Labels:
 
 def is_labelled(dim: DimLabel) -> bool:
     """Whether a dim has a batch or sequence factor."""
-    for factor in dim:  # loops: these three are asked of every dim of every value
+    for factor in dim:  # noqa: SIM110
         if factor.axis:
             return True
     return False
@@ -54,7 +54,7 @@ def is_labelled(dim: DimLabel) -> bool:
 
 def has_seq(dim: DimLabel) -> bool:
     """Whether a dim has a sequence factor."""
-    for factor in dim:
+    for factor in dim:  # noqa: SIM110
         if factor.axis and factor.axis != BATCH:
             return True
     return False
@@ -62,7 +62,7 @@ def has_seq(dim: DimLabel) -> bool:
 
 def has_batch(dim: DimLabel) -> bool:
     """Whether a dim has a batch factor."""
-    for factor in dim:
+    for factor in dim:  # noqa: SIM110
         if factor.axis == BATCH:
             return True
     return False

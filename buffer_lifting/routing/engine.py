@@ -229,7 +229,7 @@ class Routing:
 
     def _confined(self, name: str) -> bool:
         facts = self.facts.get(name)
-        return bool(facts) and any([isinstance(fact, _CONFINED) for fact in facts.values()])
+        return facts is not None and any([isinstance(fact, _CONFINED) for fact in facts.values()])
 
     def _confine(self, node: Node, result: AxisResult | None) -> AxisResult | None:
         if (
