@@ -7,6 +7,7 @@ was edited in between is analysed anew.
 from __future__ import annotations
 
 import copy
+import operator
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -29,21 +30,20 @@ class _Snapshot:
         self.options = copy.deepcopy((axes, form))
         self.states: StateTable | None = StateTable(program)
         self.plain = (repr(program.range_constraints), repr(program.graph_signature), self.states.summary())
-        self.objects: list[Any] = []
+        self.objects = objects = list[Any]()
         for module in program.graph_module.modules():
             if isinstance(module, GraphModule):
                 for node in module.graph.nodes:
-                    meta = node.meta
-                    stack, trace = meta.get("nn_module_stack"), meta.get("stack_trace")
-                    self.objects += (
+                    of_meta = node.meta.get
+                    objects += (
                         node,
                         node.name,
                         node.target,
                         node.args,
                         node.kwargs,
-                        meta.get("val"),
-                        stack,
-                        trace,
+                        of_meta("val"),
+                        of_meta("nn_module_stack"),
+                        of_meta("stack_trace"),
                     )
         self.objects.append(program.example_inputs)
         self.objects += [*program.state_dict.values(), *program.constants.values()]
@@ -53,7 +53,7 @@ class _Snapshot:
             self.options == other.options
             and self.plain == other.plain
             and len(self.objects) == len(other.objects)
-            and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+            and all(map(operator.is_, self.objects, other.objects))
         )
 
 

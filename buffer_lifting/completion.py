@@ -29,7 +29,7 @@ class Completion:
             by_symbol = None
             merged = []
             for index, (dim, size) in enumerate(zip(labels, meta.shape, strict=False)):
-                if isinstance(size, Expr) and atoms(size) & self.seq_atoms and not has_seq(dim):
+                if type(size) is Expr and not has_seq(dim) and not self.seq_atoms.isdisjoint(atoms(size)):
                     by_symbol = by_symbol or self.by_symbol(meta.shape)
                     dim = by_symbol[index]
                 merged.append(dim)

@@ -106,3 +106,24 @@ def shape_of(meta: TensorMeta, hints: dict[str, int]) -> tuple[int, ...]:
 def tensor_bytes(meta: TensorMeta, hints: dict[str, int]) -> int:
     """Bytes of a tensor at example sizes."""
     return prod(shape_of(meta, hints)) * ITEM_BYTES.get(meta.dtype, 1)
+
+
+class Bytes:
+    """:func:`tensor_bytes` of many tensors, which have few symbolic sizes between them."""
+
+    def __init__(self, hints: dict[str, int]) -> None:
+        self.hints = hints
+        self._known: dict[int, tuple[int, Size]] = {}  # by identity, of sizes that are kept
+
+    def of(self, meta: TensorMeta) -> int:
+        """Bytes of a tensor at example sizes."""
+        total = ITEM_BYTES.get(meta.dtype, 1)
+        for size in meta.shape:
+            if type(size) is int:
+                total *= size
+                continue
+            known = self._known.get(id(size))
+            if known is None:
+                known = self._known[id(size)] = (evaluate(size, self.hints), size)
+            total *= known[0]
+        return total

@@ -17,7 +17,7 @@ from math import isfinite
 from torch.fx import Node as FxNode
 
 from buffer_lifting.balance import balance, balance_ranks
-from buffer_lifting.cost import example_sizes, tensor_bytes
+from buffer_lifting.cost import Bytes, example_sizes
 from buffer_lifting.cuts import Layer, layers_of
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.flops import FlopCounter
@@ -153,7 +153,7 @@ def segments(
 ) -> list[Segment]:
     """The segments that begin at ``starts``; those from the activation ``head`` on come after the last layer."""
     hints = example_sizes(record)
-    counter = FlopCounter(hints)
+    counter, in_bytes = FlopCounter(hints), Bytes(hints)
     parameters = _parameters_read(record, activations)
     found = []
     for (start, end), sent in zip(pairwise([*starts, len(activations)]), crossing, strict=True):
@@ -161,7 +161,7 @@ def segments(
         for name in activations[start:end]:
             for state, looked_up in parameters.get(name, ()):
                 held[state] = held.get(state, True) and looked_up
-        sizes = {state: tensor_bytes(meta, hints) for state in held if (meta := record.nodes[state].tensor)}
+        sizes = {state: in_bytes.of(meta) for state in held if (meta := record.nodes[state].tensor)}
         tables = sum(size for state, size in sizes.items() if held[state])
         work = counter.nodes(nodes[name] for name in activations[start:end])
         whole = sum(sizes.values())
@@ -204,14 +204,14 @@ def crossing_bytes(record: GraphRecord, activations: Sequence[str], routed: froz
     Not possible is a cut that a value without a tensor form would cross (several tensors, a number), one inside the
     routing of tokens to experts, and one between a storage and a write to it.
     """
-    hints = example_sizes(record)
+    sizes = Bytes(example_sizes(record))
     place = {name: index for index, name in enumerate(activations)}
     until = _last_reads(record, place)
     sent, blocked = [0] * (len(activations) + 1), [0] * (len(activations) + 1)
     for name, start in place.items():
         node, end = record.nodes[name], until.get(name, 0)
         if end > start:
-            size = tensor_bytes(node.meta, hints) if isinstance(node.meta, TensorMeta) else 0
+            size = sizes.of(node.meta) if isinstance(node.meta, TensorMeta) else 0
             sent[start + 1] += size
             if not isinstance(node.meta, TensorMeta) or name in routed:
                 blocked[start + 1] += 1
@@ -249,7 +249,9 @@ def _last_reads(record: GraphRecord, place: Mapping[str, int]) -> dict[str, int]
 def _writes(record: GraphRecord, place: Mapping[str, int]) -> list[tuple[int, int]]:
     """For each write in place where the storage that it writes to is made, and where the write is."""
     base: dict[str, str] = {}
-    found = []
+    found: list[tuple[int, int]] = []
+    if not any(is_mutating(record.nodes[name]) for name in place):
+        return found
     for name, index in place.items():
         node: Node = record.nodes[name]
         first = next((arg.name for arg in node.args.values() if isinstance(arg, Ref)), None)

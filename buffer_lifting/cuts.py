@@ -14,9 +14,12 @@ from buffer_lifting.graph.record import GraphRecord
 def module_spans(record: GraphRecord, activations: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Module FQN -> index of the first activation that was traced in it, and the index behind the last one."""
     spans: dict[str, tuple[int, int]] = {}
+    modules, fqns = None, list[str]()
     for index, name in enumerate(activations):
-        for fqn, _ in record.nodes[name].modules:
-            fqn = fqn.split("@")[0]
+        inside = record.nodes[name].modules
+        if inside is not modules:
+            modules, fqns = inside, [fqn.split("@")[0] for fqn, _ in inside]
+        for fqn in fqns:
             spans[fqn] = (spans[fqn][0] if fqn in spans else index, index + 1)
     return spans
 

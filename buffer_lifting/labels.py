@@ -46,17 +46,26 @@ def features(shape: tuple[Size, ...]) -> Labels:
 
 def is_labelled(dim: DimLabel) -> bool:
     """Whether a dim has a batch or sequence factor."""
-    return any([factor.axis for factor in dim])
+    for factor in dim:  # noqa: SIM110
+        if factor.axis:
+            return True
+    return False
 
 
 def has_seq(dim: DimLabel) -> bool:
     """Whether a dim has a sequence factor."""
-    return any([factor.axis and factor.axis != BATCH for factor in dim])
+    for factor in dim:  # noqa: SIM110
+        if factor.axis and factor.axis != BATCH:
+            return True
+    return False
 
 
 def has_batch(dim: DimLabel) -> bool:
     """Whether a dim has a batch factor."""
-    return any([factor.axis == BATCH for factor in dim])
+    for factor in dim:  # noqa: SIM110
+        if factor.axis == BATCH:
+            return True
+    return False
 
 
 def seq_axes(labels: Labels) -> set[tuple[str, str]]:

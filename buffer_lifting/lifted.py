@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from buffer_lifting.errors import FeedError
 from buffer_lifting.feed import FeedProgram, Lengths, check_lengths
+from buffer_lifting.graph.from_fx import Recorded
 from buffer_lifting.loss_reduction import LossReduction
 from buffer_lifting.program import AxesInfo, InputAxes, LiftedInput, ScanReport
 from buffer_lifting.sharding import shard_inputs
@@ -47,6 +48,8 @@ class LiftedProgram:
     _validated: dict[str, Any] = field(default_factory=dict, repr=False)
     #: The values inside the routing of tokens to experts, as the scan found them; not known for a loaded program.
     _routed: frozenset[str] | None = field(default=None, repr=False)
+    #: What is known of the nodes of ``program`` that the scan has seen; not known for a loaded program.
+    _recorded: Recorded | None = field(default=None, repr=False, compare=False)
 
     @property
     def axes(self) -> AxesInfo:

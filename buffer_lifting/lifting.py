@@ -16,6 +16,7 @@ from buffer_lifting.collecting import uncollected
 from buffer_lifting.errors import AxesError, FeedError, UnsupportedReadError
 from buffer_lifting.feed import FeedProgram
 from buffer_lifting.feed_graph import extract
+from buffer_lifting.graph.from_fx import Recorded
 from buffer_lifting.graph.record import GraphRecord, NodeKind
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.assemble import assemble
@@ -80,6 +81,7 @@ def lift(
     program = as_program(program)
     normalized, record, plan = analyse_program(program, axes, form, read_only=False)
     check_report(plan.report, strict)
+    recorded = None if record.renamed or plan.shifts else Recorded(normalized.graph, record)
     undo_shifts_in(normalized.graph, plan.shifts)
     feed = feed_program(program, normalized, record, plan, axes)
     state = LiftState(normalized.graph, plan, normalized.submodules)
@@ -93,7 +95,7 @@ def lift(
         way = "make it alike for all samples in the model, or give it as an input"
         raise UnsupportedReadError(f"BL105 {error}{where} -> {way}") from error
     lifted = assemble(program, normalized.graph, normalized.submodules, tuple(i.name for i in lifted_inputs), examples)
-    return LiftedProgram(lifted, lifted_inputs, plan.report, feed, _routed=plan.routed)
+    return LiftedProgram(lifted, lifted_inputs, plan.report, feed, _routed=plan.routed, _recorded=recorded)
 
 
 def check_report(report: ScanReport, strict: bool) -> None:

@@ -3,6 +3,8 @@ what it does not (no tag says that ``aten.to`` is elementwise)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from buffer_lifting.graph.record import Node
 from buffer_lifting.ops_table import MUTATING, POINTWISE, RANDOM, VIEWS
 
@@ -138,39 +140,51 @@ ASSERTIONS = frozenset(
 )
 
 
+_ELEMENTWISE = frozenset(POINTWISE) | _ELEMENTWISE_UNTAGGED
+_LOOKS = frozenset(VIEWS) | {"aten.clone", "aten.to", "aten._to_copy", "aten.detach_"}
+_WRITES = frozenset(MUTATING) - {"aten.detach_"}
+_DROPOUT = ("aten.dropout", "aten.feature_dropout")
+_DRAWS = frozenset([*RANDOM, *_DROPOUT, *ATTENTIONS, *_RECURRENT])
+_NOT_ALL_CONTENTS = _SHAPE_ONLY | frozenset(_LIKE_OTHER) | {"aten.type_as", "aten.to"}
+
+
 def is_pointwise(node: Node) -> bool:
     """Whether each output element depends on the elements of the operands at the same (broadcast) index only."""
-    if node.op.startswith("sym."):
-        return False
-    return node.base_op in POINTWISE or node.base_op in _ELEMENTWISE_UNTAGGED
+    return node.base_op in _ELEMENTWISE and not node.op.startswith("sym.")
 
 
 def is_view(node: Node) -> bool:
     """Whether the op only looks at the same storage in another way (or copies it unchanged: reshape, clone)."""
-    return node.base_op in VIEWS or node.base_op in ("aten.clone", "aten.to", "aten._to_copy", "aten.detach_")
+    return node.base_op in _LOOKS
 
 
 def is_mutating(node: Node) -> bool:
     """Whether the op writes to an operand. ``detach_`` (of ``torch.tensor([...])`` in a forward) writes no element."""
-    return node.base_op in MUTATING and node.base_op != "aten.detach_"
+    return node.base_op in _WRITES
 
 
 def is_random(node: Node) -> bool:
     """Whether the op draws random numbers; dropout with probability 0 or outside training draws none."""
-    if node.base_op in ("aten.dropout", "aten.feature_dropout"):
+    base = node.base_op
+    if base not in _DRAWS:
+        return False
+    if base in _DROPOUT:
         return bool(node.args.get("p")) and bool(node.args.get("train"))
-    if node.base_op in ATTENTIONS:
+    if base in ATTENTIONS:
         return bool(node.args.get("dropout_p"))
-    if node.base_op in _RECURRENT:
+    if base in _RECURRENT:
         return bool(node.args.get("dropout")) and bool(node.args.get("train"))
-    return node.base_op in RANDOM
+    return True
 
 
-def content_operands(node: Node) -> list[str]:
+def content_operands(node: Node) -> Sequence[str]:
     """The operands whose *contents* the result depends on (not only their shape, dtype or device)."""
-    if node.base_op in _SHAPE_ONLY:
+    base = node.base_op
+    if base not in _NOT_ALL_CONTENTS:
+        return node.refs()
+    if base in _SHAPE_ONLY:
         return [name for key, name in node.named_refs() if key == "fill_value"]
-    if node.op in ("aten.type_as.default", "aten.to.other") or node.base_op in _LIKE_OTHER:
+    if node.op in ("aten.type_as.default", "aten.to.other") or base in _LIKE_OTHER:
         return [name for key, name in node.named_refs() if key == "self"]
     return node.refs()
 

@@ -20,7 +20,7 @@ from buffer_lifting.collecting import uncollected
 from buffer_lifting.cost import example_sizes, tensor_bytes
 from buffer_lifting.cost_model import CostWeights, balanced_cuts
 from buffer_lifting.cuts import cuts_at
-from buffer_lifting.dataflow import Dep, analyse
+from buffer_lifting.dataflow import activations_of
 from buffer_lifting.errors import PartitionError
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.graph.record import GraphRecord, NodeKind, Ref, StateKind, TensorMeta
@@ -88,7 +88,7 @@ def partition(
         names = ", ".join(sorted(program.graph_signature.buffers_to_mutate.values()))
         raise PartitionError(f"the program writes to the buffers {names}; export the model without its cache")
     normalized = normalize(program, read_only=True)
-    record = build_record(program, normalized.graph)
+    record = build_record(program, normalized.graph, recorded=lifted._recorded)
     written = sorted(node.fqn for node in record.nodes.values() if node.mutated)
     if written:
         raise PartitionError(
@@ -103,11 +103,11 @@ def partition(
     user = list(lifted.input_axes) or []
     check_names(lifted.input_axes, user)
     labels = label_inputs(record, lifted_axes(lifted))
-    deps = _deps(record, labels.labels, lifted)
+    computed = _computed(record, labels.labels, lifted)
     activations = [
         node.name
         for node in record.nodes.values()
-        if node.kind is NodeKind.OP and deps[node.name] & (Dep.DATA | Dep.RANDOM) and node.base_op not in ASSERTIONS
+        if node.kind is NodeKind.OP and node.name in computed and node.base_op not in ASSERTIONS
     ]
     routed = _routed(record, lifted) if num_stages != 1 else frozenset()
     if split_points is not None:
@@ -120,21 +120,21 @@ def partition(
     return _Partition(lifted, record, nodes, activations, cuts, axis_names(labels), routed).build(placement)
 
 
-def _deps(record: GraphRecord, labels: dict[str, Labels], lifted: LiftedProgram) -> dict[str, Dep]:
-    """What values depend on; lifted inputs are positions, which every stage computes with itself.
+def _computed(record: GraphRecord, labels: dict[str, Labels], lifted: LiftedProgram) -> set[str]:
+    """The activations; lifted inputs are positions, which every stage computes with itself.
 
     But for those that are the tokens of the model: user inputs that the graph has shifted, say, and that most of its
     parameters meet.
     """
     everything = frozenset(item.name for item in lifted.inputs)
-    deps = analyse(record, labels, everything)
+    computed = activations_of(record, labels, everything)
     hoisted = {item.name for item in lifted.inputs if item.stream == "inputs"}
     if not hoisted:
-        return deps
-    of_tokens = analyse(record, labels, everything - hoisted)
+        return computed
+    of_tokens = activations_of(record, labels, everything - hoisted)
     weighted = [n.name for n in record.nodes.values() if n.kind is NodeKind.OP and _reads_parameter(record, n)]
-    missed = [name for name in weighted if Dep.DATA in of_tokens[name] and Dep.DATA not in deps[name]]
-    return of_tokens if 2 * len(missed) > len(weighted) else deps
+    missed = [name for name in weighted if name in of_tokens and name not in computed]
+    return of_tokens if 2 * len(missed) > len(weighted) else computed
 
 
 def _reads_parameter(record: GraphRecord, node: GraphNode) -> bool:
@@ -251,8 +251,10 @@ class _Partition:
     def _check_in_place(self) -> None:
         for name, stage in self.stage_of.items():
             node = self.record.nodes[name]
+            if not is_mutating(node):
+                continue
             target = next((arg.name for arg in node.args.values() if isinstance(arg, Ref)), None)
-            if is_mutating(node) and target in self.stage_of and self.stage_of[target] != stage:
+            if target in self.stage_of and self.stage_of[target] != stage:
                 raise PartitionError(
                     f"node {name!r} ({node.op}) writes in place to {target!r}, which stage "
                     f"{self.stage_of[target]} computes; "

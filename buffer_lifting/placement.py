@@ -87,6 +87,39 @@ class Placement:
         """The stages of a rank, in order."""
         return tuple(stage for stage, place in enumerate(self.ranks) if place == rank)
 
+    def check(self, index: int, schedule: Any, rank: int | None = None, size: int | None = None) -> None:
+        """Refuses to build a stage for another layout.
+
+        Args:
+            index: the stage.
+            schedule: the one that it is built for, if that is said.
+            rank: that of the process in its pipeline group of ``size`` ranks, if that is known.
+
+        Raises:
+            PartitionError: the schedule puts stages on other ranks; the group has another size; the stage is another
+                rank's.
+        """
+        made = f"partition was called for {self.schedule} on {self.pp} ranks, with the stages on ranks {self.ranks}"
+        if schedule is not None:
+            try:
+                other = placement_of(schedule, len(self.ranks), self.pp)
+            except PartitionError as error:
+                raise PartitionError(f"{made}: {error}") from error
+            if other.ranks != self.ranks:
+                raise PartitionError(
+                    f"{made}; {other.schedule} has them on ranks {other.ranks}: take a schedule of the first layout, "
+                    "or call partition again with this one"
+                )
+        if size is not None and size != self.pp:
+            raise PartitionError(
+                f"{made}; the pipeline group has {size}: run on {self.pp}, or call partition again for {size}"
+            )
+        if rank is not None and rank != self.ranks[index]:
+            raise PartitionError(
+                f"{made}; stage {index} belongs to rank {self.ranks[index]}, and this is rank {rank}, which builds the "
+                f"stages {self.stages_of(rank)}"
+            )
+
 
 def placement_of(schedule: Any, num_stages: int, pp: int | None = None) -> Placement:
     """:func:`stage_ranks` as a record."""

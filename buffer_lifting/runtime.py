@@ -11,6 +11,7 @@ from buffer_lifting.errors import PartitionError
 from buffer_lifting.layer_graphs import graphs_of
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.passes.collectives import bind_group
+from buffer_lifting.placement import Placement
 from buffer_lifting.ring import RING, check_ring_device
 from buffer_lifting.stage_inputs import check_inputs_of
 from buffer_lifting.stages import Stage, StagedProgram
@@ -62,6 +63,26 @@ def make_stage(
     )
 
 
+def check_placement(placement: Placement | None, index: int, schedule: Any, group: Any, mesh: Any) -> None:
+    """Refuses a stage that is built for another layout than it was made for, as far as that is known.
+
+    A pipeline group of one rank is that of a process that runs everything, whatever the layout.
+
+    Raises:
+        PartitionError: as :meth:`Placement.check`, or ``schedule`` without a layout to compare with.
+    """
+    if placement is None:
+        if schedule is not None:
+            raise PartitionError("the stages were made for no schedule: call partition with schedule= to compare")
+        return
+    rank = size = None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        own = pp_group(group, mesh)
+        size = torch.distributed.get_world_size(own)
+        rank = torch.distributed.get_rank(own)
+    placement.check(index, schedule, *((rank, size) if size != 1 else ()))
+
+
 def _check_values(stage: Stage, place: torch.device) -> None:
     """Refuses a stage that has no values to move to ``place``."""
     state = dict([*stage.module.named_parameters(), *stage.module.named_buffers()])
@@ -72,7 +93,8 @@ def _check_values(stage: Stage, place: torch.device) -> None:
     raise PartitionError(
         f"stage {stage.index} has no values for {', '.join(map(repr, [*tables, *weights][:4]))}"
         f"{', ...' if len(tables) + len(weights) > 4 else ''}: the program was exported on the meta device or with "
-        "fake tensors; load the weights with stage.module.load_state_dict(weights, assign=True) and the tables with "
+        "fake tensors, or saved without weights; a stage of buffer_lifting.load_stage gets its weights by "
+        "load_weights(checkpoint), any other by stage.module.load_state_dict(weights, assign=True), and tables by "
         "bind_tables(module_or_mapping)"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from buffer_lifting.axis_rules import OVER_KEYS, AxisResult
@@ -53,7 +53,7 @@ def _of_a_part(result: AxisResult) -> bool:
     return bool(result.mixing) and result.mixing != OVER_KEYS
 
 
-def _of_all_samples(scan: _Scan, operands: list[str], result: AxisResult) -> bool:
+def _of_all_samples(scan: _Scan, operands: Sequence[str], result: AxisResult) -> bool:
     """Whether a value of samples becomes one of all of them, of which a microbatch has a part."""
     own = [labels for name in operands for labels in scan.labels.get(name) or ()]
     return _along_batch(own) and not _along_batch(result.outputs or ())

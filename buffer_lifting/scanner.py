@@ -14,7 +14,7 @@ from buffer_lifting.axes import InputLabels, as_input_axes, label_inputs
 from buffer_lifting.axis_rules import Alignment, AxisResult, OpView, apply_rule
 from buffer_lifting.axis_rules.key_major import softmax_dims
 from buffer_lifting.completion import Completion
-from buffer_lifting.dataflow import Dep, analyse
+from buffer_lifting.dataflow import Dep, analyse, nodes_with
 from buffer_lifting.flex import plan_flex
 from buffer_lifting.flex_plan import FlexPlan
 from buffer_lifting.folding import batch_is_a_matrix_dim, onto_folded_batch
@@ -113,6 +113,7 @@ class _Scan:
     def __init__(self, record: GraphRecord, inputs: InputLabels, form: FormOption, col_inputs: frozenset[str]) -> None:
         self.record, self.inputs, self.form, self.col_inputs = record, inputs, form, col_inputs
         self.deps = analyse(record, inputs.labels)
+        self.data, self.of_users = nodes_with(self.deps, Dep.DATA), nodes_with(self.deps, Dep.USER)
         self.planner = Planner(record, self.deps, inputs, col_inputs)
         self.labels: dict[str, tuple[Labels, ...] | None] = {n: (x,) for n, x in inputs.labels.items()}
         self.findings: list[Finding] = list(inputs.findings)
@@ -194,29 +195,28 @@ class _Scan:
     # -- forward --------------------------------------------------------------------------------------------
 
     def _visit(self, node: Node) -> None:
-        dep = self.deps[node.name]
-        if Dep.USER not in dep and Dep.DATA not in dep:
+        is_data = node.name in self.data
+        if not is_data and node.name not in self.of_users:
             return
         varies = self.planner.variation.of
         known = (self._positional, self.inputs.lengths, self._is_data, varies, self.softmaxes)
         view = OpView(self.record, node, self.labels, *known)
-        if Dep.DATA not in dep:
+        if not is_data:
             label_user_value(self, node, apply_rule(view))
             return
         if self.gradients is not None and self.gradients.takes(view):
             return
         result = self.gradients.apply(view) if self.gradients is not None else self.routing.apply(view)
-        carries = self._carries(node)
         if result is None:
             self.labels[node.name] = self.completion.complete(node, None)
-            if carries:
+            if self._carries(node):
                 if is_random(node):
                     self.reports.mix(node, DRAWN, False, "BL202", DRAW_ELSEWHERE)
                 else:
                     self.reports.mix(node, f"{node.op} is not known on the sequence axis", False, "BL202")
         else:
             self.labels[node.name] = self._outputs(node, result)
-            if result.mixing and (result.outputs is None or carries):
+            if result.mixing and (result.outputs is None or self._carries(node)):
                 code = "BL200" if result.handled else "BL201"
                 self.reports.mix(node, result.mixing, result.handled, code, result.hint)
         self._total(node, result)
@@ -229,7 +229,7 @@ class _Scan:
         if result is not None and result.handled and result.mixing.startswith(("a loss", OF_TOKENS)):
             self.totals.add(node.name)
             return
-        reduced = [name for name in node.refs() if name in self.totals]
+        reduced = [name for name in node.refs() if name in self.totals] if self.totals else []
         if not reduced or (self.gradients is not None and self.gradients.scales_loss(node)):
             return
         if self._carries(node):
@@ -250,7 +250,7 @@ class _Scan:
         self.reports.refused(node, path, value, (), Refuse(why, value.name, "BL105", hint))
 
     def _is_data(self, name: str) -> bool:
-        return Dep.DATA in self.deps[name]
+        return name in self.data
 
     def _positional(self, name: str, of_users: bool = False, new: bool = False) -> Labels | None:
         """The labels of a value without user contents: dims that have the length of an axis, and vary along it.
@@ -259,9 +259,11 @@ class _Scan:
         """
         if new and Dep.IOTA not in self.deps[name] and not self.planner.has_rows(name):
             return None
-        meta, dep = self.record.nodes[name].tensor, self.deps[name]
-        known = Dep.USER not in dep and bool(dep & (Dep.IOTA | Dep.STATE | Dep.PARAM))
-        if meta is None or Dep.DATA in dep or not (known or of_users):
+        meta = self.record.nodes[name].tensor
+        if meta is None or name in self.data:
+            return None
+        known = name not in self.of_users and bool(self.deps[name] & (Dep.IOTA | Dep.STATE | Dep.PARAM))
+        if not (known or of_users):
             return None
         result: list[DimLabel] = []
         seen = False
@@ -283,7 +285,7 @@ class _Scan:
     def _carries(self, node: Node) -> bool:
         """Whether an operand has a batch or sequence label."""
         return any(
-            is_labelled(dim) for name in node.refs() for labels in (self.labels.get(name) or ()) for dim in labels
+            [is_labelled(dim) for name in node.refs() for labels in (self.labels.get(name) or ()) for dim in labels]
         )
 
     # -- the frontier ---------------------------------------------------------------------------------------
@@ -294,15 +296,20 @@ class _Scan:
             return
         if node.base_op in ATTENTIONS and node.args.get("is_causal") is True:
             self.reports.causal(node)
-        contents = set(content_operands(node))
+        contents = content_operands(node)
+        every = contents is node.refs()
         for path, name in node.named_refs():
             value = self.record.nodes[name]
-            if name not in contents or name in self.distributed or (result is not None and path in result.consumed):
+            if (
+                not (every or name in contents)
+                or name in self.distributed
+                or (result is not None and path in result.consumed)
+            ):
                 continue
             if name in self.counts:
                 self._count(node, path, value)
                 continue
-            if Dep.DATA in self.deps[name]:
+            if name in self.data:
                 if result and not self._lines_up(name, result.operands.get(path)):
                     why = (
                         f"operand {path!r} is data, but not known to follow the sequence where it meets data that does"
@@ -349,6 +356,8 @@ class _Scan:
         if alignment is None or meta is None or len(alignment.labels) != len(meta.shape):
             return True
         own = known[0] if known else ((),) * len(meta.shape)
+        if own == alignment.labels:
+            return True
         return all(
             size == 1 or not has_seq(wanted) or seq_axes((wanted,)) == seq_axes((has,))
             for size, wanted, has in zip(meta.shape, alignment.labels, own, strict=True)

@@ -39,6 +39,7 @@ class SharedNodes:
         """
         self.record, self.nodes, self.data, self.apart = record, nodes, data, frozenset(apart)
         self._seen: dict[Any, Node] = {}
+        self._asked: Any = None
         self._plain: set[str] = set()
         # A tensor that is made to be written to (zeros that experts add to) is none to share.
         self._off = any(
@@ -55,14 +56,13 @@ class SharedNodes:
 
     def known(self, name: str, env: Mapping[str, Node]) -> Node | None:
         """The node of the stage that computes the same as the program's node ``name``, if there is one."""
-        key = self._key(name, env)
-        return None if key is None else self._seen.get(key)
+        self._asked = None if name in self.data else self._key(name, env)
+        return None if self._asked is None else self._seen.get(self._asked)
 
-    def note(self, name: str, env: Mapping[str, Node]) -> None:
-        """Notes that ``env[name]`` computes the program's node ``name``."""
-        key = self._key(name, env)
-        if key is not None:
-            self._seen[key] = env[name]
+    def note(self, made: Node) -> None:
+        """Notes that ``made`` computes the node of the program that was asked for last."""
+        if self._asked is not None:
+            self._seen[self._asked] = made
 
     def _key(self, name: str, env: Mapping[str, Node]) -> Any:
         node = self.nodes[name]

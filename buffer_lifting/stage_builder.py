@@ -146,7 +146,7 @@ class StageBuilder:
                     env[name] = known
                     continue
                 env[name] = copy_node(graph, self.nodes[name], lambda n: env[n.name])
-                shared.note(name, env)
+                shared.note(env[name])
                 if env[name].op == "get_attr":
                     _register_body(root, str(env[name].target), attribute_of(self.nodes[name]))
         results = [self._fresh(graph, env[name], name, last) for name in self.sent]

@@ -173,6 +173,7 @@ class StagedProgram:
         microbatch_size: int | None = None,
         seq_len: Lengths | None = None,
         activation_dtype: torch.dtype | None = None,
+        schedule: Any = None,
     ) -> Any:
         """The ``torch.distributed.pipelining.PipelineStage`` of a stage.
 
@@ -187,18 +188,22 @@ class StagedProgram:
             seq_len: tokens of the whole (global) sequence, as in :meth:`feed`.
             activation_dtype: of the floating tensors that stages send, where that is not the program's (a stage that
                 was converted, mixed precision).
+            schedule: the schedule that will run it, to be compared with that of :func:`buffer_lifting.partition`: it
+                has to put the stages on the same ranks.
 
         Raises:
             PartitionError: an index out of range, both ``group`` and ``mesh``, a mesh without a ``"pp"`` dim or
-                without the dim of the context-parallel ranks, or with another number of them; a device that has no
-                kernel for a program with ring attention; one of
-                ``microbatch_size`` and ``seq_len`` without the other; a shape that they do not decide.
+                without the dim of the context-parallel ranks, or with another number of them; a schedule, or a rank or
+                size of the pipeline group, that does not go with the schedule of the partition; a device that has no
+                kernel for a program with ring attention; one of ``microbatch_size`` and ``seq_len`` without the other;
+                a shape that they do not decide.
             AxesError, FeedError: sizes that the program does not take.
         """
-        from buffer_lifting.runtime import build_stage
+        from buffer_lifting.runtime import build_stage, check_placement
 
         shapes = None
         check_index(index, len(self.stages))
+        check_placement(self.placement, index, schedule, group, mesh)
         if microbatch_size is not None or seq_len is not None:
             shapes = self.boundary(index, microbatch_size, seq_len, activation_dtype)
         return build_stage(self, index, device, group, mesh, shapes)

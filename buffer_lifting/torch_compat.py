@@ -72,8 +72,9 @@ def size_of(value: int | torch.SymInt, ranges: sizes.Ranges | None = None) -> si
 
 
 def _convert(expr: sympy.Expr, ranges: sizes.Ranges) -> sizes.Size:
-    if expr in _SIZES:
-        return _SIZES[expr]
+    known = _SIZES.get(expr)
+    if known is not None:
+        return known
     chooses = any(type(part).__name__ in ("Max", "Min") for part in sympy.preorder_traversal(expr))
     if type(expr).__name__ in ("Max", "Min") and len(expr.args) == 2:
         left, right = (_convert(cast(sympy.Expr, arg), ranges) for arg in expr.args)
@@ -170,6 +171,15 @@ def replace_operands(node: Node, replace: Mapping[str, Any]) -> tuple[tuple[Any,
     return tuple(args), kwargs
 
 
+def set_operands(node: Node, args: Any, kwargs: Any) -> None:
+    """Sets all arguments of a node at once.
+
+    Private: ``_update_args_kwargs``, which is what ``Node.args = ...`` calls (and then the node is taken out of the
+    graph's tables and put in again, though they do not depend on the arguments).
+    """
+    node._update_args_kwargs(args, kwargs)
+
+
 def set_arguments(node: Node, values: Mapping[str, Any]) -> None:
     """Sets arguments of a call by schema name, whether they were given, by position or by keyword, or not.
 
@@ -259,6 +269,18 @@ def replacements(value: torch.SymInt) -> int:
     """How many symbols the shape environment of a symbolic size has specialised or unified so far."""
     environment: Any = value.node.shape_env  # private: no public view of a ShapeEnv's replacements
     return len(environment.replacements)
+
+
+def equal_sizes(graph: Graph) -> list[tuple[Any, dict[Any, Any]]]:
+    """Each shape environment of a graph's inputs, with what it takes symbols for now: sizes read other than before once
+    that changes. Private: as :func:`replacements`."""
+    found: dict[int, Any] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                found[id(size.node.shape_env)] = size.node.shape_env
+    return [(environment, dict(environment.replacements)) for environment in found.values()]
 
 
 class _AtFirstUse:

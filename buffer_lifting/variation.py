@@ -26,17 +26,21 @@ class Variation:
 
     def of(self, name: str) -> Varies:
         """One flag for each dim: whether two elements along it can differ."""
+        known, nodes = self._known, self.record.nodes
+        flags = known.get(name)
+        if flags is not None:
+            return flags
         stack = [name]
         while stack:
             current = stack[-1]
-            missing = [ref for ref in self.record.nodes[current].refs() if ref not in self._known]
-            if current not in self._known and missing:
+            missing = [ref for ref in nodes[current].refs() if ref not in known]
+            if current not in known and missing:
                 stack.extend(missing)
                 continue
             stack.pop()
-            if current not in self._known:
-                self._known[current] = self._of(self.record.nodes[current])
-        return self._known[name]
+            if current not in known:
+                known[current] = self._of(nodes[current])
+        return known[name]
 
     def is_uniform(self, name: str) -> bool:
         """Whether all elements are equal."""
@@ -53,7 +57,7 @@ class Variation:
         if node.kind is not NodeKind.OP or is_random(node):
             return _long(shape)
         flags = self._rule(node, shape)
-        return tuple(flag and size != 1 for flag, size in zip(flags, shape, strict=True))
+        return tuple([flag and size != 1 for flag, size in zip(flags, shape, strict=True)])
 
     def _rule(self, node: Node, shape: tuple[Size, ...]) -> Varies:
         op = node.base_op
@@ -103,9 +107,11 @@ class Variation:
         for _, name in node.named_refs():
             if self.record.nodes[name].tensor is None:
                 continue
-            for offset, flag in enumerate(reversed(self.of(name)), 1):
-                if flag and offset <= len(shape):
-                    flags[-offset] = True
+            own = self.of(name)
+            if True in own:
+                for offset, flag in enumerate(reversed(own), 1):
+                    if flag and offset <= len(shape):
+                        flags[-offset] = True
         return tuple(flags)
 
     def _at_least(self, arg: object, bound: object) -> bool:
@@ -132,4 +138,4 @@ class Variation:
 
 
 def _long(shape: tuple[Size, ...]) -> Varies:
-    return tuple(size != 1 for size in shape)
+    return tuple([size != 1 for size in shape])

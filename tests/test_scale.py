@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 import buffer_lifting as bl
 from buffer_lifting.analysis import forget
+from buffer_lifting.axes import label_inputs
+from buffer_lifting.dataflow import Dep, activations_of, analyse
 from buffer_lifting.graph.from_fx import build_record
 from buffer_lifting.passes.context_parallel import lifted_axes
 from buffer_lifting.scanner import scan_record
@@ -149,6 +151,49 @@ def test_values_inside_routing_keep_their_names() -> None:
     for program in (lifted, bl.context_parallel(lifted)):
         record = build_record(program.program)
         assert program._routed and program._routed == scan_record(record, lifted_axes(program)).routed
+
+
+@pytest.mark.parametrize("name", ("llama", "deepseek"))
+def test_the_record_of_a_lifted_program_is_that_of_its_graph(name: str) -> None:
+    lifted = bl.lift(exported(SHAPES[name], "meta"))
+    program, known = lifted.program, lifted._recorded
+    assert known is not None
+    shared, fresh = build_record(program, recorded=known), build_record(program)
+    assert shared == fresh and len(shared.shared) > len(fresh.nodes) // 2
+    labels = label_inputs(fresh, lifted_axes(lifted)).labels
+    positional = frozenset(item.name for item in lifted.inputs)
+    wanted = {n for n, dep in analyse(fresh, labels, positional).items() if dep & (Dep.DATA | Dep.RANDOM)}
+    assert activations_of(fresh, labels, positional) == wanted
+    shared.rename_symbols({size: f"{size}_new" for size in shared.hints})  # the scan's record keeps its own
+    assert build_record(program, recorded=known) == fresh != shared
+
+
+@pytest.mark.parametrize("edit", ("args", "kwargs", "target", "val", "nn_module_stack", "stack_trace", "name", "sizes"))
+def test_the_record_of_a_node_that_was_edited_is_made_anew(edit: str) -> None:
+    lifted = bl.lift(exported(tiny, "meta"))
+    program, known = lifted.program, lifted._recorded
+    shared = build_record(program, recorded=known).shared
+    node = next(n for n in program.graph.nodes if n.name in shared and n.target is torch.ops.aten.mul.Tensor)
+    if edit == "args":
+        node.args = (node.args[1], node.args[0])
+    elif edit == "kwargs":
+        node.kwargs = {"other": node.args[1]}
+        node.args = node.args[:1]
+    elif edit == "target":
+        node.target = torch.ops.aten.div.Tensor
+    elif edit == "val":
+        node.meta["val"] = node.meta["val"].unsqueeze(0)
+    elif edit == "name":
+        node.name = "another"
+    elif edit == "sizes":
+        value = next(n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name == "input_ids")
+        symbols = [size.node.expr for size in value.shape]
+        value.shape[0].node.shape_env.replacements[symbols[0]] = symbols[1]
+    else:
+        node.meta[edit] = {} if edit == "nn_module_stack" else ""
+    again = build_record(program, recorded=known)
+    assert node.name not in again.shared and again == build_record(program)
+    assert bool(again.shared) == (edit not in ("name", "sizes"))
 
 
 def test_to_empty_comes_before_bind_tables() -> None:

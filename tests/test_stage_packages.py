@@ -24,6 +24,7 @@ from buffer_lifting.graph.archive import read_archive
 from buffer_lifting.graph.record import NodeKind, StateKind
 from buffer_lifting.package.files import sealed
 from buffer_lifting.package.pt2_graph import model_json
+from buffer_lifting.placement import placement_of
 from buffer_lifting.stage_builder import _register
 from buffer_lifting.stage_program import exported_stage, stage_parts, stage_state
 from buffer_lifting.stages import Stage
@@ -527,3 +528,55 @@ def test_programs_on_the_meta_device_are_saved(tmp_path: Path) -> None:
         assert loaded.stage.module.get_parameter("model.0.weight").shape == (10**6, 10**5)
         with pytest.raises(bl.FeedError, match="'table'"):
             loaded.feed(2, 8)
+
+
+def test_the_layout_of_ranks_is_kept(tmp_path: Path) -> None:
+    lifted = bl.lift(export_case("llama_pr1797")[1])
+    staged = bl.partition(lifted, num_stages=2, schedule="ZBVZeroBubble")
+    staged.save(tmp_path / "stages")
+    loaded = bl.load_stage(tmp_path / "stages", 1)
+    assert loaded.placement == staged.placement is not None and loaded.placement.ranks == (0, 0)
+    for own in (lambda **k: staged.build_stage(1, "cpu", **k), lambda **k: loaded.build_stage("cpu", **k)):
+        with pytest.raises(bl.PartitionError, match=r"ZBVZeroBubble on 1 ranks.*1F1B has one stage on each rank"):
+            own(schedule="1F1B")
+    loops = bl.partition(lifted, num_stages=2, schedule="1F1B")
+    with pytest.raises(bl.PartitionError, match=r"1F1B on 2 ranks.*ZBVZeroBubble has two stages"):
+        loops.build_stage(0, "cpu", schedule="ZBVZeroBubble")
+
+
+def test_a_rank_of_another_layout_is_refused() -> None:
+    placement = placement_of("Interleaved1F1B", 4, 2)
+    placement.check(2, "LoopedBFS", 0, 2)
+    placement.check(3, None)
+    with pytest.raises(bl.PartitionError, match=r"on ranks \(0, 1, 0, 1\); ScheduleZBV.* on ranks \(0, 1, 1, 0\)"):
+        placement.check(2, "ZBVZeroBubble", 0, 2)
+    with pytest.raises(bl.PartitionError, match="the pipeline group has 4"):
+        placement.check(2, None, 0, 4)
+    with pytest.raises(bl.PartitionError, match=r"stage 2 belongs to rank 0, and this is rank 1.*\(1, 3\)"):
+        placement.check(2, None, 1, 2)
+
+
+def test_layouts_that_are_none(stages: Path) -> None:
+    def seal_manifest(**changes: Any) -> None:
+        manifest = json.loads((stages / "manifest.json").read_bytes())
+        body = {k: v for k, v in {**manifest, **changes}.items() if k != "checksum" and v is not ...}
+        (stages / "manifest.json").write_bytes(sealed(body))
+
+    seal_manifest(placement=...)  # as of a package that was saved before layouts were kept
+    loaded = bl.load_stage(stages, 0)
+    assert loaded.placement is None
+    with pytest.raises(bl.PartitionError, match="made for no schedule"):
+        loaded.build_stage("cpu", schedule="1F1B")
+    for ranks in ([0], [0, 2], [0, -1]):
+        seal_manifest(placement={"schedule": "Schedule1F1B", "ranks": ranks})
+        with pytest.raises(bl.LiftingError, match="has 2 stages on the ranks"):
+            bl.load_stage(stages, 0)
+    seal_manifest(placement={"schedule": "Schedule1F1B", "ranks": "01"})
+    with pytest.raises(bl.LiftingError, match="is wanted"):
+        bl.load_stage(stages, 0)
+
+
+def test_a_stage_without_weights_says_how_it_gets_them(tmp_path: Path) -> None:
+    staged_case("llama_pr1797").save(tmp_path / "stages", weights=False)
+    with pytest.raises(bl.PartitionError, match=r"has no values for 'tok_embeddings.*load_weights\(checkpoint\)"):
+        bl.load_stage(tmp_path / "stages", 0).build_stage("cpu")

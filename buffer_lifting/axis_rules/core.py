@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from buffer_lifting.graph.record import GraphRecord, Node, TensorMeta
 from buffer_lifting.graph.sizes import Size, symbols
 from buffer_lifting.labels import (
+    BATCH,
     COL,
     ROW,
     DimLabel,
@@ -191,6 +192,8 @@ def apply_rule(view: OpView) -> AxisResult | None:
 def align(out: Labels, shape: tuple[Size, ...]) -> Alignment:
     """How an operand of ``shape`` broadcasts against a result with labels ``out``."""
     batch = batch_dim(out)
+    if len(shape) == len(out) and 1 not in shape:
+        return Alignment(out, len(out) - batch if batch is not None else None)
     labels: list[DimLabel] = []
     for offset in range(len(shape), 0, -1):
         dim = out[-offset] if offset <= len(out) else ()
@@ -202,14 +205,17 @@ def pointwise(view: OpView) -> AxisResult:
     shape = view.shape("out")
     if shape is None:
         return AxisResult(None)
-    contents = set(content_operands(view.node))
-    refs = dict(view.node.named_refs())
-    tensors = [(path, own) for path, own in view.tensors() if refs[path] in contents]  # type_as takes only a dtype
+    tensors, contents = view.tensors(), content_operands(view.node)
+    if contents is not view.node.refs():
+        refs = dict(view.node.named_refs())
+        tensors = [(path, own) for path, own in tensors if refs[path] in contents]  # type_as takes only a dtype
     paths = [path for path, _ in tensors if view.is_data(path)] or [path for path, _ in tensors]
     known, bent = _spread_data(view, paths)
     if not known and any(view.is_lost(path) for path in paths):
         return AxisResult(None)  # reported where the labels were lost
-    known = _read_by_keys(view, known)
+    indices = any([view.labels(path) is None for path, _ in view.tensors()])  # only then can one be positional
+    if indices:
+        known = _read_by_keys(view, known)
     out = broadcast(known, shape)
     if out is None:
         if not known or any({f.role for dim in own for f in dim if f.is_seq} != {ROW, COL} for own in known):
@@ -221,8 +227,14 @@ def pointwise(view: OpView) -> AxisResult:
         for path in paths:  # data keeps its own roles: that they are exchanged is what is reported
             operands[path] = Alignment(view.labels(path) or (), operands[path].batch_from_right)
         return AxisResult((swapped,) * len(view.shapes_out()), operands, TRANSPOSED, True)
-    out = _born(view, out)
-    operands = {path: align(out, s) for path, s in tensors}
+    if indices:
+        out = _born(view, out)
+    operands = {}
+    aligned: tuple[tuple[Size, ...], Alignment] | None = None
+    for path, s in tensors:
+        if aligned is None or s != aligned[0]:
+            aligned = (s, align(out, s))
+        operands[path] = aligned[1]
     for path in bent:
         operands[path] = Alignment(view.labels(path) or (), operands[path].batch_from_right)
     mixing = OF_KEYS if any(bent.values()) else ""
@@ -235,7 +247,9 @@ def _spread_data(view: OpView, paths: list[str]) -> tuple[list[Labels], dict[str
     Data that is the same all along a dim (a norm expanded to the scores, ``[B, H, 1, S]`` expanded to
     ``[B, H, S, S]``) broadcasts there. For each such operand: whether it is read by the keys (:func:`by_keys`).
     """
-    squares = [own for path, _ in view.tensors() if _is_square(own := view.labels(path) or view.by_sizes(path))]
+    squares: list[Labels | None] = []
+    if len(view.tensors()) > 1:  # a square does not line up with itself
+        squares = [own for path, _ in view.tensors() if _is_square(own := view.labels(path) or view.by_sizes(path))]
     known: list[Labels] = []
     bent: dict[str, bool] = {}
     for path in paths:
@@ -260,14 +274,19 @@ def where_it_varies(view: OpView, path: str, labels: Labels) -> Labels:
     flags = view.varies(path)
     if len(flags) != len(labels):
         return labels
+    if all([flag or not dim for flag, dim in zip(flags, labels, strict=True)]):
+        return labels
     twice = [dim for dim in labels if has_seq(dim) and labels.count(dim) > 1]
     equal = [not flag and (not is_labelled(dim) or dim in twice) for flag, dim in zip(flags, labels, strict=True)]
     return tuple(() if same else dim for same, dim in zip(equal, labels, strict=True))
 
 
+_SQUARE = {ROW, COL}
+
+
 def _is_square(labels: Labels | None) -> bool:
     """Whether a value has queries and keys."""
-    return labels is not None and {f.role for dim in labels for f in dim if f.is_seq} == {ROW, COL}
+    return labels is not None and {f.role for dim in labels for f in dim if f.axis and f.axis != BATCH} == _SQUARE
 
 
 def by_keys(labels: Labels, scores: Labels) -> Labels | None:

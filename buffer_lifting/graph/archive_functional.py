@@ -412,7 +412,7 @@ class _Functionalizer:
             if name == base:
                 return True
             node = self.nodes[name]
-            operands = node.refs()
+            operands = list(node.refs())
             whole = node.args.get("self")
             if node.base_op in ("aten.slice_scatter", "aten.select_scatter") and isinstance(whole, Ref):
                 at: Arg = whole

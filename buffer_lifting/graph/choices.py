@@ -14,6 +14,8 @@ from buffer_lifting.ops import is_pointwise
 def resolve_choices(record: GraphRecord) -> None:
     """Replaces undecided choices by what broadcasting makes them."""
     found: dict[str, Size] = {}
+    if not _has_choices(record):
+        return
     for node in record.nodes.values():
         if node.tensor is None or not is_pointwise(node):
             continue
@@ -35,3 +37,16 @@ def resolve_choices(record: GraphRecord) -> None:
                         break
     if found:
         record.rename_symbols(found)
+
+
+def _has_choices(record: GraphRecord) -> bool:
+    """Whether the shape of a tensor has an undecided choice."""
+    seen: dict[int, Size] = {}
+    for node in record.nodes.values():
+        if type(node.meta) is TensorMeta:
+            for size in node.meta.shape:
+                if type(size) is not int and id(size) not in seen:
+                    seen[id(size)] = size  # kept: no other size gets its address
+                    if any(is_choice(atom) for atom in atoms(size)):
+                        return True
+    return False

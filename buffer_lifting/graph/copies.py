@@ -8,6 +8,8 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from buffer_lifting.torch_compat import set_operands
+
 
 def copy_node(graph: Graph, node: Node, transform: Callable[[Node], Any]) -> Node:
     """What ``Graph.node_copy`` does, for arguments that are known to be good.
@@ -16,9 +18,8 @@ def copy_node(graph: Graph, node: Node, transform: Callable[[Node], Any]) -> Nod
     rest of it; a node that was taken from a graph has none.
     """
     copied = graph.create_node(node.op, node.target, (), {}, node.name, node.type)
-    copied.args = map_arg(node.args, transform)
-    if node.kwargs:
-        copied.kwargs = map_arg(node.kwargs, transform)
+    kwargs = node.kwargs
+    set_operands(copied, map_arg(node.args, transform), map_arg(kwargs, transform) if kwargs else kwargs)
     copied.meta.update(node.meta)  # to set an attribute of a node moves it in the graph's tables
     return copied
 

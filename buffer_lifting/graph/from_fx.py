@@ -32,21 +32,36 @@ from buffer_lifting.graph.record import (
 )
 from buffer_lifting.graph.sizes import Ranges, is_symbol
 from buffer_lifting.tables import has_values
-from buffer_lifting.torch_compat import HigherOrderOperator, OpOverload, Symbolic, schema_args, size_of, tree_flatten
+from buffer_lifting.torch_compat import (
+    HigherOrderOperator,
+    OpOverload,
+    Symbolic,
+    equal_sizes,
+    schema_args,
+    size_of,
+    tree_flatten,
+)
 
 _STATE_KINDS = {
     InputKind.PARAMETER: StateKind.PARAMETER,
     InputKind.BUFFER: StateKind.BUFFER,
     InputKind.CONSTANT_TENSOR: StateKind.CONSTANT,
 }
+_PLAIN = frozenset([type(None), bool, int, float, str])
 _OPERATORS = {"getitem": "getitem", "add": "sym.add", "sub": "sym.sub", "mul": "sym.mul"}
 
 
-def build_record(program: ExportedProgram, graph: Graph | None = None, states: StateTable | None = None) -> GraphRecord:
+def build_record(
+    program: ExportedProgram,
+    graph: Graph | None = None,
+    states: StateTable | None = None,
+    recorded: Recorded | None = None,
+) -> GraphRecord:
     """The record of ``graph`` (default: the program's own), with state and signature taken from the program.
 
     Linear in the number of nodes. Tensor data is read only to find buffers and constants of equal content, and
-    only where two have the same shape and dtype; parameters are never read.
+    only where two have the same shape and dtype; parameters are never read. Nodes of the graph that are ``recorded``
+    and have not changed since are shared with that record.
     """
     graph = program.graph if graph is None else graph
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -60,8 +75,15 @@ def build_record(program: ExportedProgram, graph: Graph | None = None, states: S
         upper = int(bounds.upper) if bounds.upper.is_Integer else None
         ranges[str(name)] = (int(bounds.lower) if bounds.lower.is_Integer else 0, upper)
     nodes: dict[str, Node] = {}
+    known = recorded.unchanged(graph) if recorded is not None and recorded.ranges == ranges else {}
     for fx_node in graph.nodes:
-        node = Node(name=fx_node.name, kind=NodeKind.OP, meta=_meta(fx_node.meta.get("val"), ranges))
+        name = fx_node.name
+        if name in known:
+            nodes[name] = known[name]
+            continue
+        meta = fx_node.meta
+        node = Node(name, NodeKind.OP, meta=_meta(meta.get("val"), ranges))
+        nodes[name] = node
         if fx_node.op == "placeholder":
             spec = specs.get(fx_node.name)
             if spec is not None and spec.kind in _STATE_KINDS and spec.target is not None:
@@ -74,23 +96,81 @@ def build_record(program: ExportedProgram, graph: Graph | None = None, states: S
             node.args = {"results": _arg(fx_node.args[0])}
         else:
             node.op = _op_name(fx_node)
-            node.args = {key: _arg(value) for key, value in schema_args(fx_node).items()}
-            stack = fx_node.meta.get("nn_module_stack") or {}
+            given = schema_args(fx_node)
+            node.args = {key: arg if type(arg) in _PLAIN else _arg(arg) for key, arg in given.items()}
+            stack = meta.get("nn_module_stack") or {}
             entries = tuple(stack.values())
             if entries not in modules:
                 modules[entries] = tuple([(entry[0], _class_name(entry[1])) for entry in entries])
             node.modules = modules[entries]
-            trace = fx_node.meta.get("stack_trace") or ""
+            trace = meta.get("stack_trace") or ""
             if trace not in locations:
                 locations[trace] = innermost_location(trace)
             node.location = locations[trace]
-        nodes[node.name] = node
-    record = GraphRecord(nodes, ranges, _hints(program, nodes), _bodies(program, graph))
+    record = GraphRecord(nodes, ranges, _hints(program, nodes), _bodies(program, graph), shared=frozenset(known))
     resolve_choices(record)
     for name in written_storage(record):  # the training dialect writes in the graph, not by the signature
         if nodes[name].kind is NodeKind.STATE:
             nodes[name].mutated = True
     return record
+
+
+class Recorded:
+    """The calls of a graph whose record is known, with all that the record says of each: to tell which have changed.
+
+    What was read is compared by identity and held here, so that no other object gets its address. None of it is changed
+    in place but the bodies of higher-order ops, which a record has apart from its nodes.
+    """
+
+    def __init__(self, graph: Graph, record: GraphRecord) -> None:
+        """Of a record that was built from ``graph``, or from one of the same nodes; neither was changed since.
+
+        Raises:
+            ValueError: the record was changed.
+        """
+        if record.renamed:
+            raise ValueError("the record's sizes are no longer those of the graph")
+        nodes = record.nodes
+        self.ranges, self._equal = dict(record.ranges), equal_sizes(graph)
+        self._calls: dict[FxNode, tuple[Any, ...]] = {}
+        for node in graph.nodes:
+            if node.op in ("call_function", "get_attr"):
+                of = node.meta.get
+                read = (node.args, node.kwargs, node.target, of("val"), of("nn_module_stack"), of("stack_trace"))
+                self._calls[node] = (nodes[node.name], *read)
+
+    def unchanged(self, graph: Graph) -> dict[str, Node]:
+        """By name the recorded nodes of the calls of ``graph`` that are what they were.
+
+        None if a name has changed, or what the shape environment knows of sizes.
+        """
+        found: dict[str, Node] = {}
+        if any(environment.replacements != before for environment, before in self._equal):
+            return found
+        for node in graph.nodes:
+            known = self._calls.get(node)
+            if known is None:
+                continue
+            if known[0].name != node.name:
+                return {}  # recorded operands are names
+            kept, args, kwargs, target, value, stack, trace = known
+            meta = node.meta
+            if (
+                args is node.args
+                and value is meta.get("val")
+                and kwargs is node.kwargs
+                and target is node.target
+                and stack is meta.get("nn_module_stack")
+                and trace is meta.get("stack_trace")
+            ):
+                found[kept.name] = kept
+        return found
+
+    def __deepcopy__(self, memo: Any) -> Recorded:
+        """Copies of a graph have nodes of their own: nothing is known of them."""
+        copied = Recorded.__new__(Recorded)
+        copied.ranges, copied._equal, copied._calls = dict(self.ranges), [], {}
+        return copied
 
 
 def _bodies(program: ExportedProgram, graph: Graph) -> dict[str, GraphRecord]:
@@ -175,7 +255,8 @@ def _arg(value: Any) -> Arg:
 
 def _meta(value: Any, ranges: Ranges) -> Meta:
     if isinstance(value, torch.Tensor):
-        return TensorMeta(tuple([size_of(size, ranges) for size in value.shape]), _dtype_name(value.dtype))
+        shape = [size if type(size) is int else size_of(size, ranges) for size in value.shape]
+        return TensorMeta(tuple(shape), _dtype_name(value.dtype))
     if isinstance(value, Symbolic):
         return ScalarMeta(size_of(value, ranges) if isinstance(value, torch.SymInt) else None)
     if isinstance(value, tuple | list):

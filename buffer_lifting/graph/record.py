@@ -7,7 +7,7 @@ A record is a list of :class:`Node` in topological order. It is built from an Ex
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from buffer_lifting.graph.sizes import Size, rename
@@ -101,16 +101,18 @@ class Node:
     persistent: bool = True
     uniform: bool = False  # of a state node: an integer tensor that is in no checkpoint, with all elements equal
     mutated: bool = False
-    _refs: tuple[tuple[str, str], ...] | None = None
-    _by_path: dict[str, str] | None = None
-    _base_op: str | None = None
+    _refs: tuple[tuple[str, str], ...] | None = field(default=None, compare=False, repr=False)
+    _by_path: dict[str, str] | None = field(default=None, compare=False, repr=False)
+    _names: tuple[str, ...] = field(default=(), compare=False, repr=False)  # those of _refs, once these are known
+    _base_op: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def base_op(self) -> str:
         """The op without its overload: ``"aten.slice"``."""
-        if self._base_op is None:
-            self._base_op = self.op.rsplit(".", 1)[0] if self.op.startswith("aten.") else self.op
-        return self._base_op
+        base = self._base_op
+        if base is None:
+            base = self._base_op = self.op.rsplit(".", 1)[0] if self.op.startswith("aten.") else self.op
+        return base
 
     @property
     def tensor(self) -> TensorMeta | None:
@@ -122,12 +124,11 @@ class Node:
         """The FQN of the innermost module that the node was traced in."""
         return self.modules[-1][0] if self.modules else ""
 
-    def refs(self) -> list[str]:
+    def refs(self) -> tuple[str, ...]:
         """The names of all nodes that the arguments refer to, in order."""
-        pairs = self._refs
-        if pairs is None:
-            pairs = self.named_refs()
-        return [pair[1] for pair in pairs]
+        if self._refs is None:
+            self.named_refs()
+        return self._names
 
     def named_refs(self) -> tuple[tuple[str, str], ...]:
         """Pairs of argument path (``"input"``, ``"tensors.1"``) and node name."""
@@ -139,6 +140,7 @@ class Node:
                 elif type(arg) is tuple and arg:
                     pairs.extend(_walk(key, arg))
             self._refs, self._by_path = tuple(pairs), dict(pairs)
+            self._names = tuple([pair[1] for pair in pairs])
         return self._refs
 
     def ref(self, path: str) -> str | None:
@@ -193,9 +195,13 @@ class GraphRecord:
     hints: dict[str, int] = field(default_factory=dict)  # size symbol -> its size in the example inputs
     bodies: dict[str, GraphRecord] = field(default_factory=dict)  # bodies of flex_attention, by the node that names one
     joint: Joint | None = None  # of a graph that is no exported program
+    shared: frozenset[str] = field(default=frozenset(), compare=False)  # nodes that are another record's as well
+    renamed: bool = field(default=False, compare=False)  # sizes are no longer those of the graph
 
     def rename_symbols(self, names: dict[str, str] | dict[str, Size]) -> None:
         """Renames size symbols in every node's meta (two symbols that are known to be one size), or replaces them."""
+        self.nodes.update({name: replace(self.nodes[name]) for name in self.shared})
+        self.shared, self.renamed = frozenset(), True
         for node in self.nodes.values():
             node.meta = renamed_meta(node.meta, names)
         for body in self.bodies.values():

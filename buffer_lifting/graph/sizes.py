@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 Monomial = tuple[tuple[str, int], ...]  # ((atom, power), ...), sorted by atom; () is the constant term
@@ -19,6 +19,7 @@ class Expr:
     """A polynomial over named atoms. ``terms`` is sorted, has no zero coefficient, and is never constant."""
 
     terms: tuple[tuple[Monomial, int], ...]
+    _atoms: frozenset[str] | None = field(default=None, compare=False, repr=False)  # once they are asked for
 
     def __eq__(self, other: object) -> bool:
         return self is other or (type(other) is Expr and self.terms == other.terms)
@@ -112,11 +113,18 @@ def divide(size: Size, divisor: Size) -> Size | None:
     return _make(result)
 
 
+_NO_ATOMS: frozenset[str] = frozenset()
+
+
 def atoms(size: Size) -> frozenset[str]:
     """The names of the symbols and opaque subexpressions in a size."""
     if isinstance(size, int):
-        return frozenset()
-    return frozenset(atom for monomial, _ in size.terms for atom, _ in monomial)
+        return _NO_ATOMS
+    found = size._atoms
+    if found is None:
+        found = frozenset([atom for monomial, _ in size.terms for atom, _ in monomial])
+        object.__setattr__(size, "_atoms", found)
+    return found
 
 
 def symbols(size: Size) -> frozenset[str]:

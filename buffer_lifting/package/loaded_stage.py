@@ -12,7 +12,8 @@ import torch
 from buffer_lifting.feed import Lengths
 from buffer_lifting.lifted import LiftedProgram
 from buffer_lifting.package.weights import load_stage_weights
-from buffer_lifting.runtime import Shapes, make_stage
+from buffer_lifting.placement import Placement
+from buffer_lifting.runtime import Shapes, check_placement, make_stage
 from buffer_lifting.stages import Stage, StagedProgram, bind_tables, boundary_tensors
 from buffer_lifting.tables import TableSource
 
@@ -35,6 +36,11 @@ class LoadedStage:
     tied: Mapping[str, tuple[int, ...]]
     state_dict_of: Mapping[str, tuple[int, ...]]
     _feeder: StagedProgram  # has the feed program and the names of the inputs, but no stages and no program
+
+    @property
+    def placement(self) -> Placement | None:
+        """The schedule that ``partition`` was called for, and the rank of each stage; ``None`` if it was for none."""
+        return self._feeder.placement
 
     @property
     def lifted(self) -> LiftedProgram:
@@ -117,9 +123,11 @@ class LoadedStage:
         microbatch_size: int | None = None,
         seq_len: Lengths | None = None,
         activation_dtype: torch.dtype | None = None,
+        schedule: Any = None,
     ) -> Any:
         """torch's ``PipelineStage`` of this stage: see :meth:`StagedProgram.build_stage`."""
         shapes = None
+        check_placement(self.placement, self.index, schedule, group, mesh)
         if microbatch_size is not None or seq_len is not None:
             shapes = self.boundary(microbatch_size, seq_len, activation_dtype)
         return make_stage(self._feeder.lifted, self.stage, self.num_stages, device, group, mesh, shapes)

@@ -41,6 +41,7 @@ from buffer_lifting.package.lifted_file import check_savable
 from buffer_lifting.package.loaded_stage import LoadedStage
 from buffer_lifting.package.pt2 import read_pt2_tensors, write_pt2
 from buffer_lifting.package.stacks import decode_stacks, encode_stacks
+from buffer_lifting.placement import Placement
 from buffer_lifting.regular_file import open_regular
 from buffer_lifting.stage_builder import _register
 from buffer_lifting.stage_program import stage_parts, stage_state
@@ -78,6 +79,7 @@ def save_staged(staged: StagedProgram, directory: str | os.PathLike[str], weight
             "positional": staged.positional,
             "keywords": staged.keywords,
             "tied": encode_record(dict(staged.tied)),
+            "placement": encode_record(staged.placement),
             "state_dict": _state_dict_of(staged),
             "sha256": checksums,
         }
@@ -149,7 +151,8 @@ def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
         lifted = decode_lifted(cast(ExportedProgram, None), document, document, tables)
         spec = cast(Any, None)
         positional, keywords = tuple(manifest["positional"]), tuple(manifest["keywords"])
-        feeder = StagedProgram((), lifted, spec, spec, positional, keywords, tied)
+        placement = _placement(manifest, count)
+        feeder = StagedProgram((), lifted, spec, spec, positional, keywords, tied, placement)
         stage = _load_one(directory, index, checksums)
     except (OSError, *DAMAGED) as error:
         earlier = earlier_package(directory)
@@ -158,6 +161,18 @@ def load_stage(directory: str | os.PathLike[str], index: int) -> LoadedStage:
             f"{directory} is no staged package, or damaged: {type(error).__name__}: {error}{hint}"
         ) from error
     return LoadedStage(index, stage, count, tied, holders, feeder)
+
+
+def _placement(manifest: Mapping[str, Any], count: int) -> Placement | None:
+    """The layout that the stages were made for; packages that were saved before it was kept have none.
+
+    Raises:
+        LiftingError: a layout of another number of stages, or of ranks that do not exist.
+    """
+    placement = cast(Placement | None, decode_record(Placement | None, manifest.get("placement")))
+    if placement is not None and (len(placement.ranks) != count or set(placement.ranks) != set(range(placement.pp))):
+        raise LiftingError(f"the package's manifest has {count} stages on the ranks {placement.ranks}")
+    return placement
 
 
 def _load_one(directory: Path, index: int, checksums: Mapping[str, str]) -> Stage:

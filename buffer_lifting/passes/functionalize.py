@@ -112,8 +112,11 @@ class _Functionalizer:
 
     def run(self) -> bool:
         nodes = list(self.graph.nodes)
-        self._families(nodes)
-        for node in nodes:
+        order = {node: index for index, node in enumerate(nodes)}
+        related = sorted(_related(nodes), key=order.__getitem__)
+        self._families(related, order)
+        readers = {user for node in related for user in node.users}
+        for node in sorted(readers.union(related), key=order.__getitem__):
             if node.op == "placeholder":
                 continue
             self._update_operands(node)
@@ -127,8 +130,8 @@ class _Functionalizer:
 
     # -- who shares storage -----------------------------------------------------------------------------------
 
-    def _families(self, nodes: list[Node]) -> None:
-        order = {node: index for index, node in enumerate(nodes)}
+    def _families(self, nodes: list[Node], order: dict[Node, int]) -> None:
+        """Of the nodes that can share storage with one that is written to; the others stay as they are."""
         ambiguous: list[tuple[Node, Node]] = []
         written: dict[Node, list[int]] = {}
         for node in nodes:
@@ -136,9 +139,7 @@ class _Functionalizer:
             if first is None or node.op != "call_function":
                 self.storage[node] = _Storage(node, node)
                 continue
-            packet = getattr(node.target, "overloadpacket", None)
-            aliases = packet not in _AMBIGUOUS and node.target is not operator.getitem and returns_alias(node)
-            if packet in _VIEWS or aliases or _writes(node) or node.target is aten.to.device:
+            if _shares(node):
                 known = self.storage[first]
                 self.storage[node] = known
                 known.views.add(node)
@@ -149,7 +150,7 @@ class _Functionalizer:
                         known.frozen = True
                 continue
             self.storage[node] = _Storage(node, node)
-            if packet in _AMBIGUOUS or node.target is operator.getitem:
+            if _may_share(node):
                 ambiguous.append((first, node))
         for first, node in ambiguous:
             self._check_ambiguous(first, node, order, written)
@@ -313,28 +314,33 @@ class _Functionalizer:
     def _drop_effects(self) -> None:
         """Removes the writes that are values now, and writes to buffers that no read needs."""
         names = {self.final[node]: node.name for node in self.final if self.final[node] in self.made}
-        for node in reversed(list(self.graph.nodes)):
-            if node in self.final:
-                if node.users:
-                    node.replace_all_uses_with(self.final[node])
-                self.graph.erase_node(node)
+        for node in reversed(self.final):  # in the order of the graph, from its end
+            if node.users:
+                node.replace_all_uses_with(self.final[node])
+            self.graph.erase_node(node)
         for made, name in names.items():
             made.name = name  # findings and output specs go on naming it
         for made, name in self.returned.items():
             if made.name != name:
                 self._rename_output(made, name)
+        effects = {id(s): s for s in self.storage.values() if s.effect is not None and s.base.name in self.droppable}
+        needed = self._needed() if effects else set()
+        for known in effects.values():
+            if known.effect is None or known.base in needed:
+                continue
+            if not self._keeps_count(known.current, known.base):
+                self.graph.erase_node(known.effect)
+
+    def _needed(self) -> set[Node]:
+        """The nodes that what the graph returns depends on."""
         needed: set[Node] = set()
-        stack = [n for n in self.graph.nodes if n.op == "output"]
+        stack = [self.graph.output_node()]
         while stack:
             node = stack.pop()
             if node not in needed:
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
-        for known in {id(s): s for s in self.storage.values()}.values():
-            if known.effect is None or known.base.name not in self.droppable or known.base in needed:
-                continue
-            if not self._keeps_count(known.current, known.base):
-                self.graph.erase_node(known.effect)
+        return needed
 
     def _keeps_count(self, value: Node, base: Node) -> bool:
         """Whether what is written is computed from what the buffer held (a counter), not only put beside it."""
@@ -355,6 +361,40 @@ class _Functionalizer:
                     operands.remove(node.args[0])  # type: ignore[arg-type]
             stack.extend(operands)
         return False
+
+
+def _shares(node: Node) -> bool:
+    """Whether a call returns (a view of) its first operand: a view, an alias, a write."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _VIEWS or _writes(node) or node.target is aten.to.device:
+        return True
+    return not _may_share(node) and returns_alias(node)
+
+
+def _may_share(node: Node) -> bool:
+    """Whether it depends on strides and dtypes if a call returns (a view of) its first operand."""
+    return node.target is operator.getitem or getattr(node.target, "overloadpacket", None) in _AMBIGUOUS
+
+
+def _related(nodes: list[Node]) -> set[Node]:
+    """The nodes that share, or may share, storage with one that is written to, directly or through others."""
+    stack = [node for node in nodes if _writes(node)]
+    found = set(stack)
+
+    def add(node: Node) -> None:
+        if node not in found:
+            found.add(node)
+            stack.append(node)
+
+    while stack:
+        node = stack.pop()
+        first = _first(node)
+        if first is not None and node.op == "call_function" and (_shares(node) or _may_share(node)):
+            add(first)
+        for user in node.users:
+            if user.op == "call_function" and _first(user) is node and (_shares(user) or _may_share(user)):
+                add(user)
+    return found
 
 
 def _first(node: Node) -> Node | None:

@@ -103,16 +103,19 @@ def _with_batch(consumer: Node, path: str, value: Node, plan: LiftPlan) -> dict[
     )
 
 
+_ASSERTION = torch.ops.aten._assert_tensor_metadata
+
+
 def drop_dead(graph: Graph) -> None:
     """Removes nodes that nothing reads, placeholders and writes to storage excepted. Assertions on them go too."""
     for node in reversed(list(graph.nodes)):
         if node.op in ("placeholder", "output"):
             continue
-        checks = [user for user in node.users if "_assert_tensor_metadata" in str(user.target)]
-        if len(checks) == len(node.users):
-            if not node.users and node.op == "call_function" and _must_stay(node):
+        users = list(node.users)
+        if all(getattr(user.target, "overloadpacket", None) is _ASSERTION for user in users):
+            if not users and node.op == "call_function" and _must_stay(node):
                 continue
-            for check in checks:
+            for check in users:
                 graph.erase_node(check)
             graph.erase_node(node)
 

@@ -143,11 +143,10 @@ class _Inliner:
 
 
 def _inlinable(node: Node, module: GraphModule) -> GraphModule | None:
-    if node.op != "call_function":
-        return None
-    if node.target is GRAD_MODE_HOP:
+    target = node.target
+    if target is GRAD_MODE_HOP:
         reference = node.args[1]
-    elif node.target is AUTOCAST_HOP:
+    elif target is AUTOCAST_HOP:
         reference = node.args[4]
     else:
         return None

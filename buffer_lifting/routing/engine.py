@@ -228,7 +228,8 @@ class Routing:
         return any(has_routed(view.labels(path)) for path, _ in view.node.named_refs())
 
     def _confined(self, name: str) -> bool:
-        return any(isinstance(fact, _CONFINED) for fact in self.facts.get(name, {}).values())
+        facts = self.facts.get(name)
+        return facts is not None and any([isinstance(fact, _CONFINED) for fact in facts.values()])
 
     def _confine(self, node: Node, result: AxisResult | None) -> AxisResult | None:
         if (
@@ -238,7 +239,7 @@ class Routing:
         ):
             return result
         for name in content_operands(node):
-            if name in self._consumed or not self._confined(name):
+            if name not in self.facts or name in self._consumed or not self._confined(name):
                 continue
             facts = self.facts[name]
             if Counts in facts or Count in facts:

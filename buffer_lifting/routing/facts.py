@@ -114,9 +114,9 @@ Fact = Index | Inverse | Columns | Counts | Count | Hot | Single | Distinct | Pl
 
 def is_routed(dim: DimLabel) -> bool:
     """Whether a dim runs over rows in an order that data chose."""
-    return any(factor.axis.startswith(PREFIX) for factor in dim)
+    return any([factor.axis.startswith(PREFIX) for factor in dim])
 
 
 def has_routed(labels: Labels | None) -> bool:
     """Whether any dim does."""
-    return labels is not None and any(is_routed(dim) for dim in labels)
+    return labels is not None and any([factor.axis.startswith(PREFIX) for dim in labels for factor in dim])
