@@ -149,6 +149,7 @@ def _open_axis(node: Node, length: Size, given: Axes, result: InputLabels, wante
                 f"input {node.fqn!r} has the length of {first!r}, {size}: whether they are one sequence is not known",
                 f'pass axes={{"{first}": {{0: "batch", 1: "seq"}}, "{node.fqn}": {{0: "batch", 1: "{name}"}}}} (or '
                 '"seq" for both), or export with distinct lengths',
+                source=node.fqn,
             )
         )
 
@@ -247,6 +248,7 @@ def _unify_symbols(record: GraphRecord, inputs: list[Node], given: Axes, result:
                         f"{_both(clash[hint])}",
                         f'pass axes={{"{node.fqn}": {{0: "batch", 1: "{clash[hint][-1]}"}}}}, or export with distinct '
                         "sizes",
+                        source=node.fqn,
                     )
                 )
     if names:
@@ -346,6 +348,7 @@ def _inferred(node: Node, result: InputLabels) -> Labels:
                 "BL103",
                 f"input {node.fqn!r} has {len(batches)} dims of the size of the batch, {result.batch}",
                 f'pass axes={{"{node.fqn}": {{{batches[-1]}: "batch", ...}}}}, or export with distinct sizes',
+                source=node.fqn,
             )
         )
     if batches:
@@ -370,6 +373,7 @@ def _clash(node: Node, what: str, result: InputLabels) -> None:
             "BL103",
             f"input {node.fqn!r} has {what}",
             f'pass axes={{"{node.fqn}": {{{axes}}}}}, or export with distinct sizes or dynamic dims',
+            source=node.fqn,
         )
     )
 

@@ -29,6 +29,9 @@ class Dep(Flag):
 _DEPS = [Dep(value) for value in range(2 * Dep.LENGTH.value)]
 _USER, _PARAM, _STATE, _IOTA, _DATA = (flag.value for flag in (Dep.USER, Dep.PARAM, Dep.STATE, Dep.IOTA, Dep.DATA))
 _RANDOM, _WRITTEN, _LENGTH = Dep.RANDOM.value, Dep.WRITTEN.value, Dep.LENGTH.value
+#: The contents of a user input that has dims: a number of the user's (where a slice starts) makes no activations.
+_TOKENS = 2 * _LENGTH
+_NOT_BY_NUMBERS = ~(_LENGTH | _TOKENS)
 
 
 def analyse(
@@ -54,7 +57,7 @@ def analyse(
         else:
             contents = content_operands(node)
             for name in contents:
-                dep |= deps[name] & ~_LENGTH if isinstance(nodes[name].meta, ScalarMeta) else deps[name]
+                dep |= deps[name] & _NOT_BY_NUMBERS if isinstance(nodes[name].meta, ScalarMeta) else deps[name]
             if whole and _follows(node, whole, sized, deps):
                 whole.add(node.name)
             elif _counts(node, record, contents, deps, sized, variation):
@@ -63,12 +66,12 @@ def analyse(
                 dep |= _IOTA
             if is_random(node):
                 dep |= _RANDOM
-            if dep & _USER and dep & _PARAM:
+            if dep & _TOKENS and dep & _PARAM:
                 dep |= _DATA
         if node.name in written and not dep & _DATA:
             dep |= _WRITTEN
         deps[node.name] = dep
-    return {name: _DEPS[dep] for name, dep in deps.items()}
+    return {name: _DEPS[dep & ~_TOKENS] for name, dep in deps.items()}
 
 
 def nodes_with(deps: Mapping[str, Dep], flag: Dep) -> frozenset[str]:
@@ -89,13 +92,13 @@ def activations_of(
         if node.kind is NodeKind.STATE:
             dep = _PARAM if node.state_kind is StateKind.PARAMETER else 0
         elif node.kind is NodeKind.INPUT:
-            dep = _input(record, node, input_labels, positional) & (_USER | _DATA)
+            dep = _input(record, node, input_labels, positional) & (_TOKENS | _DATA)
         else:
             for operand in content_operands(node):
-                dep |= deps[operand]
+                dep |= deps[operand] & ~_TOKENS if isinstance(nodes[operand].meta, ScalarMeta) else deps[operand]
             if is_random(node):
                 dep |= _RANDOM
-            if dep & _USER and dep & _PARAM:
+            if dep & _TOKENS and dep & _PARAM:
                 dep |= _DATA
         deps[name] = dep
         if dep & (_DATA | _RANDOM):
@@ -108,7 +111,9 @@ def _input(record: GraphRecord, node: Node, input_labels: dict[str, Labels], pos
     if node.name in positional:
         return _STATE
     tangent = record.joint is not None and node.name in record.joint.tangents
-    return _USER | _DATA if tangent or _differentiable(node, input_labels.get(node.name)) else _USER
+    has_dims = node.tensor is None or bool(node.tensor.shape)
+    own = _USER | _TOKENS if has_dims and not isinstance(node.meta, ScalarMeta) else _USER
+    return own | _DATA if tangent or _differentiable(node, input_labels.get(node.name)) else own
 
 
 def _has_length(node: Node, lengths: frozenset[str]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection
 
-from buffer_lifting.explanation import Explanation, FedBy, Mark, Step, role_text, shape_text
+from buffer_lifting.explanation import STAYS, Explanation, FedBy, Mark, Step, role_text, shape_text
 from buffer_lifting.graph.record import GraphRecord, Node, NodeKind, TensorMeta
 from buffer_lifting.graph.sizes import Size
 from buffer_lifting.labels import COL, ROW, Labels, is_labelled
@@ -160,7 +160,7 @@ class Explainer:
             mark = mark if name in marks else settled.get(name, mark)
             settled.setdefault(name, mark)
             if index == 0 and mark in ("feed", "kept") and not met:
-                mark, detail = "source", "in the feed" if mark == "feed" else "stays in the stage"
+                mark, detail = "source", "in the feed" if mark == "feed" else STAYS
             step = self._step(name, mark, detail, labels.get(name), roles)
             roles = frozenset(role for text in step.roles for role in text.split("*") if ":" in role) or roles
             steps.append(step)

@@ -14,6 +14,10 @@ from buffer_lifting.program import LiftedInput, PositionRead, SequenceMixing
 Mark = Literal["source", "feed", "cut", "gathered", "rebuilt", "kept", "", "refused", "operand", "mixes", "consumer"]
 
 
+#: What is said of a source that the stage keeps: a learned table, a value in natural order.
+STAYS = "stays in the stage"
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One value on a chain.

@@ -38,7 +38,9 @@ _UNTOLD = frozenset(
         "generator",
     }
 )
-_DEFAULTS: frozenset[tuple[str, Arg]] = frozenset({("alpha", 1), ("step", 1), ("start", 0), ("end", (1 << 63) - 1)})
+_DEFAULTS: frozenset[tuple[str, Arg]] = frozenset(
+    {("alpha", 1), ("value", 1), ("step", 1), ("start", 0), ("end", (1 << 63) - 1), ("padding_idx", -1)}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,11 @@ class Expressions:
             return *brackets, f"[{','.join(map(str, digests))}]", all(part[3] for part in parts)
         text = arg.text.removeprefix("torch.") if isinstance(arg, Opaque) else str(arg)
         return text, text, text, True
+
+    def numbers(self, node: Node) -> str:
+        """The arguments of a node that are numbers and texts, as far as they are no defaults: ``alpha=2``."""
+        told = {key: arg for key, arg in _told(node).items() if isinstance(arg, int | float | str)}
+        return ", ".join(f"{key}={arg}" for key, arg in told.items())
 
     def _is_tensor(self, arg: Arg) -> bool:
         return isinstance(arg, Ref) and not isinstance(self.record.nodes[arg.name].meta, ScalarMeta)

@@ -90,12 +90,16 @@ class SequenceMixing:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something about the whole program that stands in the way (ambiguous axes, for one)."""
+    """Something about the whole program that stands in the way (ambiguous axes, for one).
+
+    ``source`` is the FQN of the state, or the name of the input, that it is about; empty where there is none.
+    """
 
     code: str
     message: str
     hint: str
     location: Location | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,9 +76,11 @@ class Reports:
         hint = f"the whole {whole} in the stage" if form == "natural" else ""
         return self._record(edge, kind, source, aliases, stream, form, None, code, hint)
 
-    def expression(self, name: str) -> str:
-        """How a value is made, as a text."""
-        return str(self._known().of(name))
+    def expression(self, name: str, consumer: Node) -> str:
+        """How a value is made, and the numbers that its reader gets, as a text."""
+        known = self._known()
+        numbers = known.numbers(consumer)
+        return f"{known.of(name)}; {numbers}" if numbers else str(known.of(name))
 
     def short(self, name: str) -> str:
         """The same inside another text."""
@@ -180,7 +182,7 @@ class Reports:
             code=code,
             hint=hint,
             sources=self.planner.sources_of(edge.value.name),
-            expression=self.expression(edge.value.name),
+            expression=self.expression(edge.value.name, node),
         )
         self.reads.append(read)
         return read
@@ -197,4 +199,6 @@ def written_state(record: GraphRecord) -> Iterator[Finding]:
                 "BL101",
                 f"the graph writes to the buffer {node.fqn!r} (a cache), so its rows are not fixed",
                 "export the model without its cache (use_cache=False)",
+                next((n.location for n in record.nodes.values() if is_mutating(n) and node.name in n.refs()), None),
+                node.fqn,
             )

@@ -98,6 +98,8 @@ class Variation:
             dims = {dim} if isinstance(dim, int) else set(dim if isinstance(dim, tuple) else range(len(own)))
             gone = {d % len(own) for d in dims if isinstance(d, int) and before.shape[d % len(own)] == 1}
             return tuple(flag for d, flag in enumerate(own) if d not in gone)
+        if op in ("aten.view", "aten.reshape") and before.shape == shape:
+            return own
         if op in ("aten.view", "aten.reshape", "aten.flatten", "aten.unflatten") and not any(own):
             return (False,) * len(shape)
         return _long(shape)

@@ -151,7 +151,7 @@ def test_the_edited_program_has_other_lines_and_nodes() -> None:
 def test_a_layer_more(capsys: Capture) -> None:
     assert diff("base.pt2", "deeper.pt2", capsys, 1) == [
         "reads",
-        "  + 'layers.3.table' read by aten.mul.Tensor in layers.3: code BL001, kind buffer, operand other, "
+        "  + 'layers.3.table' read by aten.mul.Tensor in layers.3: code BL001, kind buffer, operand either, "
         "lifted as values, stream positions, dims [0=seq:row], value slice('layers.3.table', dim=0, end=seq)",
         "lifted inputs",
         "  + 'layers.3.table' by positions, axis seq, row: name lifted_layers_3_table, form values, "
@@ -196,8 +196,9 @@ def test_stage_boundaries(capsys: Capture) -> None:
     ]
     assert diff("stages", "three", capsys, 1) == [
         "stages",
-        "  + stage 2: keyword inputs lifted_layers_2_table",
-        "  ~ stage 1: keyword inputs lifted_layers_1_table, lifted_layers_2_table -> lifted_layers_1_table",
+        "  + stage 2: keyword inputs lifted_layers_2_table, parameters 2 of layers.2",
+        "  ~ stage 1: keyword inputs lifted_layers_1_table, lifted_layers_2_table -> lifted_layers_1_table, "
+        "parameters 4 of layers.1-2 -> 2 of layers.1",
         "boundaries",
         "  + stage 1 -> 2 by aten.add.Tensor in layers.1: tensor float32[batch, seq, 8]",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -483,3 +483,72 @@ def test_a_quotient_of_the_length_is_a_length(body: Callable[[Tensor], Tensor], 
         ids = torch.randint(1, VOCAB, (3, 20))
         feed = parallel.feed(3, 20, shard=(1, 2))
         assert torch.equal(parallel.program.module()(ids[:, 10:], **feed), ep.module()(ids)[:, 10:])
+
+
+def _offset(number: Tensor, ids: Tensor) -> int:
+    start = cast(int, number.item())
+    torch._check(start >= 0)
+    torch._check(start + ids.shape[1] <= 64)
+    return start
+
+
+OFFSETS: dict[str, Callable[..., Tensor]] = {
+    "slice": lambda net, ids, k: net.wpe.weight[(i := _offset(k, ids)) : i + ids.shape[1]],
+    "narrow": lambda net, ids, k: net.wpe.weight.narrow(0, _offset(k, ids), ids.shape[1]),
+    "chain": lambda net, ids, k: net.wpe.weight.narrow(0, _offset(k, ids), ids.shape[1]).sin()[None],
+    "product": lambda net, ids, k: (net.wpe.weight * 1.5).narrow(0, _offset(k, ids), ids.shape[1]),
+    "projected": lambda net, ids, k: F.linear(net.wpe.weight.narrow(0, _offset(k, ids), ids.shape[1]), net.w),
+}
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_a_learned_table_that_is_read_at_an_offset_of_the_user(name: str) -> None:
+    """A number and a parameter make no activations: the rows are still read by position."""
+
+    class Model(Attends):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wpe, self.w = nn.Embedding(64, 8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, ids: Tensor, k: Tensor) -> Tensor:
+            return self.h(self.e(ids) + OFFSETS[name](self, ids, k))
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO}, None)
+    ep = export(Model(), (torch.randint(1, VOCAB, (3, LENGTH)), torch.tensor(5)), dynamic_shapes=shapes)
+    assert {item.code for item in bl.check(ep)} == {"BL002"}
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=1)).passed
+
+
+def test_a_layer_of_a_learned_table_that_the_user_picks_is_refused() -> None:
+    class Model(Attends):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.Parameter(torch.randn(3, 64, 8))
+
+        def forward(self, ids: Tensor, k: Tensor) -> Tensor:
+            return self.h(self.e(ids) + self.tables[k][: ids.shape[1]])
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO}, None)
+    ep = export(Model(), (torch.randint(1, VOCAB, (3, LENGTH)), torch.tensor(1)), dynamic_shapes=shapes)
+    with pytest.raises(bl.UnsupportedReadError, match="'tables'"):
+        bl.lift(ep)
+
+
+def test_a_decomposed_linear_without_bias_is_no_read() -> None:
+    """``run_decompositions()`` expands the weight to the batch, for ``bmm``."""
+
+    class Model(Attends):
+        def __init__(self) -> None:
+            super().__init__()
+            self.o = nn.Linear(8, 8, bias=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.e(ids)
+            q = x.view(*x.shape[:2], 2, 4).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+            return self.o(y.transpose(1, 2).reshape(x.shape))
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
+    ep = export(Model(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes).run_decompositions()
+    assert {item.code for item in bl.check(ep)} == {"BL003"}
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=2)).passed

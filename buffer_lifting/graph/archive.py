@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,17 @@ def _ranges(values: dict[str, Any]) -> dict[str, tuple[int, int | None]]:
         high = None if upper is None else as_int(upper, what)
         if high is not None and high < low:
             raise SchemaError(f"{what} is empty")
-        ranges[as_identifier(name, what)] = (low, high)
+        ranges[_measured(name, what)] = (low, high)
     return ranges
+
+
+#: A size by its text, ``2*s39 + 1``: a name that nothing looks into.
+_DERIVED = re.compile(r"[A-Za-z0-9_+*/(), -]{1,200}")
+
+
+def _measured(name: str, what: str) -> str:
+    """What bounds are of: a size symbol, or a size made of some (a derived ``Dim``)."""
+    return name if _DERIVED.fullmatch(name) else as_identifier(name, what)
 
 
 def _in_no_checkpoint(nodes: dict[str, Node]) -> frozenset[str]:

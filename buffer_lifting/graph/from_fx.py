@@ -229,8 +229,12 @@ def _op_name(node: FxNode) -> str:
 def _name_of(target: Any) -> str:
     if isinstance(target, OpOverload):
         return str(target)
-    name = getattr(target, "__name__", str(target))
-    return f"hop.{name}" if isinstance(target, HigherOrderOperator) else _OPERATORS.get(name, f"sym.{name}")
+    name, module = getattr(target, "__name__", str(target)), getattr(target, "__module__", None) or ""
+    if isinstance(target, HigherOrderOperator):
+        return f"hop.{name}"
+    if module.startswith("torch.") and not name.removeprefix("_").startswith("sym_"):
+        return f"unknown.{module}.{name}"
+    return _OPERATORS.get(name, f"sym.{name}")
 
 
 @functools.cache

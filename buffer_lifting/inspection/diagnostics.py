@@ -234,4 +234,4 @@ def _of_mixing(mix: SequenceMixing, classes: dict[str, str]) -> Diagnostic:
 
 
 def _of_finding(item: Finding) -> Diagnostic:
-    return diagnostic(item.code, item.message, item.hint, item.location)
+    return diagnostic(item.code, item.message, item.hint, item.location, source=item.source)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from buffer_lifting.boundaries import BoundaryTensor
 from buffer_lifting.graph.record import GraphRecord
+from buffer_lifting.layers import spans
 from buffer_lifting.program import (
     Axes,
     AxesInfo,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Section = Literal["axes", "reads", "mixing", "findings", "lifted_inputs", "stages", "boundaries"]
 SECTIONS: tuple[Section, ...] = ("axes", "reads", "mixing", "findings", "lifted_inputs", "stages", "boundaries")
+_COMMUTATIVE = ("aten.add.Tensor", "aten.mul.Tensor")
 NOT_RECORDED = "not recorded"  # a boundary of a partition that an older version saved
 
 
@@ -86,7 +88,7 @@ def outline(program: Any, axes: Axes | None = None) -> Outline:
         entries = _program(lifted.report, lifted.inputs, lifted.input_axes.values(), lifted.axes)
         if isinstance(program, LiftedProgram):
             return Outline(entries)
-        stages = [(stage.kwargs, stage.output_shapes) for stage in program.stages]
+        stages = [(stage.kwargs, stage.output_shapes, stage.parameters) for stage in program.stages]
         return Outline((*entries, *_stages(stages)), staged=True)
     from buffer_lifting.adapter import as_program
     from buffer_lifting.graph.from_fx import build_record
@@ -121,7 +123,7 @@ def outline_saved(
 def outline_partition(saved: SavedPartition) -> Outline:
     """The outline of a saved partition."""
     entries = outline_saved(saved.report, saved.inputs, saved.input_axes, saved.axes).entries
-    stages = [(stage.kwargs, stage.outputs) for stage in saved.stages]
+    stages = [(stage.kwargs, stage.outputs, stage.parameters) for stage in saved.stages]
     return Outline((*entries, *_stages(stages)), staged=True)
 
 
@@ -129,7 +131,10 @@ def _program(
     report: ScanReport, inputs: Iterable[LiftedInput], input_axes: Iterable[InputAxes], axes: AxesInfo
 ) -> tuple[Entry, ...]:
     entries = [*_axes(input_axes, axes), *map(_read, report.reads), *map(_mixing, report.mixing)]
-    entries += [Entry("findings", (("code", item.code),), (), item.message) for item in report.findings]
+    entries += [
+        Entry("findings", (("code", item.code), ("source", item.source)), (("message", item.message),))
+        for item in report.findings
+    ]
     return _numbered([*entries, *map(_lifted_input, inputs)])
 
 
@@ -153,7 +158,7 @@ def _read(read: PositionRead) -> Entry:
     facts = (
         ("code", read.code),
         ("kind", read.source_kind),
-        ("operand", read.operand),
+        ("operand", "either" if read.op in _COMMUTATIVE else read.operand),
         ("lifted as", "refused" if read.refusal or read.form is None else read.form),
         ("stream", read.stream),
         ("dims", f"[{dims}]"),
@@ -179,10 +184,14 @@ def tensor_text(item: LiftedInput) -> str:
     return f"{item.dtype}[{', '.join([*dims, *map(str, item.row_shape)])}]"
 
 
-def _stages(stages: Sequence[tuple[Sequence[str], Sequence[BoundaryTensor] | None]]) -> tuple[Entry, ...]:
+def _stages(
+    stages: Sequence[tuple[Sequence[str], Sequence[BoundaryTensor] | None, Sequence[str]]],
+) -> tuple[Entry, ...]:
     entries = []
-    for index, (kwargs, sends) in enumerate(stages):
-        entries.append(Entry("stages", (("stage", index),), (("keyword inputs", ", ".join(kwargs) or "none"),)))
+    for index, (kwargs, sends, parameters) in enumerate(stages):
+        held = f"{len(parameters)} of {', '.join(spans(parameters))}" if parameters else "none"
+        facts = (("keyword inputs", ", ".join(kwargs) or "none"), ("parameters", held))
+        entries.append(Entry("stages", (("stage", index),), facts))
         if index == len(stages) - 1:
             continue
         boundary = f"{index} -> {index + 1}"

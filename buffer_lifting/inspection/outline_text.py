@@ -15,7 +15,7 @@ _TITLES: dict[Section, Callable[[Entry], str]] = {
     "axes": lambda e: f"axis {e.named('axis')}" if e.named("axis") else f"input {e.named('input')}",
     "reads": lambda e: f"{e.named('source')!r} read by {e.named('op')}",
     "mixing": lambda e: e.named("op"),
-    "findings": lambda e: e.named("code"),
+    "findings": lambda e: e.named("code") + (f" of {e.named('source')!r}" if e.named("source") else ""),
     "lifted_inputs": lambda e: (
         f"{e.named('source')!r} by {e.named('stream')}, axis {e.named('axis')}, {e.named('role')}"
     ),

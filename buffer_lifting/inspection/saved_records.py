@@ -147,7 +147,8 @@ def _mixing(value: dict[str, Any]) -> SequenceMixing:
 
 
 def _finding(value: dict[str, Any]) -> Finding:
-    return Finding(_code(value), _text(value, "message"), _text(value, "hint"), _location(value))
+    source = as_text(value.get("source", ""), "source")
+    return Finding(_code(value), _text(value, "message"), _text(value, "hint"), _location(value), source)
 
 
 def _input(value: dict[str, Any]) -> LiftedInput:

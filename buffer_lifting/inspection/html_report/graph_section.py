@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from buffer_lifting.explanation import STAYS
 from buffer_lifting.graph.record import Location
 from buffer_lifting.inspection.html_report.later import Room
 from buffer_lifting.inspection.html_report.markup import code, count, escape
@@ -244,9 +245,13 @@ def whole_after(view: ProgramView, number: int) -> Picture:
         boxes[end.id] = end
         for start in dict.fromkeys(box_of[name] for name in group.inputs if name in box_of):
             join(start, end.id)
+        kept = [row.detail for row in group.rows if row.mark == "source" and row.detail.endswith(STAYS)]
+        names = [name for name in (group.source, *group.also) if any(repr(name) in layers(text) for text in kept)]
         if group.source and not group.inputs:
-            start = f"kept {group.source}"
-            box = _source(group)
+            names = [group.source, *group.also]
+        for name in names:
+            start = f"kept {name}"
+            box = _source(group) if name == group.source else Box(start, "source", name, "", 0)
             boxes.setdefault(start, Box(start, box.kind, box.title, box.text, 0))
             join(start, end.id)
     about = f"{view.target} after lifting: " + _words(boxes, arrows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from buffer_lifting.explanation import Explanation, Step, shape_text
+from buffer_lifting.explanation import STAYS, Explanation, Step, shape_text
 from buffer_lifting.inspection.html_report.views import Arrow, Box, BoxKind, Picture
 from buffer_lifting.program import LiftedInput, SequenceMixing
 
@@ -76,7 +76,7 @@ def after(explanation: Explanation) -> Picture | None:
             if step.node in cuts:
                 above = cuts[step.node]
                 continue
-            kept = step.mark == "kept" or "stays in the stage" in step.detail
+            kept = step.mark == "kept" or STAYS in step.detail
             kind: BoxKind = "consumer" if step.node == last else "kept" if kept else "op"
             drawing.add(_box(step, kind, column))
             for start in above:
