@@ -31,6 +31,8 @@ def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None
         scan.distributed.add(node.name)
         scan.labels[node.name] = scan.completion.complete(node, None)
         return
+    if scan.planner.variation.looks_up_equals(node):
+        operands = [name for path, name in node.named_refs() if path == "self"]  # the index tells nothing
     labelled = scan._carries(node)
     lost = result is None or result.outputs is None
     mixes = result is not None and bool(result.mixing) and not result.handled

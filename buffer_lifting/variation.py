@@ -16,6 +16,8 @@ _EXPANDS = ("aten.expand", "aten.expand_as", "aten.broadcast_to")
 _PERMUTES = frozenset(f"aten.{name}" for name in ["permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes"])
 _SAME_PART = ("aten.slice", "aten.narrow", "aten.split", "aten.chunk", "aten.split_with_sizes")
 
+_LOOKUPS = ("aten.gather", "aten.index_select", "aten.index")
+
 
 class Variation:
     """Answers for one record; memoised, so linear in the nodes that are asked for."""
@@ -46,6 +48,10 @@ class Variation:
         """Whether all elements are equal."""
         return not any(self.of(name))
 
+    def looks_up_equals(self, node: Node) -> bool:
+        """Whether an op takes elements at an index out of a value whose elements are all equal."""
+        return node.base_op in _LOOKUPS and self._uniform(node.args.get("self"))
+
     def _of(self, node: Node) -> Varies:
         if node.tensor is None:
             meta = node.meta if isinstance(node.meta, tuple) else ()
@@ -72,7 +78,7 @@ class Variation:
         if op == "aten.embedding":
             return (*self._operand(node, "indices"), not self._uniform(node.args.get("weight")))
         source = node.args.get("self")
-        if op in ("aten.gather", "aten.index_select", "aten.index") and self._uniform(source):
+        if self.looks_up_equals(node):
             return (False,) * len(shape)
         if not isinstance(source, Ref):
             return _long(shape)
