@@ -364,13 +364,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; options may stand between targets (``check a.pt2 --exit-zero b.pt2``)."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "targets") and not any(text.startswith("-") for text in rest):
+        args.targets += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, and returns the exit code."""
     from buffer_lifting.errors import LiftingError
     from buffer_lifting.targets import TargetError, first_line
 
     try:
-        args = make_parser().parse_args(argv)
+        args = _parsed(make_parser(), argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else COULD_NOT_CHECK
     try:

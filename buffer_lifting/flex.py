@@ -156,4 +156,5 @@ class FlexReader:
             hint=hint,
             sources=self.planner.sources_of(of) if of else (source,),
             expression=self.expression,
+            module_class=self.node.module_class,
         )

@@ -49,7 +49,8 @@ class PositionRead:
         batch_dim: the value's own batch dim, or ``None``.
         stream: the index stream that the lifted inputs follow.
         form: how it is lifted; ``None`` when it is refused, and then ``refusal`` says why.
-        location: where the model's source reads it; ``modules`` are the FQNs of the consumer's modules.
+        location: where the model's source reads it; ``modules`` are the FQNs of the consumer's modules, and
+            ``module_class`` is the class of the innermost.
         code: the rule code (BL0xx liftable, BL1xx not).
         hint: what the user can do.
     """
@@ -72,6 +73,7 @@ class PositionRead:
     hint: str = ""
     sources: tuple[str, ...] = ()
     expression: str = ""
+    module_class: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class SequenceMixing:
     handled: bool
     code: str
     hint: str = ""
+    module_class: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,8 @@ class Reports:
         if not handled:
             hint = (known or hint) + self._ambiguous()
         modules = (node.module,) if node.module else ()
-        self.mixing.append(SequenceMixing(node.name, node.op, reason, node.location, modules, handled, code, hint))
+        where = (node.location, modules)
+        self.mixing.append(SequenceMixing(node.name, node.op, reason, *where, handled, code, hint, node.module_class))
 
     def _ambiguous(self) -> str:
         """What to add to a hint where features of a static program may be taken for the sequence, and it for them."""
@@ -146,6 +147,7 @@ class Reports:
             code="BL004",
             hint="buffer_lifting.context_parallel replaces the flag by a mask that follows the slots",
             sources=("is_causal",),
+            module_class=node.module_class,
         )
         self.reads.append(read)
 
@@ -183,6 +185,7 @@ class Reports:
             hint=hint,
             sources=self.planner.sources_of(edge.value.name),
             expression=self.expression(edge.value.name, node),
+            module_class=node.module_class,
         )
         self.reads.append(read)
         return read

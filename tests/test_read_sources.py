@@ -20,6 +20,7 @@ from buffer_lifting.inspection.diagnostics import Diagnostic, check_record
 from buffer_lifting.inspection.diff import compare
 from buffer_lifting.inspection.outline import outline
 from buffer_lifting.inspection.outline_text import outline_text
+from buffer_lifting.inspection.targets import check_target
 
 DIM, TOKENS = 8, torch.zeros(3, 11, dtype=torch.long)
 Forward = Callable[["Net", Tensor], Tensor]
@@ -363,3 +364,32 @@ def test_the_page_keeps_what_stays_in_the_stage(here: Path) -> None:
     page = Path("page.html").read_text()
     (picture,) = re.findall(r"<svg[^>]*aria-label=\"model.pt2 after lifting[^\"]*\".*?</svg>", page, re.DOTALL)
     assert "learned" in picture and "lifted_positions" in picture
+
+
+def test_the_class_of_the_module_outlives_a_save(here: Path) -> None:
+    class Causal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.attn = nn.Embedding(16, DIM), Causal()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.attn(self.e(ids)[:, None])[:, 0]
+
+    program = torch.export.export(Model(), (TOKENS,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+    staged = bl.partition(bl.lift(program), num_stages=1)
+    staged.save("stages")
+    (live,) = bl.check(staged)
+    (saved,) = check_target("stages", None)
+    assert live == saved and live.code == "BL004" and live.module_class.endswith("Causal")
+
+
+def test_options_between_targets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.export.save(export(two), "other.pt2")
+    assert main(["check", "model.pt2", "--exit-zero", "other.pt2"]) == 0
+    assert "2 findings in 2 targets" in capsys.readouterr().err
+    assert main(["check", "model.pt2", "--exit-zero", "other.pt2", "--nonsense"]) == 2
+    assert "unrecognized arguments: other.pt2 --nonsense" in capsys.readouterr().err

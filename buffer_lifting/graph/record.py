@@ -124,6 +124,11 @@ class Node:
         """The FQN of the innermost module that the node was traced in."""
         return self.modules[-1][0] if self.modules else ""
 
+    @property
+    def module_class(self) -> str:
+        """The class of that module; empty if it is not known."""
+        return self.modules[-1][1] if self.modules else ""
+
     def refs(self) -> tuple[str, ...]:
         """The names of all nodes that the arguments refer to, in order."""
         if self._refs is None:

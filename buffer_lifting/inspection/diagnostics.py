@@ -108,26 +108,20 @@ def check_record(record: GraphRecord, axes: Axes | None = None) -> tuple[Diagnos
     """
     from buffer_lifting.scanner import scan_record
 
-    return check_scan(record, scan_record(record, axes).report)
+    return numbered(report_diagnostics(scan_record(record, axes).report))
 
 
-def check_scan(record: GraphRecord, report: ScanReport) -> tuple[Diagnostic, ...]:
-    """The findings of a record that has been scanned."""
-    classes = {node.name: node.modules[-1][1] for node in record.nodes.values() if node.modules}
-    return numbered(report_diagnostics(report, classes))
-
-
-def report_diagnostics(report: ScanReport, classes: dict[str, str]) -> list[Diagnostic]:
-    """The findings of a scan; ``classes`` are those of the nodes' modules."""
+def report_diagnostics(report: ScanReport) -> list[Diagnostic]:
+    """The findings of a scan."""
     found = [_of_finding(item) for item in report.findings]
-    found += [_of_read(read, classes) for read in report.reads]
-    return [*found, *(_of_mixing(mix, classes) for mix in report.mixing if not mix.handled)]
+    found += [_of_read(read) for read in report.reads]
+    return [*found, *(_of_mixing(mix) for mix in report.mixing if not mix.handled)]
 
 
 def left_by_lifting(report: ScanReport, follows_slots: bool) -> list[Diagnostic]:
     """What lifting has left of a report: what it refused, and the causal flags until ``context_parallel``."""
     reads = [read for read in report.reads if read.refusal or (read.code == "BL004" and not follows_slots)]
-    return report_diagnostics(ScanReport(tuple(reads), report.mixing, report.inputs, report.findings), {})
+    return report_diagnostics(ScanReport(tuple(reads), report.mixing, report.inputs, report.findings))
 
 
 def numbered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
@@ -216,21 +210,19 @@ def mixing_message(mix: SequenceMixing) -> str:
     return f"{mix.op} mixes the sequence ({mix.reason})"
 
 
-def _of_read(read: PositionRead, classes: dict[str, str]) -> Diagnostic:
+def _of_read(read: PositionRead) -> Diagnostic:
     message, hint = read_message(read)
     module = read.modules[0] if read.modules else ""
     found = diagnostic(
-        read.code, message, hint, read.location, module, classes.get(read.node, ""), read.source, read.node, read.op
+        read.code, message, hint, read.location, module, read.module_class, read.source, read.node, read.op
     )
     return replace(found, sources=read.sources)
 
 
-def _of_mixing(mix: SequenceMixing, classes: dict[str, str]) -> Diagnostic:
+def _of_mixing(mix: SequenceMixing) -> Diagnostic:
     module = mix.modules[0] if mix.modules else ""
     message = mixing_message(mix)
-    return diagnostic(
-        mix.code, message, mix.hint, mix.location, module, classes.get(mix.node, ""), "", mix.node, mix.op
-    )
+    return diagnostic(mix.code, message, mix.hint, mix.location, module, mix.module_class, "", mix.node, mix.op)
 
 
 def _of_finding(item: Finding) -> Diagnostic:

@@ -130,6 +130,7 @@ def _read(value: dict[str, Any]) -> PositionRead:
         hint=_text(value, "hint"),
         sources=tuple(as_text(item, "a name") for item in as_list(value.get("sources", []), "sources")),
         expression=as_text(value.get("expression", ""), "expression"),
+        module_class=as_text(value.get("module_class", ""), "a class"),
     )
 
 
@@ -143,6 +144,7 @@ def _mixing(value: dict[str, Any]) -> SequenceMixing:
         as_bool(field(value, "handled", "an op"), "handled"),
         _code(value),
         _text(value, "hint"),
+        as_text(value.get("module_class", ""), "a class"),
     )
 
 

@@ -17,7 +17,7 @@ from buffer_lifting.errors import ArchiveError, AxesError
 from buffer_lifting.graph.archive_schema import shown
 from buffer_lifting.graph.inconsistent import untrusted
 from buffer_lifting.graph.record import GraphRecord
-from buffer_lifting.inspection.diagnostics import Diagnostic, check, check_scan
+from buffer_lifting.inspection.diagnostics import Diagnostic, check, numbered, report_diagnostics
 from buffer_lifting.inspection.stage_directory import is_meant_as_stage_directory, is_stage_directory
 from buffer_lifting.plan import LiftPlan
 from buffer_lifting.program import Axes
@@ -159,7 +159,7 @@ def _check_file(target: str, path: Path, axes: Axes | None) -> tuple[tuple[Diagn
 
     record = read_archive(path)
     plan = scan_record(record, axes)
-    return check_scan(record, plan.report), Scanned(record, plan)
+    return numbered(report_diagnostics(plan.report)), Scanned(record, plan)
 
 
 def is_lifted(program: object) -> bool:
