@@ -23,7 +23,7 @@ from buffer_lifting.program import Form, PositionRead
 from buffer_lifting.reporting import code_of
 
 if TYPE_CHECKING:
-    from buffer_lifting.scanner import _Scan
+    from buffer_lifting.frontier import Frontier
 
 #: Body name -> (the operand that names it, the operand with its buffers, its index arguments).
 _BODIES = {
@@ -32,7 +32,7 @@ _BODIES = {
 }
 
 
-def plan_flex(scan: _Scan, node: Node) -> None:
+def plan_flex(scan: Frontier, node: Node) -> None:
     """Plans one ``flex_attention`` on data, and reports its reads to ``scan``."""
     query, key = (_labels(scan, node, name) for name in ("query", "key"))
     if query is None or key is None:
@@ -61,7 +61,7 @@ def plan_flex(scan: _Scan, node: Node) -> None:
     scan.flex.append(FlexPlan(node.name, tuple(plans), (rows, cols), keys))
 
 
-def _labels(scan: _Scan, node: Node, name: str) -> Labels | None:
+def _labels(scan: Frontier, node: Node, name: str) -> Labels | None:
     arg = node.args.get(name)
     known = scan.labels.get(arg.name) if isinstance(arg, Ref) else None
     return known[0] if known else None
@@ -70,7 +70,7 @@ def _labels(scan: _Scan, node: Node, name: str) -> Labels | None:
 class FlexReader:
     """Plans the bodies of one node; nothing reaches the scan before all of them are planned."""
 
-    def __init__(self, scan: _Scan, node: Node) -> None:
+    def __init__(self, scan: Frontier, node: Node) -> None:
         self.scan, self.node = scan, node
         self.record, self.planner = scan.record, scan.planner
         self.axes: tuple[Factor | None, Factor | None] = (None, None)

@@ -18,7 +18,7 @@ from buffer_lifting.ops import content_operands, is_pointwise, is_view
 from buffer_lifting.plan import Call, Context, Existing, GradientPlan, Plan, Refuse, Value
 
 if TYPE_CHECKING:
-    from buffer_lifting.scanner import _Scan
+    from buffer_lifting.frontier import Frontier
 
 #: A handled mixing: a sum over the batch that is put off until the rows of a table are known.
 OVER_BATCH = "a gradient of rows that all samples read: a sum over the batch"
@@ -28,7 +28,7 @@ _ROWS = ("aten.embedding_dense_backward", "aten.slice_backward", "aten.index_put
 class GradientSums:
     """What one scan of a graph with a backward pass knows besides."""
 
-    def __init__(self, scan: _Scan) -> None:
+    def __init__(self, scan: Frontier) -> None:
         assert scan.record.joint is not None
         self.scan, self.joint = scan, scan.record.joint
         self.plans: list[GradientPlan] = []

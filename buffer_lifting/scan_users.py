@@ -17,14 +17,14 @@ from buffer_lifting.planner import Planner
 from buffer_lifting.program import Finding
 
 if TYPE_CHECKING:
-    from buffer_lifting.scanner import _Scan
+    from buffer_lifting.frontier import Frontier
 
 
 #: What ``context_parallel`` has gathered from all ranks (a mask, for attention that exchanges heads) follows the slots.
 GATHERED = "_c10d_functional.wait_tensor.default"
 
 
-def label_user_value(scan: _Scan, node: Node, result: AxisResult | None) -> None:
+def label_user_value(scan: Frontier, node: Node, result: AxisResult | None) -> None:
     """A value of user inputs alone. One that mixed the sequence is only right if it is hoisted: it is marked."""
     operands = content_operands(node)
     if node.op == GATHERED or any(name in scan.distributed for name in operands):
@@ -55,7 +55,7 @@ def _of_a_part(result: AxisResult) -> bool:
     return bool(result.mixing) and result.mixing != OVER_KEYS
 
 
-def _of_all_samples(scan: _Scan, operands: Sequence[str], result: AxisResult) -> bool:
+def _of_all_samples(scan: Frontier, operands: Sequence[str], result: AxisResult) -> bool:
     """Whether a value of samples becomes one of all of them, of which a microbatch has a part."""
     own = [labels for name in operands for labels in scan.labels.get(name) or ()]
     return _along_batch(own) and not _along_batch(result.outputs or ())
@@ -65,7 +65,7 @@ def _along_batch(values: Iterable[Labels]) -> bool:
     return any(factor.axis == BATCH for labels in values for dim in labels for factor in dim)
 
 
-def _same_shape(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:
+def _same_shape(scan: Frontier, node: Node) -> tuple[Labels, ...] | None:
     """Labels of an op that keeps an operand's shape (roll, cumsum): slot i of the result is still slot i."""
     for name in node.refs():
         known, source = scan.labels.get(name), scan.record.nodes[name].tensor
@@ -81,7 +81,7 @@ _RESIZES = frozenset(
 )
 
 
-def _resized(scan: _Scan, node: Node) -> tuple[Labels, ...] | None:
+def _resized(scan: Frontier, node: Node) -> tuple[Labels, ...] | None:
     """Labels of a part of a static sequence, and of what is as long as the sequence again (ids shifted by one)."""
     meta = node.tensor
     if meta is None or not (node.base_op in _RESIZES or is_pointwise(node) or is_view(node)):
@@ -129,7 +129,7 @@ def number_of_whole(planner: Planner, value: Node) -> Value:
     return at_full_length(planner, value, [size for meta in ancestors if meta is not None for size in meta.shape])
 
 
-def report_returned(scan: _Scan, node: Node) -> None:
+def report_returned(scan: Frontier, node: Node) -> None:
     """A position value that the program returns stays in natural order."""
     lengths = set(scan.inputs.lengths.values())
     for path, name in node.named_refs():
@@ -155,7 +155,7 @@ def report_returned(scan: _Scan, node: Node) -> None:
         scan.reports.refused(node, path, value, (), Refuse(why, name, hint="do not return it from the model's forward"))
 
 
-def under_vmap(scan: _Scan, value: Node) -> Refuse | None:
+def under_vmap(scan: Frontier, value: Node) -> Refuse | None:
     """Why a value that is computed under ``torch.vmap`` is refused: its ops stand between calls that hold the level."""
     if not scan.vmapped or scan.vmapped.isdisjoint(scan.planner.ancestors(value.name)):
         return None
