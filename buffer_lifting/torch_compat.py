@@ -427,6 +427,11 @@ def module_of(program: ExportedProgram) -> GraphModule:
     return program.module()
 
 
+def writes(value: torch.Tensor) -> int:
+    """How often a tensor or one of its views was written to; 0 if torch does not count. Private: ``_version``."""
+    return 0 if value.is_inference() else value._version
+
+
 def root_spec(program: ExportedProgram) -> tuple[TreeSpec, TreeSpec]:
     """The pytree specs of a program's inputs and outputs. Private: ``ExportedProgram.call_spec`` has both."""
     spec = program.call_spec
