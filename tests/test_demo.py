@@ -168,18 +168,6 @@ def test_a_model_of_the_user_s(tmp_path: Path) -> None:
     assert "Gpt reads by position" in done.stdout and "positions.weight, 1 read\n" in done.stdout
 
 
-@pytest.mark.multiprocess
-@pytest.mark.timeout(200)
-def test_batches_of_other_sizes_that_are_other_data_each_time(tmp_path: Path) -> None:
-    """Each is made once, in order, and is the same for one process and the ranks, whatever its size."""
-    (tmp_path / "changing.py").write_text(f"{MODEL}\nimport atexit\natexit.register(lambda: print('calls', calls))\n")
-    done = run("--model", "changing:make_changing", "--steps", "4", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "PASS: 4 steps" in done.stdout
-    assert "4 steps of (2 to 4) x (16 to 32) tokens" in done.stdout
-    assert done.stdout.rstrip().endswith("calls [0, 1, 2, 3]")
-
-
 @pytest.fixture
 def unsuited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The module of the models that do not suit."""
@@ -187,6 +175,25 @@ def unsuited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "unsuited", raising=False)
     return "unsuited"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(200)
+def test_batches_of_other_sizes_that_are_other_data_each_time(
+    unsuited: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is made once, in order, and is the same for one process and the ranks, whatever its size."""
+    from buffer_lifting.demo.model import export_model, make_stages
+
+    subject = load_subject(f"{unsuited}:make_changing", 0)
+    batches = make_batches(subject, 3, 0, tmp_path)
+    assert sys.modules[unsuited].calls == [0, 1, 2]
+    assert batches.sizes == [(4, 24), (2, 32), (4, 16)] and batches.microbatches == 2
+    staged = make_stages(export_model(subject.model, load_step(tmp_path, 0).inputs))
+    batches.check(staged)
+    rows = demo.train(lambda text: None, subject, staged, batches, 100.0, 0.1)
+    assert judge(rows, 3) == []
+    assert sys.modules[unsuited].calls == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
