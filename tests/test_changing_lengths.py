@@ -154,7 +154,10 @@ def test_the_measure_tells_one_length_from_another(model: str) -> None:
 @pytest.mark.multiprocess
 @cells(*CELLS)
 def test_nothing_but_activations_and_their_gradients_is_sent(cell: Cell, results: Results) -> None:
-    """No message for a new length, none for one that was forgotten; a vote of torch's before the first step."""
+    """No message for a new length, none for one that was forgotten; a vote of torch's before the first step.
+
+    Of messages between two ranks: the sizes that all compare before a step go by a collective.
+    """
     run = of(cell.name, results)
     for number, (batch, seq) in enumerate(STEPS):
         hidden = batch // MICROBATCHES * seq * DIM * 4
