@@ -62,7 +62,7 @@ def check_orders(
     rows = [tuple(row.tolist()) for row in gathered]
     invalid = [rank for rank, row in zip(ranks, rows, strict=True) if not row[0]]
     if invalid:
-        raise FeedError(f"{_ranks(invalid)} cannot feed this step: see the error there")
+        raise FeedError(f"{ranks_text(invalid)} cannot feed this step: see the error there")
     for place, what in enumerate(("batch_size", "seq_len", "order", "positions")):
         parts = [row[1] if place == 0 else row[2 * place : 2 * place + 2] for row in rows]
         if len(set(parts)) > 1:
@@ -102,7 +102,8 @@ def _weighted(rows: torch.Tensor, generator: torch.Generator) -> int:
     return int(((rows + 1) * (2 * weights + 1)).sum())
 
 
-def _ranks(ranks: Collection[int]) -> str:
+def ranks_text(ranks: Collection[int]) -> str:
+    """``"rank 3"``, ``"ranks 0, 1"``."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
@@ -112,5 +113,5 @@ def _groups(ranks: Collection[int], parts: list[Any]) -> str:
     for rank, part in zip(ranks, parts, strict=True):
         by_part.setdefault(part, []).append(rank)
     first, *others = sorted(by_part.values(), key=lambda own: (-len(own), own))
-    more = "; ".join(f"{_ranks(own)} another" for own in others)
-    return f"{_ranks(first)} {'have' if len(first) > 1 else 'has'} one, {more}"
+    more = "; ".join(f"{ranks_text(own)} another" for own in others)
+    return f"{ranks_text(first)} {'have' if len(first) > 1 else 'has'} one, {more}"

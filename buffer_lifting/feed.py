@@ -6,8 +6,9 @@ by the index streams of the axis it runs along: ``order[i]`` is the global slot 
 follows ``order``.
 
 Two things are kept from step to step: the tables in natural order, by length, and the rows of the last order that all
-samples shared. What a step makes has the size of this shard; ``[batch, seq, *row]`` is made for values of role
-``col`` alone.
+samples shared. They are handed out as they are, and so is the memory of the program's own tables: ``kept.py`` notices
+when somebody has written to it. What a step makes has the size of this shard; ``[batch, seq, *row]`` is made for values
+of role ``col`` alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from buffer_lifting.errors import AxesError, FeedError
 from buffer_lifting.feed_graph import FeedGraph
+from buffer_lifting.kept import Kept, Originals
 from buffer_lifting.program import AxesInfo, FeedOutput, InputAxes
 from buffer_lifting.streams import Streams
 from buffer_lifting.table_limits import TableLimit
@@ -44,8 +46,9 @@ class FeedProgram:
     hoisted: FeedGraph | None = None
     max_lengths: dict[str, int] = field(default_factory=dict)
     table_limits: tuple[TableLimit, ...] = ()
-    _tables: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
-    _rows: dict[Any, tuple[Any, torch.Tensor]] = field(default_factory=dict, init=False)
+    _tables: dict[Any, Kept] = field(default_factory=dict, init=False)
+    _rows: dict[Any, tuple[Any, Kept]] = field(default_factory=dict, init=False)
+    _originals: Originals = field(default_factory=Originals, init=False)
 
     def longest(self, axis: str, default: int) -> int:
         """The longest sequence that can be fed without position ids; ``default`` if nothing says."""
@@ -65,6 +68,8 @@ class FeedProgram:
 
         ``lengths`` and ``streams`` are by axis name. A batch of several static microbatches is made in one call.
         """
+        if self._originals.changed(self.state):
+            self.clear_tables()
         wanted = [out for out in self.outputs if names is None or out.input.name in names]
         programs = {out.program for out in wanted}
         tables = self._natural_tables(lengths, device) if "natural" in programs else {}
@@ -94,16 +99,17 @@ class FeedProgram:
         return result
 
     def _kept(self, key: Any) -> dict[str, torch.Tensor] | None:
-        """The tables of a length, which become the last ones to be forgotten."""
-        tables = self._tables.pop(key, None)
-        if tables is not None:
-            self._tables[key] = tables
-        return tables
+        """The tables of a length, which become the last ones to be forgotten; none if somebody has written to them."""
+        kept = self._tables.pop(key, None)
+        if kept is None or kept.written:
+            return None
+        self._tables[key] = kept
+        return kept.values
 
     def _keep(self, key: Any, tables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         while len(self._tables) >= KEPT:
             del self._tables[next(iter(self._tables))]
-        self._tables[key] = tables
+        self._tables[key] = Kept(tables)
         return tables
 
     def _selected(
@@ -124,21 +130,22 @@ class FeedProgram:
         key = (output.program, output.node, lifted.axis, lifted.role, device)
         state = (along.order, along.rank, along.size)  # the order itself: equal orders are one tensor
         if kept and key in self._rows:
-            before, value = self._rows[key]
-            if before[0] is state[0] and before[1:] == state[1:]:
-                return value
+            before, rows = self._rows[key]
+            if before[0] is state[0] and before[1:] == state[1:] and not rows.written:
+                return rows.values[output.node]
         if output.program == "iota":
             value = along.index(length, stream, lifted.role, device)
         else:
             value = along.take(tables[output.node], length, stream, lifted.role)
         if kept:
-            self._rows[key] = (state, value)
+            self._rows[key] = (state, Kept({output.node: value}))
         return value
 
     def clear_tables(self) -> None:
         """Forgets the tables that were computed."""
         self._tables.clear()
         self._rows.clear()
+        self._originals = Originals()
 
     def _check_state(self, graph: FeedGraph) -> None:
         missing = sorted(lack_values({fqn: self.state[fqn] for fqn in graph.states.values()}))
@@ -299,7 +306,7 @@ class FeedProgram:
 
     def _values(self, graph: FeedGraph, batch: int, lengths: dict[str, int]) -> dict[str, Any]:
         """States, and zero-stride stand-ins that carry the sizes of the user inputs."""
-        values: dict[str, Any] = {name: self.state[fqn] for name, fqn in graph.states.items()}
+        values: dict[str, Any] = {name: self._originals.take(fqn, self.state) for name, fqn in graph.states.items()}
         for name in graph.carriers:
             shape, dtype = self.input_shapes[name]
             axes = self.input_axes.get(name)

@@ -97,7 +97,7 @@ def decode_lifted(
         input_axes=dict(decode_record(tuple[tuple[str, InputAxes], ...], records["input_axes"])),
         input_shapes=shapes,
         state=dict(sorted(tables.items())),
-        **{name: graphs.get(name) for name in GRAPHS},  # type: ignore[arg-type]
+        **{name: graphs.get(name) for name in GRAPHS},
         max_lengths=decode_record(dict[str, int], records["max_lengths"]),
         table_limits=decode_record(tuple[TableLimit, ...], records.get("table_limits", [])),
     )

@@ -87,13 +87,16 @@ class LiftedProgram:
         Returns:
             By placeholder name, ``[batch, local seq, *row]`` for role ``row``, ``[batch, seq, *row]`` for role
             ``col`` (flat tokens: no batch dim). A natural order, or one shared by all samples, costs no batch
-            copies: the batch dim has stride 0, and its rows are kept until another order comes. Do not write to them.
+            copies: the batch dim has stride 0, and its rows are kept until another order comes. In natural order they
+            are views of the program's tables, the model's own buffers among them, and what is taken from ``inputs``
+            may be a view of those. Do not write to any of them; ``clone()`` first. Kept rows that were written to are
+            made again.
 
         Raises:
             AxesError: a size that a static program does not have, or a ``seq_len`` without one of the axes.
             FeedError: an order, positions, inputs or shard that does not fit, or an order that the program's ring
                 attention does not follow; one order for several axes; a sequence or position ids beyond the rows of a
-                table that the program looks up by position.
+                table that the program looks up by position; a table that was written to by way of an earlier feed.
         """
         pair = self._shard(shard)
         return self._feed(batch_size, seq_len, inputs, order, positions, pair, device)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed import get_rank
 
-from buffer_lifting.errors import FeedError, PartitionError
+from buffer_lifting.errors import AxesError, FeedError, PartitionError
 from buffer_lifting.feed import Lengths
 from buffer_lifting.package import LoadedStage
 from buffer_lifting.placement import placement_of
@@ -54,9 +55,10 @@ class StepRunner:
         activation_dtype: of the floating tensors that stages send, where it is not the program's.
         keep: for how many pairs of sizes stages and schedules are kept, the least recently used going first. Each holds
             its receive buffers: twice (activations and gradients) what crosses a boundary in a step.
-        compare_ranks: before each step, compare the sizes of all ranks (one small all-reduce). Without it nothing but
-            activations and gradients is sent, and ranks that are given unlike sizes, or of which one refuses the step,
-            fail or wait for each other as far as the process group's backend and timeout let them.
+        compare_ranks: before each step, compare the sizes of all ranks: one all-gather of a few numbers, less than 1 ms
+            on gloo (another device first finishes what is queued there). ``False`` where one place gives all ranks
+            their batches: nothing but activations and gradients is sent then, and ranks that are given unlike sizes,
+            or of which one refuses the step, end without a message (gloo aborts them) or wait for each other.
         options: further arguments of the schedule's constructor, ``scale_grads`` for one.
 
     Raises:
@@ -79,7 +81,7 @@ class StepRunner:
         mesh: Any = None,
         activation_dtype: torch.dtype | None = None,
         keep: int = 8,
-        compare_ranks: bool = False,
+        compare_ranks: bool = True,
         **options: Any,
     ) -> None:
         counts = [n for n in (n_microbatches, microbatch_size) if n is not None]
@@ -169,8 +171,9 @@ class StepRunner:
             The whole batch's output on the last stage's rank, else ``None``.
 
         Raises:
-            FeedError: before anything is sent: sizes that nothing tells or that disagree, a batch that does not divide
-                into microbatches, an input that is missing or unknown, a step without a ``loss_fn`` or target.
+            FeedError: before anything is sent: sizes that nothing tells or that disagree, on this rank or (with
+                ``compare_ranks``) between ranks, a batch that does not divide into microbatches, an input that is
+                missing or unknown, a step without a ``loss_fn`` or target. The message names the rank.
             AxesError: a size that a static program does not have.
         """
         if self._loss_fn is None:
@@ -204,6 +207,8 @@ class StepRunner:
         sizes = None
         try:
             given, sizes = self._check(args, kwargs, target, batch_size, seq_len)
+        except (AxesError, FeedError) as error:
+            raise type(error)(f"rank {get_rank()}: {error}") from error
         finally:
             if self._compare:
                 axes = len(self._program.lifted.axes.lengths)
@@ -374,7 +379,7 @@ def _reads(stage: Stage) -> tuple[str, ...]:
 
 def _indices(schedule_class: Any, count: int, group: Any, mesh: Any) -> list[int]:
     """The stages that a schedule gives this rank; one that is not torch's has them in rounds."""
-    from torch.distributed import get_rank, get_world_size
+    from torch.distributed import get_world_size
     from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
     ranks = pp_group(group, mesh)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from buffer_lifting.agreement import ranks_text
 from buffer_lifting.boundaries import whole_length
 from buffer_lifting.errors import FeedError
 from buffer_lifting.feed import Lengths, check_lengths
 from buffer_lifting.labels import BATCH, COL
 from buffer_lifting.lifted import LiftedProgram
+
+_KIND = "kind"  # what the ranks call: step() or eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +25,13 @@ class StepSizes:
     Attributes:
         batch: samples in the whole batch; ``microbatch`` of them go through a stage at once.
         lengths: ``(axis, tokens of the whole, global sequence)`` for each axis.
+        sources: ``(axis, what told its size)``; another on each rank.
     """
 
     batch: int
     microbatch: int
     lengths: tuple[tuple[str, int], ...]
+    sources: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     @property
     def n_microbatches(self) -> int:
@@ -37,6 +42,10 @@ class StepSizes:
     def seq_len(self) -> dict[str, int]:
         """The lengths by axis."""
         return dict(self.lengths)
+
+    def source(self, axis: str) -> str:
+        """What told the size of an axis or of the batch: an input by name, or an argument; empty if nothing did."""
+        return dict(self.sources).get(axis, "")
 
 
 def step_sizes(
@@ -87,11 +96,12 @@ def step_sizes(
         raise FeedError(f"a batch of {batch} does not divide into {what}")
     micro = batch // parts if n_microbatches is not None else parts
     lengths = check_lengths(lifted.axes, micro, found, lifted.feed_program.max_lengths)
-    return StepSizes(batch, micro, tuple(sorted(lengths.items())))
+    sources = tuple((axis, source) for axis, (_, source) in known.sizes.items())
+    return StepSizes(batch, micro, tuple(sorted(lengths.items())), sources)
 
 
 def check_ranks(sizes: StepSizes | None, axes: int, train: bool, groups: Sequence[Any], device: torch.device) -> None:
-    """One small all-reduce a group: every rank has the same sizes, and none has refused the step.
+    """One small all-gather a group: every rank has the same sizes, and none has refused the step.
 
     Args:
         sizes: this rank's; ``None`` if it has refused, and is going to raise why.
@@ -102,24 +112,38 @@ def check_ranks(sizes: StepSizes | None, axes: int, train: bool, groups: Sequenc
         device: that the group communicates on.
 
     Raises:
-        FeedError: on every rank, if they differ.
+        FeedError: on every rank, if they differ: which rank has what, and which of this rank's inputs says so.
     """
     import torch.distributed as dist
 
-    own = [0] if sizes is None else [1, int(train), sizes.batch, sizes.microbatch, *(n for _, n in sizes.lengths)]
-    values = torch.zeros(4 + axes, dtype=torch.int64)
-    values[: len(own)] = torch.tensor(own)
-    both = torch.stack([values, -values]).to(device)
+    me = dist.get_rank()
+    own = [me, 0] if sizes is None else [me, 1, int(train), sizes.batch, sizes.microbatch, *sizes.seq_len.values()]
+    table = torch.tensor([[*own, *[0] * (5 + axes - len(own))]], device=device)
     for group in groups:
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-    highest, lowest = both[0], -both[1]
-    if sizes is not None and not torch.equal(highest, lowest):
-        if not lowest[0]:
-            raise FeedError("another rank refused the step; its own error says why")
-        names = ["ready", "training", "batch", "microbatch", *(axis for axis, _ in sizes.lengths)]
-        pairs = zip(names, lowest.tolist(), highest.tolist(), strict=False)
-        text = ", ".join(f"{name} from {low} to {high}" for name, low, high in pairs if low != high)
-        raise FeedError(f"the ranks' sizes differ: {text}")
+        parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, table, group=group)
+        table = torch.cat(parts)
+    rows = sorted(table.tolist())
+    if sizes is None or all(row[1:] == rows[0][1:] for row in rows):
+        return
+    if refused := sorted({row[0] for row in rows if not row[1]}):
+        raise FeedError(f"rank {me}: {ranks_text(refused)} refused the step, whose own error says why")
+    text = []
+    for place, name in enumerate([_KIND, BATCH, "microbatch", *sizes.seq_len], 2):
+        holders: dict[int, list[int]] = {}
+        for row in rows:
+            holders.setdefault(row[place], []).append(row[0])
+        if len(holders) > 1:
+            text.append(_differing(name, holders, sizes.source(name)))
+    raise FeedError(f"rank {me}: the ranks were given unlike steps: {'; '.join(text)}")
+
+
+def _differing(name: str, holders: Mapping[int, list[int]], source: str) -> str:
+    """``"'seq' is 32 on rank 0, 64 on ranks 1, 2 (here 'tokens' says so)"``."""
+    if name == _KIND:
+        return ", ".join(f"{('eval', 'step')[value]}() on {ranks_text(own)}" for value, own in holders.items())
+    text = ", ".join(f"{value} on {ranks_text(own)}" for value, own in holders.items())
+    return f"{name!r} is {text}" + (f" (here {source} says so)" if source else "")
 
 
 class _Known:

@@ -423,10 +423,35 @@ def rebuild_program(
             constants=dict(constants),
             verifiers=list(program.verifiers),
         )
-    if resized:
-        kept = [guard for guard in result._guards_code if not any(f"['{name}']" in guard for name in resized)]
-        result._guards_code = kept
+    kept = _without_bases(result._guards_code)
+    result._guards_code = [guard for guard in kept if not any(f"['{name}']" in guard for name in resized)]
     return result
+
+
+def _without_bases(guards: Sequence[str]) -> list[str]:
+    """Guards but those on the tensor that an example input was a view of (``L['tokens']._base.size()[1] != ...``).
+
+    An export traced on ``text[:, :-1]`` has them. They say nothing of the program, and an input that is no view fails
+    in them with an AttributeError.
+    """
+    return [guard for guard in guards if "]._base." not in guard]
+
+
+def module_of(program: ExportedProgram) -> GraphModule:
+    """``program.module()``, which also takes inputs that are no views where the example inputs were.
+
+    Private: ``_guards_code`` (``module(check_guards=False)`` checks none of the others either).
+    """
+    import copy
+
+    program = copy.copy(program)
+    program._guards_code = _without_bases(program._guards_code)
+    return program.module()
+
+
+def writes(value: torch.Tensor) -> int:
+    """How often a tensor or one of its views was written to; 0 if torch does not count. Private: ``_version``."""
+    return 0 if value.is_inference() else value._version
 
 
 def root_spec(program: ExportedProgram) -> tuple[TreeSpec, TreeSpec]:
@@ -491,8 +516,7 @@ def program_from_graph_module(
         constants=dict(constants),
         verifiers=[TrainingIRVerifier],
     )
-    if guards is not None:
-        result._guards_code = list(guards)
+    result._guards_code = _without_bases(result._guards_code if guards is None else guards)
     return result
 
 

@@ -254,11 +254,11 @@ def by_microbatch(directory: Path, rank: int) -> dict[str, Any]:
 
 
 def refusals(directory: Path, rank: int) -> dict[str, str]:
-    """Steps that must not begin: each is refused on both ranks before anything is sent."""
+    """Steps that must not begin: each is refused on its own rank before anything is sent."""
     staged = staged_program("llama_pr1797", WORLD)
-    runner = make_runner(staged, "Schedule1F1B", directory, rank)
+    runner = make_runner(staged, "Schedule1F1B", directory, rank, compare_ranks=False)
     fixed = staged_program("llama_pr1797", WORLD, dynamic=False)
-    static = make_runner(fixed, "Schedule1F1B", directory, rank)
+    static = make_runner(fixed, "Schedule1F1B", directory, rank, compare_ranks=False)
     (tokens,), _ = make_inputs("llama_pr1797", 8, 32, seed=1)
     feed, other = staged.feed(8, 32), staged.feed(8, 48)
     longest = CASES["llama_pr1797"].table_len
@@ -294,19 +294,23 @@ def refusals(directory: Path, rank: int) -> dict[str, str]:
 
 
 def compared(directory: Path, rank: int) -> dict[str, Any]:
-    """Ranks that are given unlike steps, with ``compare_ranks``: an error on each, and the next step works."""
+    """Ranks that are given unlike steps: an error on each, and the next step works."""
     staged = staged_program("llama_pr1797", WORLD)
-    runner = make_runner(staged, "Schedule1F1B", directory, rank, compare_ranks=True)
+    runner = make_runner(staged, "Schedule1F1B", directory, rank)
     (tokens,), _ = make_inputs("llama_pr1797", 8, 32, seed=1)
     (other,), _ = make_inputs("llama_pr1797", 8, 48, seed=1)
-    mine = other if rank else tokens
+    mine, fewer = other if rank else tokens, tokens[:4] if rank else tokens
     attempts: dict[str, Callable[[], Any]] = {
         "lengths": lambda: runner.step(mine, **staged.feed(*mine.shape), target=mine),
         "refused": lambda: runner.step(tokens, **staged.feed(8, 32), target=other[:3] if rank else tokens),
         "kind": lambda: (runner.eval if rank else runner.step)(tokens, **staged.feed(8, 32), target=tokens),
+        "lengths, one of them known": lambda: runner.step(mine, **staged.feed(*mine.shape), target=mine),
+        "batches": lambda: runner.step(fewer, **staged.feed(*fewer.shape), target=fewer),
     }
     result = {}
     for name, attempt in attempts.items():
+        if "known" in name:
+            step(runner, staged, "llama_pr1797", 0)
         try:
             attempt()
             result[name] = "nothing"

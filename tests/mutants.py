@@ -244,7 +244,7 @@ def with_feed(
     """The lifted program with a faulty feed."""
     base = lifted.feed_program
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.init}
-    feed = MutantFeed(**{**values, **fields, "_tables": {}})
+    feed = MutantFeed(**{**values, **fields})
     if change:
         feed.change = change
     if after:

@@ -71,6 +71,7 @@ def _worker(rank: int, store: str) -> None:
         expected = None if words is None else words[rank]
         if (message is None) != (expected is None) or any(word not in str(message) for word in expected or ()):
             wrong.append(f"{name}: {message!r}, expected {expected}")
+    dist.barrier()
     dist.destroy_process_group()
     if wrong:
         raise AssertionError("\n".join(wrong))

@@ -154,7 +154,10 @@ def test_the_measure_tells_one_length_from_another(model: str) -> None:
 @pytest.mark.multiprocess
 @cells(*CELLS)
 def test_nothing_but_activations_and_their_gradients_is_sent(cell: Cell, results: Results) -> None:
-    """No message for a new length, none for one that was forgotten; a vote of torch's before the first step."""
+    """No message for a new length, none for one that was forgotten; a vote of torch's before the first step.
+
+    Of messages between two ranks: the sizes that all compare before a step go by a collective.
+    """
     run = of(cell.name, results)
     for number, (batch, seq) in enumerate(STEPS):
         hidden = batch // MICROBATCHES * seq * DIM * 4
@@ -232,19 +235,19 @@ def test_a_static_microbatch_takes_batches_of_any_number(part: str, others: Resu
 def test_a_step_that_does_not_fit_is_refused_before_it_begins(part: str, others: Results) -> None:
     """On both ranks, with nothing sent; the next step works."""
     expected = {
-        "static length": "AxesError: the program was exported with a static sequence of 16",
-        "static batch": "AxesError: the program was exported with a static batch of 2",
+        "static length": "AxesError: rank RANK: the program was exported with a static sequence of 16",
+        "static batch": "AxesError: rank RANK: the program was exported with a static batch of 2",
         "another feed": "has 48 for 'seq', but 'tokens' has 32",
         "another seq_len": "has 32 for 'seq', but seq_len= has 48",
         "another batch_size": "has 8 for 'batch', but batch_size= has 4",
-        "uneven batch": "FeedError: a batch of 6 does not divide into 4 microbatches",
-        "no sizes": "FeedError: no input of this rank tells the size of batch, seq",
-        "too long": "FeedError: a sequence of 128 is longer than the program allows",
-        "unknown": "FeedError: the program has no inputs ['mask']",
-        "missing": "FeedError: the stages [RANK] read ['lifted_",
-        "twice": "FeedError: ['tokens'] are given by position and by name",
-        "no target": "FeedError: the last stage's rank needs target=",
-        "other target": "FeedError: target has 4 samples, the batch has 8",
+        "uneven batch": "FeedError: rank RANK: a batch of 6 does not divide into 4 microbatches",
+        "no sizes": "FeedError: rank RANK: no input of this rank tells the size of batch, seq",
+        "too long": "FeedError: rank RANK: a sequence of 128 is longer than the program allows",
+        "unknown": "FeedError: rank RANK: the program has no inputs ['mask']",
+        "missing": "FeedError: rank RANK: the stages [RANK] read ['lifted_",
+        "twice": "FeedError: rank RANK: ['tokens'] are given by position and by name",
+        "no target": "FeedError: rank RANK: the last stage's rank needs target=",
+        "other target": "FeedError: rank RANK: target has 4 samples, the batch has 8",
     }
     run = of(part, others)
     assert set(run[WORLD - 1]) - {"error", "posted"} == set(expected)
@@ -253,17 +256,23 @@ def test_a_step_that_does_not_fit_is_refused_before_it_begins(part: str, others:
         for name, message in record.items():
             if name not in ("error", "posted"):
                 assert expected[name].replace("RANK", str(rank)) in message, f"{name}: {message}"
+                assert f"Error: rank {rank}: " in message, f"{name}: {message}"
 
 
 @pytest.mark.multiprocess
 @part("compared")
 def test_ranks_that_are_given_unlike_steps_say_so(part: str, others: Results) -> None:
-    """With ``compare_ranks``, on every rank, also where only one of them refuses the step."""
-    first, second = of(part, others)
-    assert first["lengths"] == second["lengths"] == "FeedError: the ranks' sizes differ: seq from 32 to 48"
-    assert first["kind"] == second["kind"] == "FeedError: the ranks' sizes differ: training from 0 to 1"
-    assert first["refused"] == "FeedError: another rank refused the step; its own error says why"
-    assert second["refused"] == "FeedError: target has 3 samples, the batch has 8"
+    """On every rank, which has what; also where only one of them refuses the step, or knows the sizes that it has."""
+    for rank, record in enumerate(of(part, others)):
+        start = f"FeedError: rank {rank}: "
+        unlike = f"{start}the ranks were given unlike steps: "
+        assert record["lengths"] == f"{unlike}'seq' is 32 on rank 0, 48 on rank 1 (here 'tokens' says so)"
+        assert record["lengths, one of them known"] == record["lengths"]
+        assert record["kind"] == f"{unlike}step() on rank 0, eval() on rank 1"
+        other = "rank 1 refused the step, whose own error says why"
+        assert record["refused"] == start + ("target has 3 samples, the batch has 8" if rank else other)
+        batch, micro = ("is 8 on rank 0, 4 on rank 1 (here 'tokens' says so)", "is 2 on rank 0, 1 on rank 1")
+        assert record["batches"] == f"{unlike}'batch' {batch}; 'microbatch' {micro}"
 
 
 @pytest.mark.multiprocess

@@ -184,7 +184,8 @@ def test_a_runner_that_compares_ranks_refuses_the_step_on_all(on_gloo: dict[Cell
     for rank, record in enumerate(ranks_of(FAILURES, on_gloo)):
         raised = record["runner"]
         assert raised["type"] == "FeedError", raised
-        assert ("'lifted_freqs_cis'" if rank == WORLD - 1 else "another rank refused") in raised["message"], raised
+        why = "'lifted_freqs_cis'" if rank == WORLD - 1 else f"rank {WORLD - 1} refused the step"
+        assert why in raised["message"] and f"rank {rank}: " in raised["message"], raised
         assert raised["seconds"] < 10
 
 

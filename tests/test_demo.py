@@ -19,10 +19,11 @@ import torch
 from buffer_lifting import demo
 from buffer_lifting.cli import main
 from buffer_lifting.demo import data
+from buffer_lifting.demo.batches import MEASURED, Batches, Step, load_step, make_batches
 from buffer_lifting.demo.compare import Measured, Row, judge, worst_error
 from buffer_lifting.demo.losses import read_losses
-from buffer_lifting.demo.model import RANKS, load_subject
-from buffer_lifting.demo.worker import Step, unlifted_feed
+from buffer_lifting.demo.model import RANKS, Subject, batch_of, load_subject
+from buffer_lifting.demo.worker import unlifted_feed
 from buffer_lifting.program import VerifyReport
 from buffer_lifting.targets import TargetError
 
@@ -50,7 +51,7 @@ def test_the_demo_passes(tmp_path: Path) -> None:
     assert all(line.startswith("[") for line in done.stderr.splitlines()), "progress alone"
     assert max(map(len, done.stdout.splitlines())) <= 80
     rows = re.findall(r"^ +(\d+)  (head-tail|per sample) +[0-9.]+", done.stdout, flags=re.M)
-    assert len(rows) == demo.MEASURED, "of many steps, some are measured"
+    assert len(rows) == MEASURED, "of many steps, some are measured"
     assert {order for _, order in rows} == set(data.ORDERS)
     runs = read_losses(str(losses))
     assert list(runs) == ["single", "pp_cp"]
@@ -91,6 +92,49 @@ def make():
     return Gpt(), batch
 
 
+stream = torch.Generator().manual_seed(0)  # as of a data loader: what comes next, whatever the step
+calls = []
+
+
+def changing(step):
+    calls.append(step)
+    samples, tokens = ((4, 24), (2, 32), (4, 16))[step % 3]
+    text = torch.randint(0, 50, (samples, tokens + 1), generator=stream)
+    return {"idx": text[:, :-1]}, text[:, 1:]
+
+
+def make_changing():
+    return Gpt(), changing
+
+
+def sized(*sizes):
+    def batch(step):
+        samples, tokens, *more = sizes[step]
+        text = torch.zeros(samples, tokens, dtype=torch.long)
+        return {"idx": text, **{name: text for name in more}}, text
+
+    return lambda: (Gpt(), batch)
+
+
+odd_later, uneven_later, too_long = sized((4, 8), (4, 16), (3, 16)), sized((4, 8), (4, 18)), sized((4, 8), (2, 128))
+renamed = sized((4, 8), (4, 8, "mask"))
+short = sized((4, 8))
+
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gpt = Gpt()
+        self.layers = self.gpt.layers
+
+    def forward(self, idx):
+        return self.gpt(idx) if len(idx) == 4 else self.gpt(idx) * 2
+
+
+def one_batch():
+    return Fixed(), sized((4, 8), (8, 8))()[1]
+
+
 def dropout():
     return nn.Sequential(nn.Embedding(256, 8), nn.Dropout(0.5), nn.Linear(8, 256))
 
@@ -124,6 +168,87 @@ def test_a_model_of_the_user_s(tmp_path: Path) -> None:
     assert "Gpt reads by position" in done.stdout and "positions.weight, 1 read\n" in done.stdout
 
 
+@pytest.fixture
+def unsuited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The module of the models that do not suit."""
+    (tmp_path / "unsuited.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "unsuited", raising=False)
+    return "unsuited"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(200)
+def test_batches_of_other_sizes_that_are_other_data_each_time(
+    unsuited: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is made once, in order, and is the same for one process and the ranks, whatever its size."""
+    from buffer_lifting.demo.model import export_model, make_stages
+
+    subject = load_subject(f"{unsuited}:make_changing", 0)
+    batches = make_batches(subject, 3, 0, tmp_path)
+    assert sys.modules[unsuited].calls == [0, 1, 2]
+    assert batches.sizes == [(4, 24), (2, 32), (4, 16)] and batches.microbatches == 2
+    staged = make_stages(export_model(subject.model, load_step(tmp_path, 0).inputs))
+    batches.check(staged)
+    rows = demo.train(lambda text: None, subject, staged, batches, 100.0, 0.1)
+    assert judge(rows, 3) == []
+    assert sys.modules[unsuited].calls == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("odd_later", "batch(2): labels are torch.int64 (3, 16); demo takes int64 [batch, seq] with an even batch"),
+        ("uneven_later", "batch(1): labels are torch.int64 (4, 18); demo takes"),
+        ("too_long", "batch(1), 2 samples of 128 tokens: a sequence of 128 is longer than"),
+        ("renamed", "batch(1) gives the inputs ['idx', 'mask'], batch(0) gave ['idx']"),
+        ("short", "batch(1) gives no pair (inputs by keyword, labels): IndexError"),
+        ("one_batch", "the program was exported with a static batch of 4"),
+    ],
+)
+def test_a_batch_that_cannot_be_trained_on_is_refused_before_a_process_starts(
+    name: str, message: str, unsuited: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("buffer_lifting.demo.ranks.Ranks.start", lambda _: pytest.fail("a process was started"))
+    assert demo.run(steps=3 if name == "odd_later" else 2, target=f"{unsuited}:{name}") == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Training" not in captured.out
+
+
+def test_every_step_is_cut_into_as_many_microbatches(tmp_path: Path) -> None:
+    """Four where every batch divides by four, else two; a file holds a batch, and not all the text it is a view of."""
+    text = torch.zeros(1000, 1000, dtype=torch.long)
+
+    def made(*samples: int) -> Batches:
+        def batch(step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+            part = text[: samples[step], :8]
+            return {"x": part}, part
+
+        return make_batches(Subject("x", torch.nn.Identity(), batch), len(samples), 0, tmp_path)
+
+    assert [made(4, 8).microbatches, made(4, 2).microbatches, made(2, 6).microbatches] == [4, 2, 2]
+    assert str(made(4, 2)) == "(2 to 4) x 8" and str(made(2)) == "2 x 8"
+    assert (tmp_path / "step0.pt").stat().st_size < 20_000
+    assert load_step(tmp_path, 0).inputs["x"].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (({"x": 1}, torch.zeros(2, 8).long()), "the inputs x are no tensors"),
+        (({}, torch.zeros(2, 8)), "labels are torch.float32 (2, 8)"),
+        (({}, torch.zeros(0, 8).long()), "labels are torch.int64 (0, 8)"),
+        (({}, torch.full((2, 8), -100)), "no label counts"),
+        (None, "gives no pair"),
+    ],
+)
+def test_what_is_no_batch(made: Any, message: str) -> None:
+    with pytest.raises(demo.DemoError, match=re.escape(message)):
+        batch_of(Subject("x", torch.nn.Identity(), lambda step: made), 3)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -134,14 +259,9 @@ def test_a_model_of_the_user_s(tmp_path: Path) -> None:
         ("nothing", "returned int; demo takes a torch.nn.Module"),
     ],
 )
-def test_a_model_that_does_not_suit_is_refused(
-    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "unsuited.py").write_text(MODEL)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "unsuited", raising=False)
+def test_a_model_that_does_not_suit_is_refused(name: str, message: str, unsuited: str) -> None:
     with pytest.raises(TargetError) as caught:
-        load_subject(f"unsuited:{name}", 0)
+        load_subject(f"{unsuited}:{name}", 0)
     assert message in str(caught.value)
 
 
@@ -175,11 +295,12 @@ def test_a_sabotaged_lift_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 @pytest.mark.multiprocess
 @pytest.mark.timeout(150)
-def test_a_rank_that_dies_is_reported() -> None:
+def test_a_rank_that_dies_is_reported(tmp_path: Path) -> None:
     """The error of the rank that failed, not of those that lost it; and no rank is left behind."""
     from buffer_lifting.demo.model import export_model, llama, make_stages
 
     subject = llama(2, 0)
+    batches = make_batches(subject, 1, 0, tmp_path)
     staged = make_stages(export_model(subject.model, subject.batch(0)[0]))
 
     class Damaged:
@@ -191,13 +312,13 @@ def test_a_rank_that_dies_is_reported() -> None:
 
     began = time.monotonic()
     with pytest.raises(demo.DemoError, match=r"rank [23] failed: .*cut off"):
-        demo.train(lambda text: None, subject, Damaged(), 1, 0, 100.0, 0.1)
+        demo.train(lambda text: None, subject, Damaged(), batches, 100.0, 0.1)
     assert time.monotonic() - began < 100
 
 
 @pytest.mark.multiprocess
 @pytest.mark.timeout(150)
-def test_a_rank_that_is_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from buffer_lifting.demo.model import export_model, llama, make_stages
     from buffer_lifting.demo.ranks import Ranks
 
@@ -209,9 +330,10 @@ def test_a_rank_that_is_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
         self.processes[2].kill()
 
     monkeypatch.setattr(Ranks, "start", start_and_kill)
+    batches = make_batches(subject, 1, 0, tmp_path)
+    staged = make_stages(export_model(subject.model, subject.batch(0)[0]))
     with pytest.raises(demo.DemoError, match="rank 2 was stopped by signal 9"):
-        staged = make_stages(export_model(subject.model, subject.batch(0)[0]))
-        demo.train(lambda text: None, subject, staged, 1, 0, 100.0, 0.1)
+        demo.train(lambda text: None, subject, staged, batches, 100.0, 0.1)
 
 
 def test_ranks_that_say_nothing_are_stopped(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -112,6 +113,59 @@ def test_natural_tables_are_cached(rope: Any) -> None:
     assert first["lifted_freqs_cis"].data_ptr() == second["lifted_freqs_cis"].data_ptr()
     lifted.feed(BATCH, SEQ // 2)
     assert len(lifted.feed_program._tables) == 2
+
+
+# What is handed out is kept: who writes to it
+
+
+def test_rows_that_were_written_to_are_made_again() -> None:
+    """Those of an order for all samples, and tables that are computed in natural order."""
+    rope, masked = (bl.lift(export_case(name)[1]) for name in ("hf_llama", "nanogpt"))
+    computed = next(item.name for item in rope.inputs if item.dtype == "float32")
+    cases = [(rope, computed, None), (rope, computed, ORDERS["shared"]), (masked, "lifted_slots", ORDERS["shared"])]
+    for lifted, name, order in cases:
+        feed = lifted.feed(1, SEQ, order=order)
+        (before, kept) = (feed[name].clone(), feed[name].data_ptr())
+        assert lifted.feed(1, SEQ, order=order)[name].data_ptr() == kept, "a control: it is kept"
+        feed[name].mul_(5)
+        again = lifted.feed(1, SEQ, order=order)[name]
+        assert torch.equal(again, before) and not torch.equal(feed[name], before)
+        assert lifted.feed(1, SEQ, order=order)[name].data_ptr() == again.data_ptr(), "and is kept again"
+
+
+def test_a_table_of_the_program_that_was_written_to_is_refused() -> None:
+    """In natural order a feed is a view of the model's own buffer; whatever length is fed next."""
+    lifted = bl.lift(export_case("llama_pr1797")[1])
+    feed = lifted.feed(1, SEQ)["lifted_freqs_cis"]
+    right = feed.clone()
+    feed[:, 2:].mul_(5)
+    for length, order in ((SEQ, None), (SEQ // 2, None), (SEQ, ORDERS["shared"])):
+        with pytest.raises(bl.FeedError, match=r"'freqs_cis', a table of the program, was written to .* clone\(\)"):
+            lifted.feed(2, length, order=order)
+    with pytest.raises(bl.FeedError):
+        copy.copy(lifted).feed(1, SEQ)
+    table = lifted.feed_program.state["freqs_cis"].clone()
+    table[:SEQ] = right[0]
+    lifted.bind_tables({"freqs_cis": table})
+    assert torch.equal(lifted.feed(1, SEQ)["lifted_freqs_cis"], right)
+
+
+@pytest.mark.parametrize("how", ["in place", "data"])
+def test_a_table_that_its_owner_changes_is_read_again(how: str) -> None:
+    """Also what was kept of it: a checkpoint may be loaded between two steps."""
+    lifted = bl.lift(export_case("llama_pr1797")[1])
+    state = lifted.feed_program.state["freqs_cis"]
+    before = [lifted.feed(1, SEQ, order=order)["lifted_freqs_cis"].clone() for order in (None, ORDERS["shared"])]
+    if how == "in place":
+        state.mul_(2)
+    else:
+        state.data = state * 2
+    for order, old in zip((None, ORDERS["shared"]), before, strict=True):
+        assert torch.equal(lifted.feed(1, SEQ, order=order)["lifted_freqs_cis"], old * 2)
+    twin = copy.deepcopy(lifted.feed_program)
+    assert twin._originals is not lifted.feed_program._originals
+    with torch.inference_mode():
+        assert torch.equal(bl.lift(export_case("llama_pr1797")[1]).feed(1, SEQ)["lifted_freqs_cis"], before[0])
 
 
 def test_head_tail_balancer(rope: Any) -> None:

@@ -184,7 +184,7 @@ CASES = {
     "doc_buffer": Case(_doc_buffer, SLOTS, (("docs", "BL001"),) * 2 + (MASK,)),
     "doc_computed": Case(
         _doc_computed,
-        ("lifted_floor_divide", "lifted_floor_divide_keys", *SLOTS),
+        (SLOTS[0], "lifted_floor_divide", SLOTS[1], "lifted_floor_divide_keys"),
         (("aten.arange", "BL003"),) * 2 + (SCORE,),
     ),
     "doc_user": Case(

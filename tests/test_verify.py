@@ -433,3 +433,41 @@ def test_verify_refuses_what_it_cannot_check() -> None:
     with pytest.raises(bl.LiftingError, match="inputs="):
         bl.verify(bare, lifted)
     assert bl.verify(bare, lifted, inputs=[_call("llama_pr1797", 2, 9)]).passed
+
+
+class Halved(torch.nn.Module):
+    """Learned positions, attention, and a length that has to be even, which torch states as a guard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = torch.nn.Embedding(16, 8), torch.nn.Embedding(64, 8)
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 16)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.shape[1] % 2:
+            raise ValueError("an odd length")
+        x = (self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1]))).unsqueeze(1)
+        mixed = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).squeeze(1)
+        result: torch.Tensor = self.second(self.first(mixed).relu())
+        return result
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_export_on_a_view_of_a_batch_runs_on_other_tensors(size: int) -> None:
+    """torch guards the tensor that ``text[:, :-1]`` is a view of, which verify's inputs and a trainer's have not."""
+    text = torch.randint(0, 16, (4, 25), generator=torch.Generator().manual_seed(0))
+    sizes = {"tokens": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    program = torch.export.export(Halved(), (), {"tokens": text[:, :-1]}, dynamic_shapes=sizes)
+    tokens = text[:2, :20].clone()
+    with pytest.raises(AttributeError):
+        program.module()(tokens=tokens)  # torch's guard; without it this test shows nothing
+    inputs = [((), {"tokens": tokens})]
+    lifted = bl.lift(program)
+    if size == 1:
+        assert bl.verify(program, lifted, inputs).passed
+        run = lifted.program.module()
+        assert run(tokens=tokens, **lifted.feed(2, 20)).shape == (2, 20, 16)
+        with pytest.raises(AssertionError, match="Guard failed"):
+            run(tokens=tokens[:, :19], **lifted.feed(2, 19))
+    staged = bl.partition(bl.context_parallel(lifted, size=size), split_points=["second"])
+    assert bl.verify(program, staged, inputs).passed

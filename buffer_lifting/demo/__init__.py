@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 from buffer_lifting.demo.ranks import DemoError, Ranks
 
 if TYPE_CHECKING:
+    from buffer_lifting.demo.batches import Batches
     from buffer_lifting.demo.compare import Row
     from buffer_lifting.demo.model import Subject
 
 CLEAN, FINDINGS, COULD_NOT_CHECK = 0, 1, 2
 #: Seconds without a result after which the processes count as stuck.
 TIMEOUT = 120.0
-#: How many steps compare gradients and run the control, if there are many.
-MEASURED = 10
 
 
 class _Clock:
@@ -108,18 +107,34 @@ def _run(
     losses: str | None,
     learning_rate: float | None,
 ) -> int:
+    with tempfile.TemporaryDirectory(prefix="buffer_lifting-") as directory:
+        return _run_in(Path(directory), say, subject, steps, seed, timeout, losses, learning_rate)
+
+
+def _run_in(
+    directory: Path,
+    say: _Clock,
+    subject: Subject,
+    steps: int,
+    seed: int,
+    timeout: float,
+    losses: str | None,
+    learning_rate: float | None,
+) -> int:
     import buffer_lifting as bl
     from buffer_lifting.demo import report
+    from buffer_lifting.demo.batches import load_step, make_batches
     from buffer_lifting.demo.compare import judge
     from buffer_lifting.demo.losses import write_losses
     from buffer_lifting.demo.model import LEARNING_RATE, export_model, make_stages
 
-    inputs, labels = subject.batch(0)
+    batches = make_batches(subject, steps, seed, directory)
     count = sum(parameter.numel() for parameter in subject.model.parameters())
     say(f"exporting {subject.name}: {count:,} parameters, dynamic batch and sequence")
-    program = export_model(subject.model, inputs)
+    program = export_model(subject.model, load_step(directory, 0).inputs)
     say("lifting it, for 2 context-parallel ranks and in 2 stages")
     staged = make_stages(program)
+    batches.check(staged)
     print(report.title(f"What {subject.name} reads by position"))
     print(report.reads(staged.lifted.report, staged.lifted.inputs))
     print(report.title("The stages"))
@@ -132,10 +147,10 @@ def _run(
     except bl.VerificationError as error:
         print(f"{error}\nFAIL: verification", flush=True)
         return FINDINGS
-    print(report.title(f"Training: {steps} steps of {labels.shape[0]} x {labels.shape[1]} tokens"))
+    print(report.title(f"Training: {steps} steps of {batches} tokens"))
     print("Schedule1F1B on 4 processes, 2 stages x 2 halves of every sequence; beside it\nthe model on one process.")
     print('"Not lifted": each rank reads positions as the model does, from 0.\n', flush=True)
-    rows = train(say, subject, staged, steps, seed, timeout, learning_rate or LEARNING_RATE)
+    rows = train(say, subject, staged, batches, timeout, learning_rate or LEARNING_RATE)
     if losses is not None:
         write_losses(Path(losses), rows)
         say(f"wrote {losses}: buffer-lifting compare-losses {losses}:single {losses}:pp_cp")
@@ -159,8 +174,7 @@ def train(
     say: Callable[[str], None],
     subject: Subject,
     staged: Any,
-    steps: int,
-    seed: int,
+    batches: Batches,
     timeout: float,
     learning_rate: float,
 ) -> list[Row]:
@@ -172,43 +186,38 @@ def train(
     import torch
 
     from buffer_lifting.demo import data, report
+    from buffer_lifting.demo.batches import load_step, step_path
     from buffer_lifting.demo.model import RANKS, STAGES, mean_loss
-    from buffer_lifting.demo.worker import Job, Step, put, step_path
+    from buffer_lifting.demo.worker import Job
 
-    measured = set(torch.linspace(0, steps - 1, min(steps, MEASURED)).round().int().tolist())
     optimizer = torch.optim.SGD(subject.model.parameters(), lr=learning_rate)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="buffer_lifting-") as name, Ranks(Path(name), timeout) as ranks:
-        directory = Path(name)
+    directory, steps = batches.directory, len(batches.sizes)
+    with Ranks(directory, timeout) as ranks:
         say("saving the stages, and starting 4 processes, each of which loads its own")
         staged.save(directory / "stages")
-        Job(steps, learning_rate, timeout).write(directory)
-
-        def give(step: int) -> None:
-            inputs, labels = subject.batch(step)
-            shape = (int(labels.shape[0]), int(labels.shape[1]))
-            order = data.order(data.ORDERS[step % 2], shape, RANKS, step, seed)
-            put(vars(Step(inputs, labels, order, step in measured)), step_path(directory, step))
-
-        give(0)
+        Job(steps, batches.microbatches, learning_rate, timeout).write(directory)
         ranks.start()
-        for step in range(steps):
-            if step + 1 < steps:
-                give(step + 1)
-            inputs, labels = subject.batch(step)
+        for number in range(steps):
+            step = load_step(directory, number)
             optimizer.zero_grad()
-            loss = mean_loss(subject.model(**inputs), labels)
+            try:
+                loss = mean_loss(subject.model(**step.inputs), step.labels)
+            except Exception as error:
+                raise DemoError(
+                    f"the model does not run on batch({number}): {type(error).__name__}: {error}"
+                ) from error
             loss.backward()
             wanted = [stage * RANKS for stage in range(STAGES)]
-            results = ranks.results(step, wanted if step in measured else wanted[-1:])
-            rows.append(_row(step, data.ORDERS[step % 2], loss.item(), subject.model, results))
-            if step == 0:
+            results = ranks.results(number, wanted if step.measure else wanted[-1:])
+            rows.append(_row(number, data.ORDERS[number % 2], loss.item(), subject.model, results))
+            if number == 0:
                 say("training")
                 print(report.HEADER)
-            if step in measured:
+            if step.measure:
                 print(report.row(rows[-1]), flush=True)
             optimizer.step()
-            step_path(directory, step).unlink()
+            step_path(directory, number).unlink()
         ranks.join()
     return rows
 

@@ -17,8 +17,9 @@ nothing is lifted, are not.
 A CALLABLE takes no arguments and returns a torch.nn.Module that has layers (a ModuleList, in which it is cut) and whose
 first output is logits [batch, seq, vocabulary]; its first input gets text, as bytes (0 to 255). Or it returns a pair of
 the module and a callable batch(step), which returns the inputs of a step by keyword, and the labels [batch, seq] of the
-logits (int64; -100 does not count). The batch is even, the sequence divides by 4, and dropout is off. It is code that
-runs: give one you trust.
+logits (int64; -100 does not count). It is called once for each step, in order and before the training; every process
+gets what it returned. Batch size and length may differ from step to step; the batch is even, the sequence divides by 4.
+Dropout is off. The callable is code that runs: give one you trust.
 
 FILE gets a JSON object a line: run ("single" or "pp_cp"), step, loss, and for "pp_cp" the order of the tokens.
 

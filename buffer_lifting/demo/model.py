@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from buffer_lifting.demo import data
+from buffer_lifting.demo.ranks import DemoError
 from buffer_lifting.targets import TargetError, call_target
 from buffer_lifting.token_loss import cross_entropy_sum
 from buffer_lifting.torch_compat import tree_flatten
@@ -33,7 +35,8 @@ class Subject:
     Attributes:
         name: for headings.
         model: its first output is the logits ``[batch, seq, vocabulary]``.
-        batch: step -> the keyword inputs, and the labels ``[batch, seq]`` of the logits (-100: does not count).
+        batch: step -> the keyword inputs, and the labels ``[batch, seq]`` of the logits (-100: does not count). It is
+            called once for each step, in their order.
     """
 
     name: str
@@ -51,7 +54,7 @@ def load_subject(target: str, seed: int) -> Subject:
 
     The callable takes no arguments and returns a module, which is given the demo's text (bytes, so a vocabulary of
     256 or more) as its first input; or a pair ``(module, batch)``: ``batch(step)`` returns the keyword inputs
-    of a step and its labels, ``[batch, seq]``.
+    of a step and its labels, ``[batch, seq]``. The subject keeps what it returned for step 0, which is checked here.
 
     Raises:
         TargetError: it returns something else, the batches do not suit two stages and two context-parallel ranks, or
@@ -72,22 +75,44 @@ def load_subject(target: str, seed: int) -> Subject:
         def batch(step: int) -> Batch:
             return _text_batch(name, step, seed)
 
-    subject = Subject(type(model).__name__, model, batch)
+    first = cache(lambda: batch(0))  # looked at before the training; it may be another one the next time
+    subject = Subject(type(model).__name__, model, lambda step: batch(step) if step else first())
     _check(target, subject)
     return subject
 
 
-def _check(target: str, subject: Subject) -> None:
+def batch_of(subject: Subject, step: int) -> Batch:
+    """A step's batch.
+
+    Raises:
+        DemoError: ``batch(step)`` fails or returns something else, or does not suit two stages and two
+            context-parallel ranks.
+    """
     try:
-        inputs, labels = subject.batch(0)
+        inputs, labels = subject.batch(step)
         shape = tuple(labels.shape)
+        others = sorted(name for name, value in inputs.items() if not isinstance(value, Tensor))
     except Exception as error:
-        raise TargetError(f"{target}: batch(0) gives no pair (inputs by keyword, labels): {error}") from error
-    if len(shape) != 2 or labels.dtype != torch.int64 or shape[0] % STAGES or shape[1] % (2 * RANKS):
-        raise TargetError(
-            f"{target}: labels are {labels.dtype} {shape}; demo takes int64 [batch, seq] with an even batch and a "
+        kind = type(error).__name__
+        raise DemoError(f"batch({step}) gives no pair (inputs by keyword, labels): {kind}: {error}") from error
+    if others:
+        raise DemoError(f"batch({step}): the inputs {', '.join(others)} are no tensors")
+    if len(shape) != 2 or labels.dtype != torch.int64 or not all(shape) or shape[0] % STAGES or shape[1] % (2 * RANKS):
+        raise DemoError(
+            f"batch({step}): labels are {labels.dtype} {shape}; demo takes int64 [batch, seq] with an even batch and a "
             f"sequence that divides by {2 * RANKS}"
         )
+    if not bool((labels != data.IGNORED).any()):
+        raise DemoError(f"batch({step}): no label counts, all are {data.IGNORED}")
+    return inputs, labels
+
+
+def _check(target: str, subject: Subject) -> None:
+    try:
+        inputs, labels = batch_of(subject, 0)
+    except DemoError as error:
+        raise TargetError(f"{target}: {error}") from error
+    shape = tuple(labels.shape)
     try:
         with torch.no_grad():
             first, again = logits_of(subject.model(**inputs)), logits_of(subject.model(**inputs))

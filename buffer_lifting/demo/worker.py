@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import traceback
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buffer_lifting.demo.batches import Step, load_step, put
 from buffer_lifting.demo.model import RANKS, STAGES
 
 WORLD = STAGES * RANKS
@@ -29,6 +29,7 @@ class Job:
     """What a rank has to know. ``timeout``: seconds to wait for another one."""
 
     steps: int
+    microbatches: int
     learning_rate: float
     timeout: float = 60.0
 
@@ -37,30 +38,9 @@ class Job:
         (directory / "job.json").write_text(json.dumps(asdict(self)))
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step's batch, whole and in natural order. ``measure``: give the gradients too, and run the control."""
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    order: Tensor
-    measure: bool
-
-
-def step_path(directory: Path, step: int) -> Path:
-    """Where a step's batch is put."""
-    return directory / f"step{step}.pt"
-
-
 def result_path(directory: Path, step: int, rank: int) -> Path:
     """Where a rank puts a step's result."""
     return directory / f"step{step}.rank{rank}.pt"
-
-
-def put(value: Any, path: Path) -> None:
-    """Writes a file that is whole as soon as it is there."""
-    torch.save(value, path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
 
 
 def unlifted_feed(lifted: Any, step: Step, rank: int, size: int) -> dict[str, Tensor]:
@@ -99,12 +79,14 @@ def train(rank: int, directory: Path) -> None:
         timeout=timedelta(seconds=job.timeout),
     )
     mesh = init_device_mesh("cpu", (STAGES, RANKS), mesh_dim_names=("pp", "cp"))
-    stage = loaded.build_stage("cpu", mesh=mesh)
-    last = loaded.index == STAGES - 1
-    optimizer = torch.optim.SGD(stage.submod.parameters(), lr=job.learning_rate)
-    schedule: Any = None
+    loss_fn = bl.TokenLoss(mesh["cp"], job.microbatches)
+    runner: Any = bl.StepRunner(
+        loaded, Schedule1F1B, "cpu", n_microbatches=job.microbatches, loss_fn=loss_fn, mesh=mesh
+    )
+    module = runner.modules[loaded.index]
+    optimizer = torch.optim.SGD(runner.parameters(), lr=job.learning_rate)
     for number in range(job.steps):
-        step = _wait_for(step_path(directory, number), job.timeout)
+        step = load_step(directory, number)
         batch, length = step.labels.shape
         user = loaded.shard_inputs(order=step.order, shard=mesh["cp"], **step.inputs, target=step.labels)
         target = user.pop("target")
@@ -114,22 +96,16 @@ def train(rank: int, directory: Path) -> None:
             feeds = {"control": control, **feeds}
         result: dict[str, Any] = {}
         for name, feed in feeds.items():
-            kwargs = {**user, **feed}
-            if schedule is None:
-                microbatches = next(count for count in (4, 2) if batch % count == 0)
-                loss_fn = bl.TokenLoss(mesh["cp"], microbatches)
-                spec = loaded.kwargs_chunk_spec(kwargs)
-                schedule = Schedule1F1B(stage, microbatches, loss_fn, kwargs_chunk_spec=spec)
             optimizer.zero_grad()
             losses: list[Tensor] = []
-            if last:
+            if runner.has_last:
                 loss_fn.begin(target)
-            schedule.step(target=target if last else None, losses=losses if last else None, **kwargs)
-            loss_fn.reduce_gradients(stage.submod.parameters())
-            add_up_tied(loaded, stage.submod, mesh["pp"].get_group())
-            grads = {fqn: p.grad for fqn, p in stage.submod.named_parameters() if step.measure and p.grad is not None}
+            runner.step(**user, **feed, target=target, losses=losses)
+            loss_fn.reduce_gradients(runner.parameters())
+            add_up_tied(loaded, module, mesh["pp"].get_group())
+            grads = {fqn: p.grad for fqn, p in module.named_parameters() if step.measure and p.grad is not None}
             result[name] = {
-                "loss": float(loss_fn.total(losses)) if last else None,
+                "loss": float(loss_fn.total(losses)) if runner.has_last else None,
                 "gradients": {fqn: grad.clone() for fqn, grad in grads.items()},
             }
         optimizer.step()
@@ -147,15 +123,6 @@ def add_up_tied(loaded: Any, module: torch.nn.Module, group: Any) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad, group=group)
-
-
-def _wait_for(path: Path, timeout: float) -> Step:
-    end = time.monotonic() + timeout
-    while not path.exists():
-        if time.monotonic() > end:
-            raise TimeoutError(f"no data for {path.stem}")
-        time.sleep(0.002)
-    return Step(**torch.load(path, weights_only=True))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from buffer_lifting.oracles.lockstep import run_modules
 from buffer_lifting.oracles.running import Case, resize_case
 from buffer_lifting.program import Check
 from buffer_lifting.stages import StagedProgram
-from buffer_lifting.torch_compat import tree_flatten
+from buffer_lifting.torch_compat import module_of, tree_flatten
 
 TOLERANCE = 1e-5
 
@@ -24,7 +24,7 @@ def check_composition(staged: StagedProgram, cases: list[Case], seed: int) -> Ch
     compared, worst = 0, 0.0
     ranks = staged.lifted.cp_size or 1
     cases = [resize_case(case, staged.lifted, ranks, seed) for case in cases]
-    module = staged.lifted.program.module()
+    module = module_of(staged.lifted.program)
     coarsest, tables = coarsest_dtype(staged.lifted.program), table_names(staged.lifted)
     for case in cases:
         left, right = _outputs(staged, module, case, seed) if ranks == 1 else _of_ranks(staged, module, case, seed)

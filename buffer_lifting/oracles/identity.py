@@ -17,7 +17,7 @@ from buffer_lifting.passes.context_parallel import user_axes
 from buffer_lifting.passes.normalize import normalize
 from buffer_lifting.program import Check, PositionRead
 from buffer_lifting.scanner import scan_record
-from buffer_lifting.torch_compat import tree_flatten
+from buffer_lifting.torch_compat import module_of, tree_flatten
 
 TOLERANCE = 1e-5
 #: A learned table that is gathered per sample gets its gradient by scatter-add, whose order of summation is not the
@@ -38,7 +38,7 @@ def check_identity(program: ExportedProgram, lifted: LiftedProgram, cases: list[
     coarsest = coarsest_dtype(program)
     compared, worst, node, detail, bitwise = 0, 0.0, "", "", True
     rounded: set[str] = set()  # gradients that are the original's but for the last places
-    original, changed = program.module(), lifted.program.module()
+    original, changed = module_of(program), module_of(lifted.program)
     for case in cases:
         feed = lifted.feed(case.batch, case.lengths, inputs=case.tensors())
         left, left_grads, left_state = _run(original, case.args, case.kwargs, seed)

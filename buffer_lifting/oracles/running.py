@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -214,10 +213,13 @@ def double_feed(lifted: LiftedProgram) -> LiftedProgram:
         module.meta.update(graph.module.meta)
         return replace(graph, module=module)
 
-    program = copy(feed)
-    program.state = {fqn: doubled(value) for fqn, value in feed.state.items()}
-    program.natural, program.substituted = convert(feed.natural), convert(feed.substituted)
-    program.hoisted, program._tables = convert(feed.hoisted), {}
+    program = replace(
+        feed,
+        state={fqn: doubled(value) for fqn, value in feed.state.items()},
+        natural=convert(feed.natural),
+        substituted=convert(feed.substituted),
+        hoisted=convert(feed.hoisted),
+    )
     return replace(lifted, feed_program=program)
 
 
