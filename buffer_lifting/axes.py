@@ -357,7 +357,8 @@ def _inferred(node: Node, result: InputLabels) -> Labels:
     if _may_be_features(node, candidates, result):
         what = f"a last dim of {shape[candidates[0]]}, which is the length of the sequence and a number of features"
         _clash(node, what, result)
-    floating_features = node.tensor.is_floating and len(shape) == 3 and len(candidates) > 1
+    # of a static size the last dim may be features; a dynamic one is the sequence again
+    floating_features = node.tensor.is_floating and len(shape) == 3 and len(candidates) > 1 and type(shape[-1]) is int
     for index, dim in enumerate(candidates[-2:] if not floating_features else candidates[:1]):
         if len(axes_of[dim]) > 1:
             _clash(node, f"a dim of size {shape[dim]}, which is {_both(axes_of[dim])}", result)

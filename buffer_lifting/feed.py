@@ -127,18 +127,18 @@ class FeedProgram:
         lifted = output.input
         stream = "slots" if along.positions is None else lifted.stream
         kept = along.order is not None and along.order.shape[0] == 1 and stream == "slots"
-        key = (output.program, output.node, lifted.axis, lifted.role, device)
+        key = (lifted.name, device)
         state = (along.order, along.rank, along.size)  # the order itself: equal orders are one tensor
         if kept and key in self._rows:
             before, rows = self._rows[key]
             if before[0] is state[0] and before[1:] == state[1:] and not rows.written:
-                return rows.values[output.node]
+                return rows.values[lifted.name]
         if output.program == "iota":
             value = along.index(length, stream, lifted.role, device)
         else:
-            value = along.take(tables[output.node], length, stream, lifted.role)
+            value = along.take(tables[lifted.name], length, stream, lifted.role)
         if kept:
-            self._rows[key] = (state, Kept({output.node: value}))
+            self._rows[key] = (state, Kept({lifted.name: value}))
         return value
 
     def clear_tables(self) -> None:
@@ -174,7 +174,7 @@ class FeedProgram:
         self._check_state(self.natural)
         raw = self.natural.run(self._values(self.natural, self._probe(), lengths))
         made = {
-            out.node: _place(canonical(raw[out.node], out)[0], device)
+            out.input.name: _place(canonical(raw[out.node], out)[0], device)
             for out in self.outputs
             if out.program == "natural"
         }
@@ -189,7 +189,7 @@ class FeedProgram:
         natural = {axis: torch.arange(length) for axis, length in lengths.items()}
         outs = [out for out in self.outputs if out.program == "substituted"]
         values = self._substituted_sample(outs, lengths, natural, device)
-        return self._keep(key, {node: value[0] for node, value in values.items()})
+        return self._keep(key, {name: value[0] for name, value in values.items()})
 
     def _substituted_sample(
         self,
@@ -198,7 +198,7 @@ class FeedProgram:
         ids: Mapping[str, torch.Tensor],
         device: torch.device | None,
     ) -> dict[str, torch.Tensor]:
-        """The values of one sample, whole and in natural order, by node: ``[1, seq, *row]``."""
+        """The values of one sample, whole and in natural order, by lifted name: ``[1, seq, *row]``."""
         graph = self.substituted
         assert graph is not None
         self._check_state(graph)
@@ -206,7 +206,7 @@ class FeedProgram:
         for name, axis in graph.iotas.items():
             values[name] = ids[axis] if axis else torch.arange(lengths[outs[0].input.axis])
         raw = graph.run(values)
-        return {out.node: _place(canonical(raw[out.node], out), device) for out in outs}
+        return {out.input.name: _place(canonical(raw[out.node], out), device) for out in outs}
 
     def _substituted_rows(
         self,
@@ -234,7 +234,7 @@ class FeedProgram:
                 lifted = out.input
                 along = streams[lifted.axis]
                 own = along if count == 1 else along.samples(sample, 1)
-                taken = own.take_batched(values[out.node], lengths[lifted.axis], lifted.role)
+                taken = own.take_batched(values[lifted.name], lengths[lifted.axis], lifted.role)
                 if count == 1:
                     result[lifted.name] = taken
                     continue

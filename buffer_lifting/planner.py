@@ -27,6 +27,7 @@ from buffer_lifting.labels import (
     seq_axes,
 )
 from buffer_lifting.local_rules import local
+from buffer_lifting.local_rules.core import of_one_sample
 from buffer_lifting.ops import INDICES, is_random, is_view
 from buffer_lifting.plan import (
     AxisSize,
@@ -157,7 +158,7 @@ class Planner(Contents):
         if known is None:
             start = len(self.trail)
             try:
-                value = self._rebuild(name, labels, context)
+                value = of_one_sample(self, name, labels, self._rebuild(name, labels, context))
                 known = (value, tuple(self.trail[start:]))
             except Refuse as refusal:
                 known = refusal

@@ -64,15 +64,15 @@ axes
   input tokens: dims [batch, seq]
 
 reads
-  'table' read by aten.mul.Tensor in layers.{0-1}: code BL001, kind buffer, operand other, lifted as values, \
-stream positions, dims [0=seq:row]
+  'table' read by aten.mul.Tensor in layers.{0-1}: code BL001, kind buffer, operand either, lifted as values, \
+stream positions, dims [0=seq:row], value slice('table', dim=0, end=seq)
 
 lifted inputs
   'table' by positions, axis seq, row: name lifted_table, form values, tensor float32[batch, seq, 8]
 
 stages
-  stage 0: keyword inputs lifted_table
-  stage 1: keyword inputs lifted_table
+  stage 0: keyword inputs lifted_table, parameters 3 of embedding, layers.0
+  stage 1: keyword inputs lifted_table, parameters 2 of layers.1
 
 boundaries
   stage 0 -> 1 by aten.add.Tensor in layers.0: tensor float32[batch, seq, 8]

@@ -552,3 +552,105 @@ def test_a_decomposed_linear_without_bias_is_no_read() -> None:
     ep = export(Model(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes).run_decompositions()
     assert {item.code for item in bl.check(ep)} == {"BL003"}
     assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=2)).passed
+
+
+class Alibi(Attends):
+    """Attention whose scores get a slope for each head times the distance; ``spread`` gives ``[B, 2, 1, 1]``."""
+
+    def __init__(self, spread: Callable[[Tensor, int], Tensor], learned: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.spread = spread
+        slopes = torch.tensor([0.5, 0.25])
+        if learned:
+            self.slopes: Tensor = nn.Parameter(slopes)
+        else:
+            self.register_buffer("slopes", slopes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, p = self.e(ids), torch.arange(ids.shape[1])
+        q, k, v = (own(x).unflatten(2, (2, 4)).transpose(1, 2) for own in (self.q, self.k, self.v))
+        bias = self.spread(self.slopes, ids.shape[0]) * (p[None] - p[:, None])
+        out = (q @ k.mT + bias).softmax(-1) @ v
+        return self.h(out.transpose(1, 2).flatten(2))
+
+
+SPREADS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "expand": lambda s, b: s.view(1, 2, 1, 1).expand(b, 2, 1, 1),
+    "broadcast": lambda s, b: s.view(1, 2, 1, 1).broadcast_to(b, 2, 1, 1),
+    "repeat": lambda s, b: s.view(1, 2, 1, 1).repeat(b, 1, 1, 1),
+    "ones": lambda s, b: torch.ones(b, 1, 1, 1) * s.view(1, 2, 1, 1),
+    "element": lambda s, b: s[:1].repeat(b)[:, None, None, None],
+    "picked": lambda s, b: s[torch.zeros(b, dtype=torch.long)][:, None, None, None],
+}
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("name", SPREADS)
+def test_constants_spread_over_the_batch_meet_positions(name: str, learned: bool) -> None:
+    """A rebuilt value has its samples in a dim of its own: what is repeated for the batch already has one of them."""
+    ep = export(
+        Alibi(SPREADS[name], learned),
+        (torch.randint(1, VOCAB, (3, LENGTH)),),
+        dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},),
+    )
+    lifted = bl.lift(ep)
+    for size in (1, 2):
+        assert bl.verify(ep, bl.context_parallel(lifted, size=size)).passed
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_constants_of_heads_folded_with_the_batch_are_refused(dynamic: bool) -> None:
+    class Folded(Attends):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("slopes", torch.tensor([0.5, 0.25]))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x, p = self.e(ids), torch.arange(ids.shape[1])
+            q = x.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)
+            bias = self.slopes.repeat(ids.shape[0])[:, None, None] * (p[None] - p[:, None])
+            out = (q @ q.mT + bias).softmax(-1) @ q
+            return self.h(out.unflatten(0, (ids.shape[0], 2)).transpose(1, 2).flatten(2))
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) if dynamic else None
+    ep = export(Folded(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes)
+    with pytest.raises(bl.UnsupportedReadError, match=r"'slopes'.*folded with other dims"):
+        bl.lift(ep)
+
+
+def test_a_floating_mask_of_the_user_has_rows_and_keys() -> None:
+    """``[batch, seq, seq]``: of dynamic sizes the last dim is the sequence again, and no number of features."""
+
+    class Masked(Attends):
+        def forward(self, ids: Tensor, bias: Tensor) -> Tensor:
+            x = self.e(ids)[:, None]
+            return self.h(F.scaled_dot_product_attention(x, x, x, attn_mask=bias[:, None])[:, 0])
+
+    args = torch.randint(1, VOCAB, (3, LENGTH)), torch.randn(3, LENGTH, LENGTH)
+    ep = export(Masked(), args, dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO}))
+    _, bias = bl.scan(ep).inputs
+    assert bias.seq_dims == ((1, "seq", "row"), (2, "seq", "col"))
+    lifted = bl.context_parallel(bl.lift(ep), size=1)
+    order = torch.stack([torch.randperm(LENGTH) for _ in range(3)])
+    own = lifted.shard_inputs(order=order, ids=args[0], bias=args[1])
+    result = lifted.program.module()(own["ids"], own["bias"], **lifted.feed(3, LENGTH, order=order))
+    expected = ep.module()(*args).gather(1, order[..., None].expand(-1, -1, VOCAB))
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_value_that_is_read_along_each_of_its_dims(dynamic: bool) -> None:
+    """One node is cut along its rows and along its columns: each has a table of its own."""
+
+    class Product(Attends):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.e(ids)[:, None]
+            t = torch.ones(ids.shape[1], ids.shape[1]).tril()
+            return self.h(F.scaled_dot_product_attention(x, x, x, attn_mask=(t @ t) > 0)[:, 0])
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) if dynamic else None
+    ep = export(Product(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes)
+    (read,) = bl.scan(ep).reads
+    assert read.op == "aten.scaled_dot_product_attention.default" and read.refusal is None
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=1)).passed

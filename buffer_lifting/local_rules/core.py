@@ -111,6 +111,26 @@ def unchanged(node: Node, *values: Value) -> Value | None:
     return Value(Existing(node.name), False, len(node.tensor.shape))
 
 
+def of_one_sample(planner: Planner, name: str, labels: Labels, value: Value) -> Value:
+    """A value that stays as it is, with one sample of its batch: a rebuilt value has its samples in the lane.
+
+    Raises:
+        Refuse: its samples differ, or cannot be told from what they are folded with.
+    """
+    meta = planner.record.nodes[name].tensor
+    if value.changed or meta is None or planner.deps[name] & (Dep.USER | Dep.DATA) or len(labels) != len(meta.shape):
+        return value
+    plan = value.plan
+    for dim, (label, size) in enumerate(zip(labels, meta.shape, strict=True)):
+        if size == 1 or not any(factor.axis == BATCH for factor in label):
+            continue
+        if planner.variation.of(name)[dim]:
+            why = "it has a row for each sample, or a batch that is folded with other dims: which row is a sample's "
+            raise Refuse(why + "is not known", name, hint="let it broadcast over the batch")
+        plan = Call("aten.slice.Tensor", (plan, dim, 0, 1), name)
+    return replace(value, plan=plan)
+
+
 def spread(value: Value, lane: Plan, anchor: str) -> Plan:
     """A value that is the same for all samples, repeated for each."""
     lifted = Call("aten.unsqueeze.default", (value.plan, 0), anchor)

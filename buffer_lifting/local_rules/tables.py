@@ -65,16 +65,18 @@ def _index(planner: Planner, node: Node, labels: Labels, context: Context) -> Va
     if same:
         return same
     plans = tuple(widened(value, rank, node.name) for value in values)
+    lane = any(value.lane for value in values)
     order = [*dims, *(d for d in range(len(shape)) if d not in dims)]
     table: Plan = Existing(source.name)
     if dims[0]:
         table = Call("aten.permute.default", (table, tuple(order)), node.name)
     result: Plan = Call("aten.index.Tensor", (table, plans), node.name)
     if dims[0]:  # [lane, *middle, *before, *after] -> [lane, *before, *middle, *after]
-        first = [1 + rank + d for d in range(dims[0])]
-        last = [1 + rank + d for d in range(dims[0], len(rest) - len(dims))]
-        result = Call("aten.permute.default", (result, (0, *first, *range(1, 1 + rank), *last)), node.name)
-    return Value(result, True, len(labels))
+        first = [lane + rank + d for d in range(dims[0])]
+        last = [lane + rank + d for d in range(dims[0], len(rest) - len(dims))]
+        order = [*range(lane), *first, *range(lane, lane + rank), *last]
+        result = Call("aten.permute.default", (result, tuple(order)), node.name)
+    return Value(result, lane, len(labels))
 
 
 @local_rule("index_select")
@@ -190,7 +192,7 @@ def _triangle(planner: Planner, node: Node, labels: Labels, context: Context) ->
     diagonal = node.args.get("diagonal", 0)
     row, col = labels[-2], labels[-1]
     roles = {(dim[0].axis, dim[0].role) for dim in (row, col) if len(dim) == 1}  # the keys may come first
-    if roles != {(row[0].axis, ROW), (row[0].axis, COL)} or not isinstance(diagonal, int):
+    if not row or roles != {(row[0].axis, ROW), (row[0].axis, COL)} or not isinstance(diagonal, int):
         raise Refuse("a triangle whose rows and columns are not queries and keys", node.name)
     value = planner.rebuild(source.name, labels, context)
     rows = Call("aten.unsqueeze.default", (planner.iota(row[0], context), 2), node.name)
