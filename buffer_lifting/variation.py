@@ -77,6 +77,8 @@ class Variation:
             return self._broadcast(node, shape)
         if op == "aten.embedding":
             return (*self._operand(node, "indices"), not self._uniform(node.args.get("weight")))
+        if op == "aten.cat":
+            return self._joined(node, shape)
         source = node.args.get("self")
         if self.looks_up_equals(node):
             return (False,) * len(shape)
@@ -109,6 +111,13 @@ class Variation:
         if op in ("aten.view", "aten.reshape", "aten.flatten", "aten.unflatten") and not any(own):
             return (False,) * len(shape)
         return _long(shape)
+
+    def _joined(self, node: Node, shape: tuple[Size, ...]) -> Varies:
+        dim = node.args.get("dim", 0)
+        parts = [self.of(name) for name in node.refs()]
+        if not isinstance(dim, int) or any(len(own) != len(shape) for own in parts):
+            return _long(shape)
+        return tuple(d == dim % len(shape) or any(own[d] for own in parts) for d in range(len(shape)))
 
     def _broadcast(self, node: Node, shape: tuple[Size, ...]) -> Varies:
         flags = [False] * len(shape)

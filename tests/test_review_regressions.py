@@ -654,3 +654,41 @@ def test_a_value_that_is_read_along_each_of_its_dims(dynamic: bool) -> None:
     (read,) = bl.scan(ep).reads
     assert read.op == "aten.scaled_dot_product_attention.default" and read.refusal is None
     assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=1)).passed
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_buckets_of_distances(dynamic: bool) -> None:
+    class Buckets(Attends):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Embedding(5, 1)
+            self.register_buffer("borders", torch.tensor([-4, -1, 1, 4]))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x, p = self.e(ids)[:, None], torch.arange(ids.shape[1])
+            bias = self.bias(torch.bucketize(p[None] - p[:, None], self.borders))[..., 0]
+            return self.h(((x @ x.mT + bias).softmax(-1) @ x)[:, 0])
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) if dynamic else None
+    ep = export(Buckets(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes)
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=1)).passed
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_joined_rows_of_equal_places_are_no_read(dynamic: bool) -> None:
+    """LayoutLMv3 without boxes: learned tables looked up at zeros, and joined."""
+
+    class Boxes(Attends):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.top = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            box = torch.zeros(*ids.shape, 2, dtype=torch.long)
+            place = torch.cat([self.left(box[:, :, 0]), self.top(box[:, :, 1])], -1)
+            return self.h(self.e(ids) + place)
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) if dynamic else None
+    ep = export(Boxes(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes)
+    assert bl.check(ep) == ()
+    assert bl.verify(ep, bl.context_parallel(bl.lift(ep), size=1)).passed

@@ -202,3 +202,14 @@ def _part_replaced(planner: Planner, node: Node, labels: Labels, context: Contex
     if any(isinstance(arg, Ref) for arg in args):
         raise Refuse("a part with computed bounds replaced", node.name)
     return Value(Call(f"{node.base_op}.default", args, node.name), True, len(labels))
+
+
+@local_rule("bucketize")
+def _bucketize(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
+    """The bucket of each element, between borders that are the same everywhere."""
+    borders = node.args.get("boundaries")
+    if not isinstance(borders, Ref) or not planner.is_table(borders.name):
+        raise Refuse("buckets whose borders are no table", node.name)
+    source, _ = operand_of(planner, node)
+    value = planner.rebuild(source.name, labels, context)
+    return unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))
