@@ -260,6 +260,9 @@ class Planner(Contents):
         if wanted != has:
             if _axes(wanted) == _axes(has) and len([r for _, r in wanted if r]) == 1:
                 return self.cut(node, labels, context, hoisted=True)
+            if any(role for _, role in has) and not any(role for _, role in wanted):
+                why = f"input {node.fqn!r} runs along the sequence, and what is made of it here does not"
+                raise Refuse(why, node.name, hint="pass axes= if it does not run along it; index it by token otherwise")
             hint = "pass axes= for it"
             if any(has_batch(dim) and has_seq(dim) for dim in labels):
                 hint = "give it as [batch, seq], and fold its dims in the model"

@@ -244,14 +244,10 @@ def with_feed(
     """The lifted program with a faulty feed."""
     base = lifted.feed_program
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.init}
-    feed = MutantFeed(**{**values, **fields})
-    if change:
-        feed.change = change
-    if after:
-        feed.after = after
-    if exchange:
-        feed.exchange = exchange
-    return dataclasses.replace(lifted, feed_program=feed)
+    faults = {"change": change, "after": after, "exchange": exchange}
+    # of the class, not of the object: dataclasses.replace() makes a new object
+    faulty = type("FaultyFeed", (MutantFeed,), {name: staticmethod(fault) for name, fault in faults.items() if fault})
+    return dataclasses.replace(lifted, feed_program=faulty(**{**values, **fields}))
 
 
 def order_fault(make: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Streams], Streams]:

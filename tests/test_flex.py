@@ -510,7 +510,7 @@ def _folded(n: Net, q: Tensor, k: Tensor, v: Tensor, t: Tensor, x: Any) -> Tenso
         (_folded, "", "static", "BL105 .*its batch or its heads run along the sequence"),
         (_previous, "docs", "static", "BL105 .*'extra', which runs along the sequence, at another index"),
         (_whole, "docs", "static", "BL105 .*'extra', which runs along the sequence, whole"),
-        (_padded, "docs", "static", "BL105 .*how its operand lines up with the sequence is not known"),
+        (_padded, "docs", "static", "BL105 .*'extra' runs along the sequence, and what is made of it here does not"),
         (_summed, "docs", "static", "BL105 .*mixes the sequence"),
         (_sample, "", "static", "BL105 .*the sample's index enters it"),
         (_table_of_samples, "", "static", "BL105 .*'docs' varies along the batch"),

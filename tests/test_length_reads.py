@@ -76,6 +76,8 @@ LIFTED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "trace": lambda x, c, p: x + torch.trace(torch.eye(x.shape[1])),
     "number of elements": lambda x, c, p: x + c.numel(),
     "smoothed table": lambda x, c, p: x + (-distance(x).abs()).softmax(-1) @ c,
+    "smoothed parameter": lambda x, c, p: x + (-distance(x).abs()).softmax(-1) @ p,
+    "parameter summed by einsum": lambda x, c, p: x + torch.einsum("st,td->sd", distance(x), p),
 }
 #: What is no read: parts that every shard has.
 PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -92,8 +94,6 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
     "middle row": (lambda x, c, p: x + c.median(0).values, "a result of aten.median.dim is not known to be local"),
     "largest index": (lambda x, c, p: x + index(x).topk(1).values, "a result of aten.topk.default"),
     "spread": (lambda x, c, p: x + c.std(0), "aten.std.dim is not known to be local"),
-    "smoothed parameter": (lambda x, c, p: x + (-distance(x).abs()).softmax(-1) @ p, "a sum over the sequence"),
-    "einsum": (lambda x, c, p: x + torch.einsum("st,td->sd", distance(x), p), "a sum over the sequence"),
 }
 
 

@@ -183,10 +183,18 @@ def _first_rows(n: Net, i: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
-@pytest.mark.parametrize("body", [_neighbours, _first_token, _first_rows])
+@pytest.mark.parametrize("body", [_neighbours, _first_token])
 def test_writes_to_a_part_of_the_sequence_stay_refused(body: Body, dynamic: bool) -> None:
     with pytest.raises(bl.UnsupportedReadError, match=r"test_writes.py:\d+\] ->"):
         bl.lift(program(body, dynamic))
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+def test_rows_of_a_parameter_written_to_a_part_stay_whole(dynamic: bool) -> None:
+    exported = program(_first_rows, dynamic)
+    lifted = bl.lift(exported)
+    assert [(read.source, read.form) for read in lifted.report.reads] == [("p", "natural")]
+    assert bl.verify(exported, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
 
 
 UNIFORM: dict[str, Body] = {

@@ -227,7 +227,7 @@ def pointwise(view: OpView) -> AxisResult:
         for path in paths:  # data keeps its own roles: that they are exchanged is what is reported
             operands[path] = Alignment(view.labels(path) or (), operands[path].batch_from_right)
         return AxisResult((swapped,) * len(view.shapes_out()), operands, TRANSPOSED, True)
-    if indices:
+    if indices or len(paths) != len(tensors):
         out = _born(view, out)
     operands = {}
     aligned: tuple[tuple[Size, ...], Alignment] | None = None
@@ -307,9 +307,17 @@ def by_keys(labels: Labels, scores: Labels) -> Labels | None:
     return (*labels[: seq[0]], scores[keys], *labels[seq[0] + 1 :])
 
 
+def _brought(view: OpView, path: str) -> Labels | None:
+    return view.positional(path) or (None if view.is_data(path) else view.labels(path))
+
+
 def _born(view: OpView, out: Labels) -> Labels:
-    """An axis that only an index brings: ``arange(S) < lengths[:, None]``, a user's mask where a bias is read."""
-    indices = [(path, labels) for path, _ in view.tensors() if (labels := view.positional(path))]
+    """An axis that data does not bring: ``arange(S) < lengths[:, None]``, a user's mask where a bias is read.
+
+    An index brings it, or the user's contents where they meet data: a mask of queries and keys, with data of the keys.
+    """
+    pairs = [(path, _brought(view, path)) for path, _ in view.tensors()]
+    indices = [(path, labels) for path, labels in pairs if labels]
     if not indices:
         return out
     present = {(f.axis, f.role) for dim in out for f in dim}
