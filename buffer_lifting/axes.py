@@ -168,10 +168,14 @@ def _features(record: GraphRecord) -> frozenset[Size]:
     return frozenset(meta.shape[-1] for meta in parameters if meta is not None and meta.shape)
 
 
+def _is_mask(node: Node) -> bool:
+    return "mask" in node.fqn or "bias" in node.fqn
+
+
 def _may_be_features(node: Node, dims: list[int], result: InputLabels) -> bool:
     """Whether the one dim of a floating input that has the length of a static sequence may as well hold features."""
     meta = node.tensor
-    if meta is None or not meta.is_floating or len(dims) != 1 or "mask" in node.fqn or "bias" in node.fqn:
+    if meta is None or not meta.is_floating or len(dims) != 1 or _is_mask(node):
         return False
     size = meta.shape[dims[0]]
     return isinstance(size, int) and dims[0] == len(meta.shape) - 1 and size in result.features
@@ -357,8 +361,11 @@ def _inferred(node: Node, result: InputLabels) -> Labels:
     if _may_be_features(node, candidates, result):
         what = f"a last dim of {shape[candidates[0]]}, which is the length of the sequence and a number of features"
         _clash(node, what, result)
-    # of a static size the last dim may be features; a dynamic one is the sequence again
-    floating_features = node.tensor.is_floating and len(shape) == 3 and len(candidates) > 1 and type(shape[-1]) is int
+    # a last dim of a static size may be features; of a dynamic one, or named so, it is the sequence again
+    twice = node.tensor.is_floating and len(shape) == 3 and len(candidates) > 1 and type(shape[-1]) is int
+    floating_features = twice and shape[-1] in result.features and not _is_mask(node)
+    if floating_features:
+        _clash(node, f"a last dim of {shape[-1]}, which is the length of the sequence and a number of features", result)
     for index, dim in enumerate(candidates[-2:] if not floating_features else candidates[:1]):
         if len(axes_of[dim]) > 1:
             _clash(node, f"a dim of size {shape[dim]}, which is {_both(axes_of[dim])}", result)

@@ -119,6 +119,7 @@ def _key_operands(node: Node, labels: dict[str, tuple[Labels, ...] | None]) -> l
     if node.base_op == ATTENTION:
         want("key", of("key"), -2)
         want("value", of("value"), -2)
+        want("attn_mask", of("attn_mask") or None, -1)  # data of the keys, [batch, heads, 1, rows]
     elif node.base_op in MATRIX_OPERANDS:
         left_path, right_path = MATRIX_OPERANDS[node.base_op]
         left, right = of(left_path), of(right_path)
@@ -235,6 +236,9 @@ def _not_exchangeable(record: GraphRecord, plan: LiftPlan, node: Node, size: int
         heads = value.shape[1]
         if not isinstance(heads, int) or heads % size:
             return [_line(node, f"{heads} heads of its {path} do not divide by {size} ranks", other)]
+    known = plan.data_labels.get(refs.get("attn_mask", ""))
+    if known and known[0] and any(f.role == ROW for f in known[0][-1]):
+        return [_line(node, "its mask is data of the keys", other)]
     return []
 
 

@@ -60,7 +60,7 @@ _pattern(
 )
 _pattern("index", "rows of a table read by an index", f"integer indices of dims side by side, {_TABLE}")
 _pattern("index_select gather", "rows of a table read by an index", f"an index that follows the sequence, {_TABLE}")
-_pattern("bucketize", "buckets of distances", "borders made of state alone")
+_pattern("bucketize searchsorted", "buckets of distances", "borders in one dim, made of state alone")
 _pattern("cat concat concatenate stack", "values joined along features", "a dim that is not the sequence or batch")
 _pattern("tril triu", "a triangle of queries and keys", "sequence dims (row, col) at the end, a constant diagonal")
 _pattern("eye diag diag_embed", "a diagonal of queries and keys", "two sequence dims (row, col), the main diagonal")

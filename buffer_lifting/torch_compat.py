@@ -84,6 +84,10 @@ def _convert(expr: sympy.Expr, ranges: sizes.Ranges) -> sizes.Size:
         if type(expr).__name__ == "Min":
             chosen = right if chosen == left else left
         return chosen
+    if type(expr).__name__ in sizes.QUOTIENTS and len(expr.args) == 2:
+        exact = sizes.divide(*(_convert(cast(sympy.Expr, arg), ranges) for arg in expr.args))
+        if exact is not None:
+            return exact
     result: sizes.Size
     if expr.is_Integer:
         return int(expr)

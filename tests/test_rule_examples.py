@@ -130,6 +130,7 @@ def test_examples(code: str) -> None:
 
 
 def test_flex_attention() -> None:
+    torch.compiler.reset()  # what other tests have compiled: the reason of a recompilation may be an error of torch's
     causal = run(RULES["BL007"].bad)["causal"]
 
     class Flex(nn.Module):

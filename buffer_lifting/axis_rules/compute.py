@@ -177,6 +177,18 @@ def _embedding(view: OpView) -> AxisResult:
     return AxisResult((out,), operands, BY_FREQUENCY if counted else "", hint=NO_FREQUENCY if counted else "")
 
 
+@rule("bucketize", "searchsorted")
+def _bucket(view: OpView) -> AxisResult:
+    labels = view.labels("self")
+    borders = "boundaries" if view.node.ref("boundaries") else "sorted_sequence"
+    shape = view.shape(borders)
+    if labels is None or shape is None or len(shape) != 1 or view.node.ref("sorter"):
+        return AxisResult(None)
+    if any(is_labelled(dim) for dim in view.labels(borders) or ()):
+        return AxisResult(None, mixing="buckets between elements of the sequence")
+    return AxisResult((labels,), {"self": as_it_is(labels), borders: Alignment(features(shape), None)})
+
+
 @rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
 def _norm(view: OpView) -> AxisResult:
     labels = view.labels("input")

@@ -217,6 +217,8 @@ def pointwise(view: OpView) -> AxisResult:
     if indices:
         known = _read_by_keys(view, known)
     out = broadcast(known, shape)
+    if out is None and not any([view.is_data(path) for path in paths]):
+        out = _outer(known, shape)
     if out is None:
         if not known or any({f.role for dim in own for f in dim if f.is_seq} != {ROW, COL} for own in known):
             return AxisResult(None, mixing="elements at different sequence positions meet")
@@ -239,6 +241,24 @@ def pointwise(view: OpView) -> AxisResult:
         operands[path] = Alignment(view.labels(path) or (), operands[path].batch_from_right)
     mixing = OF_KEYS if any(bent.values()) else ""
     return AxisResult((out,) * len(view.shapes_out()), operands, mixing, bool(mixing))
+
+
+def _outer(known: list[Labels], shape: tuple[Size, ...]) -> Labels | None:
+    """Labels of ``p[:, :, None] - p[:, None, :]`` of the user's: the first of the two dims is that of the queries."""
+    places: dict[DimLabel, set[int]] = {}
+    for labels in known:
+        for dim, own in enumerate(labels, len(shape) - len(labels)):
+            if has_seq(own):
+                places.setdefault(own, set()).add(dim)
+    by_place = dict[int, DimLabel]()
+    for own, dims in places.items():
+        if len(dims) == 2 and with_role(own, COL) not in places:
+            by_place[max(dims)] = with_role(own, COL)
+    result = []
+    for labels in known:
+        first = len(shape) - len(labels)
+        result.append(tuple(by_place.get(dim, own) if has_seq(own) else own for dim, own in enumerate(labels, first)))
+    return broadcast(result, shape) if by_place else None
 
 
 def _spread_data(view: OpView, paths: list[str]) -> tuple[list[Labels], dict[str, bool]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from buffer_lifting.graph.sizes import Expr, Ranges, Size, add, larger, multiply, symbol
+from buffer_lifting.graph.sizes import QUOTIENTS, Expr, Ranges, Size, add, divide, larger, multiply, symbol
 
 MAX_TEXT = 4096
 MAX_DEPTH = 32
@@ -211,6 +211,10 @@ def _size(tree: _Tree, ranges: Ranges | None) -> Size:
         chosen = larger(left, right, ranges)
         if chosen is not None:
             return chosen if tree.name == "Max" else right if chosen == left else left
+    if tree.name in QUOTIENTS and len(tree.items) == 2 and ranges is not None:
+        exact = divide(*(_size(item, ranges) for item in tree.items))
+        if exact is not None:
+            return exact
     if tree.name in _CONDITIONS:
         raise GrammarError(f"a size that is a condition ({tree.name})")
     return symbol(_show(tree))
@@ -254,7 +258,7 @@ def _show(tree: _Tree) -> str:
         return f"{_operand(base)}**{_operand(exponent)}"
     if tree.name in _ARITHMETIC:
         return _polynomial(_size(tree, None))
-    if tree.name in ("FloorDiv", "CleanDiv") and len(tree.items) == 2:
+    if tree.name in QUOTIENTS and len(tree.items) == 2:
         return f"({'//'.join(_operand(item) for item in tree.items)})"
     return f"{tree.name}({', '.join(_show(item) for item in tree.items)})"
 

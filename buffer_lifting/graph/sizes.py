@@ -90,6 +90,10 @@ def product(sizes: Iterable[Size]) -> Size:
     return result
 
 
+#: Integer division, as torch names it in a size.
+QUOTIENTS = frozenset({"FloorDiv", "CleanDiv"})
+
+
 def divide(size: Size, divisor: Size) -> Size | None:
     """``size / divisor`` if it is exact and the divisor is a single term, else ``None``."""
     if isinstance(size, int) and isinstance(divisor, int):

@@ -204,12 +204,15 @@ def _part_replaced(planner: Planner, node: Node, labels: Labels, context: Contex
     return Value(Call(f"{node.base_op}.default", args, node.name), True, len(labels))
 
 
-@local_rule("bucketize")
+@local_rule("bucketize", "searchsorted")
 def _bucketize(planner: Planner, node: Node, labels: Labels, context: Context) -> Value:
     """The bucket of each element, between borders that are the same everywhere."""
-    borders = node.args.get("boundaries")
-    if not isinstance(borders, Ref) or not planner.is_table(borders.name):
+    borders = node.args.get("boundaries", node.args.get("sorted_sequence"))
+    if not isinstance(borders, Ref) or not planner.is_table(borders.name) or node.ref("sorter"):
         raise Refuse("buckets whose borders are no table", node.name)
+    meta = planner.record.nodes[borders.name].tensor
+    if meta is None or len(meta.shape) != 1:
+        raise Refuse("buckets whose borders differ along a dim", node.name)
     source, _ = operand_of(planner, node)
     value = planner.rebuild(source.name, labels, context)
     return unchanged(node, value) or Value(Reapply(node.name, (("self", value.plan),)), value.lane, len(labels))

@@ -70,8 +70,11 @@ def axis_size(factor: Factor) -> AxisSize:
     return AxisSize(factor.axis, factor.role, factor.size if isinstance(factor.size, int) else None)
 
 
-def dim_size(dim: DimLabel, size: Size, node: str) -> object:
-    """The size of a rebuilt dim as an argument: the own batch is 1, sequences are read at run time."""
+def dim_size(dim: DimLabel, size: Size, node: str, inferred: bool = False) -> object:
+    """The size of a rebuilt dim as an argument: the own batch is 1, sequences are read at run time.
+
+    ``inferred``: -1 stands for a product of sizes, as in a reshape.
+    """
     result: object = 1
     constant = 1
     if not is_labelled(dim):
@@ -87,6 +90,8 @@ def dim_size(dim: DimLabel, size: Size, node: str) -> object:
                 constant *= part.fixed
             elif result == 1:
                 result = part
+            elif inferred:
+                return -1
             else:
                 raise Refuse("two sequence axes are folded into one dim", node)
         elif isinstance(factor.size, int):

@@ -80,6 +80,8 @@ def _repeat(planner: Planner, node: Node, labels: Labels, context: Context) -> V
     if not value.changed and not has_batch_or_seq(labels):
         return Value(Existing(node.name), False, len(labels))
     plan = value.plan
+    if not value.changed and any(len(dim) > 1 and dim[0].axis == BATCH for dim in labels):
+        plan = Call("aten.alias.default", (plan,), node.name)  # one sample's part: no longer the node itself
     for _ in range(missing):
         plan = Call("aten.unsqueeze.default", (plan, int(value.lane)), node.name)
     if value.lane:
@@ -132,7 +134,7 @@ def _view(planner: Planner, node: Node, labels: Labels, context: Context) -> Val
     same = unchanged(node, value)
     if same:
         return same
-    sizes = [dim_size(dim, size, node.name) for dim, size in zip(labels, node.tensor.shape, strict=True)]
+    sizes = [dim_size(dim, size, node.name, True) for dim, size in zip(labels, node.tensor.shape, strict=True)]
     if value.lane:
         lane = AxisSize(BATCH, "", planner.fixed_batch()) if -1 in sizes else -1
         sizes.insert(0, lane)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from buffer_lifting.graph.locations import innermost_location
 from buffer_lifting.labels import BATCH, COL, DimLabel, has_batch
 from buffer_lifting.passes.fakes import Fakes, operands
 from buffer_lifting.plan import AxisSize, Call, CutKey, Existing, Lifted, Plan, Reapply, Replacement
+from buffer_lifting.program import InputAxes
 from buffer_lifting.torch_compat import call_operator, replace_operands
 
 _COPIED = ("stack_trace", "nn_module_stack", "torch_fn", "custom", "source_fn_stack")
@@ -20,13 +22,19 @@ _COPIED = ("stack_trace", "nn_module_stack", "torch_fn", "custom", "source_fn_st
 class Emitter:
     """Emits into one graph. ``lifted`` maps cut keys to broadcast nodes; ``sizes`` gives a node for a run-time size."""
 
-    def __init__(self, graph: Graph, lifted: dict[CutKey, Node], sizes: AxisSizes) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        lifted: dict[CutKey, Node],
+        sizes: AxisSizes,
+        input_axes: Mapping[str, InputAxes] | None = None,
+    ) -> None:
         self.graph, self.lifted, self.sizes = graph, lifted, sizes
         self.nodes = {node.name: node for node in graph.nodes}
         self._last: dict[str, Node] = {}  # anchor -> the last node emitted behind it
         self._memo: dict[int, Node] = {}
         self._keep: list[Plan] = []  # memo keys are ids: keep the plans alive
-        self._fakes = Fakes(graph)
+        self._fakes = Fakes(graph, input_axes)
 
     def land(self, replacement: Replacement) -> Node:
         """Emits a plan and gives its lane to the consumer's batch dim; returns the node to read instead."""

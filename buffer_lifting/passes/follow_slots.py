@@ -71,7 +71,7 @@ class FollowSlots(GraphPass[AttentionState]):
             state.slots = {read.node: state.broadcast.nodes[_key(read.seq_dims[0][1], ROW)] for read in causal}
             return PassResult(state, True)
         assert state.broadcast.sizes is not None
-        emitter = Emitter(state.graph, state.broadcast.nodes, state.broadcast.sizes)
+        emitter = Emitter(state.graph, state.broadcast.nodes, state.broadcast.sizes, state.plan.input_axes)
         masks: dict[tuple[str, Labels], Plan] = {}
         landed: dict[int, Node] = {}
         made: dict[tuple[Node, torch.dtype], Node] = {}

@@ -52,7 +52,7 @@ class LiftBuffers(GraphPass[LiftState]):
             return PassResult(state, False)
         state.broadcast = broadcast_batch(graph, plan.outputs, plan.input_axes)
         assert state.broadcast.sizes is not None
-        emitter = Emitter(graph, state.broadcast.nodes, state.broadcast.sizes)
+        emitter = Emitter(graph, state.broadcast.nodes, state.broadcast.sizes, state.plan.input_axes)
         landed: dict[tuple[int, str, object], Node] = {}
         for replacement in plan.replacements:
             key = (id(replacement.plan), replacement.value, replacement.alignment)
