@@ -1,4 +1,4 @@
-"""Biases of attention: of the user's, of each key, folded with the batch, of buckets of distances; dynamic and static."""
+"""Biases of attention: of the user, of each key, folded with the batch, of buckets of distances."""
 
 from __future__ import annotations
 
