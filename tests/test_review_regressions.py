@@ -599,23 +599,38 @@ def test_constants_spread_over_the_batch_meet_positions(name: str, learned: bool
         assert bl.verify(ep, bl.context_parallel(lifted, size=size)).passed
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_constants_of_heads_folded_with_the_batch_are_refused(dynamic: bool) -> None:
-    class Folded(Attends):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("slopes", torch.tensor([0.5, 0.25]))
+class Folded(Attends):
+    def __init__(self, spread: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.spread = spread
+        self.register_buffer("slopes", torch.tensor([0.5, 0.25]))
 
-        def forward(self, ids: Tensor) -> Tensor:
-            x, p = self.e(ids), torch.arange(ids.shape[1])
-            q = x.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)
-            bias = self.slopes.repeat(ids.shape[0])[:, None, None] * (p[None] - p[:, None])
-            out = (q @ q.mT + bias).softmax(-1) @ q
-            return self.h(out.unflatten(0, (ids.shape[0], 2)).transpose(1, 2).flatten(2))
+    def forward(self, ids: Tensor) -> Tensor:
+        x, p = self.e(ids), torch.arange(ids.shape[1])
+        q = x.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)
+        bias = self.spread(self.slopes, ids.shape[0])[:, None, None] * (p[None] - p[:, None])
+        out = (q @ q.mT + bias).softmax(-1) @ q
+        return self.h(out.unflatten(0, (ids.shape[0], 2)).transpose(1, 2).flatten(2))
 
+
+def folded(spread: Callable[[Tensor, int], Tensor], dynamic: bool) -> torch.export.ExportedProgram:
     shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) if dynamic else None
-    ep = export(Folded(), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes)
-    with pytest.raises(bl.UnsupportedReadError, match=r"'slopes'.*folded with other dims"):
+    return export(Folded(spread), (torch.randint(1, VOCAB, (3, LENGTH)),), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_constants_of_heads_repeated_for_the_batch(dynamic: bool) -> None:
+    """The rows of a sample are those of the constant."""
+    ep = folded(lambda s, b: s.repeat(b), dynamic)
+    lifted = bl.lift(ep)
+    assert bl.verify(ep, bl.context_parallel(lifted, size=2 if dynamic else 1)).passed
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_constants_of_heads_folded_in_another_order_are_refused(dynamic: bool) -> None:
+    """Here a sample's rows depend on how many samples there are."""
+    ep = folded(lambda s, b: s[:, None].repeat(1, b).flatten(), dynamic)
+    with pytest.raises(bl.UnsupportedReadError, match=r"a reshape splits|folded"):
         bl.lift(ep)
 
 
