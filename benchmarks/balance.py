@@ -11,17 +11,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
 # As a script, benchmarks/ is on the path and the directory of both packages is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.balance_cost import MASKS, ORDERS, Cell, run_pairs, time_ranks
 from benchmarks.balance_plot import svg
+from benchmarks.balance_step import RANKS, Step, median_ms, time_steps
 from benchmarks.report import ReadmeError, Row, markdown, plain, read_readme, write_block
 
 ROOT = Path(__file__).resolve().parent.parent
 TOPIC = "balance"
 SEQ, SAMPLES, SIZES = 32768, 8, (2, 4, 8)
 TIMED_SEQ, TIMED_SIZE = 8192, 4
+STEP_SEQ = 4096
 
 
 def pair_rows(cells: Sequence[Cell]) -> list[Row]:
@@ -45,8 +49,24 @@ def time_rows(cells: Sequence[Cell]) -> list[Row]:
     return table
 
 
-def block(counted: Sequence[Cell], timed: Sequence[Cell], seq: int, timed_seq: int, command: str) -> str:
-    """The Markdown between the markers."""
+def step_rows(steps: Sequence[Step]) -> list[Row]:
+    """A line for each strategy."""
+    table = []
+    for step in steps:
+        middle, low, high = step.ratio()
+        row = {"strategy": step.strategy}
+        row |= {f"pairs, {order}": f"{of:.2f}" for order, of in step.pairs.items()}
+        row |= {f"{order}, ms": f"{median_ms(step, order):.0f}" for order in step.seconds}
+        table.append(row | {"contiguous ÷ head-tail": f"{middle:.2f} [{low:.2f}, {high:.2f}]"})
+    return table
+
+
+def block(
+    counted: Sequence[Cell], timed: Sequence[Cell], steps: Sequence[Step], lengths: Sequence[int], command: str
+) -> str:
+    """The Markdown between the markers; ``lengths`` are those of the three tables."""
+    seq, timed_seq, step_seq = lengths
+    rounds = len(next(iter(steps[0].seconds.values())))
     size = timed[0].size
     parts = [
         f"`{command}` wrote this block. Attended pairs of query and key, slowest rank over the mean of the ranks "
@@ -57,6 +77,11 @@ def block(counted: Sequence[Cell], timed: Sequence[Cell], seq: int, timed_seq: i
         "attention, run one after another in one process, in turn; no collective is in it. It skips the keys that no "
         "query of a block of 128 sees:",
         markdown(time_rows(timed), ()),
+        f"Training steps (forward and backward) of a model that is nearly all causal attention, S {step_seq}, one "
+        f"sample, on {RANKS} processes on gloo, a core each: medians of {rounds} steps, all four in turn; in brackets "
+        "the quartiles of the ratio. torch's ring skips what no query sees, and takes these two orders; all-gather has "
+        "a dense mask:",
+        markdown(step_rows(steps), ()),
     ]
     return "\n\n".join(parts)
 
@@ -74,18 +99,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", action="store_true", help="rewrite docs/BALANCE.md and its plot")
     options = parser.parse_args(arguments)
     seq, timed_seq, rounds = (4096, 1024, 1) if options.quick else (SEQ, TIMED_SEQ, 5)
+    step_seq, step_rounds = (256, 2) if options.quick else (STEP_SEQ, 15)
     page = ROOT / "docs" / "BALANCE.md"
     try:
         if options.docs:
             read_readme(page, TOPIC)
         counted = run_pairs(seq, SAMPLES, SIZES)
         timed = time_ranks(timed_seq, TIMED_SIZE, rounds, _say)
-        print(plain(pair_rows(counted)), plain(time_rows(timed)), sep="\n\n")
+        _say(f"balance: training steps on {RANKS} ranks")
+        steps = time_steps(step_seq, step_rounds)
+        print(plain(pair_rows(counted)), plain(time_rows(timed)), plain(step_rows(steps)), sep="\n\n")
         if options.docs:
             command = " ".join(["python benchmarks/balance.py", *arguments])
-            write_block(page, TOPIC, block(counted, timed, seq, timed_seq, command))
+            write_block(page, TOPIC, block(counted, timed, steps, (seq, timed_seq, step_seq), command))
             (ROOT / "docs" / "balance.svg").write_text(svg(counted), encoding="utf-8")
-    except (ReadmeError, OSError) as error:
+    except (ReadmeError, OSError, ProcessRaisedException, ProcessExitedException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

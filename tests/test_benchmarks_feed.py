@@ -207,7 +207,9 @@ def test_balance_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     page.write_text(f"{begin}\n{end}\n", encoding="utf-8")
     assert balance.main(["--quick", "--docs"]) == 0
     assert "per-document by rank" in capsys.readouterr().out
-    assert "| causal | 8 |" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "| causal | 8 |" in text
+    assert "| ring | 1.50 | 1.00 |" in text and "| allgather | 1.50 | 1.00 |" in text
     assert (tmp_path / "docs" / "balance.svg").read_text(encoding="utf-8").count("<rect") == 5 + 2 * 3 * 5
 
 
