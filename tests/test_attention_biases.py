@@ -111,6 +111,14 @@ DATA: dict[str, Case] = {
     "[heads, rows, keys]": (lambda n, i, x: biased(n, i, x[None]), lambda: torch.rand(HEADS, LENGTH, LENGTH)),
     "[batch, rows, keys]": (lambda n, i, x: biased(n, i, x[:, None]), lambda: torch.rand(BATCH, LENGTH, LENGTH)),
     "[batch, heads, keys]": (lambda n, i, x: biased(n, i, x[:, :, None]), lambda: torch.rand(BATCH, HEADS, LENGTH)),
+    "gates of queries times the user's of keys": (
+        lambda n, i, x: biased(n, i, (n.e(i)[..., :1] * x[:, None])[:, None]),
+        lambda: torch.rand(BATCH, LENGTH),
+    ),
+    "scale of the sample times the user's of keys": (
+        lambda n, i, x: biased(n, i, n.rel(torch.zeros_like(i[:, 0]))[:, :1, None, None] * x[:, None, None]),
+        lambda: torch.rand(BATCH, LENGTH).round().long(),
+    ),
     "gates of keys": (lambda n, i: biased(n, i, n.e(i)[..., :HEADS].transpose(1, 2)[:, :, None]), None),
 }
 

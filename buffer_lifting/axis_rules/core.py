@@ -327,6 +327,10 @@ def by_keys(labels: Labels, scores: Labels) -> Labels | None:
     return (*labels[: seq[0]], scores[keys], *labels[seq[0] + 1 :])
 
 
+def _roles(dim: DimLabel) -> set[tuple[str, str]]:
+    return {(factor.axis, factor.role) for factor in dim}
+
+
 def _brought(view: OpView, path: str) -> Labels | None:
     return view.positional(path) or (None if view.is_data(path) else view.labels(path))
 
@@ -340,15 +344,19 @@ def _born(view: OpView, out: Labels) -> Labels:
     indices = [(path, labels) for path, labels in pairs if labels]
     if not indices:
         return out
-    present = {(f.axis, f.role) for dim in out for f in dim}
+    present = set[tuple[str, str]]().union(*map(_roles, out))
     data = [shape for path, shape in view.tensors() if view.is_data(path)]
     result = list(out)
     for _, labels in indices:
         for offset, dim in enumerate(reversed(labels), 1):
-            of_data = any(offset <= len(shape) and shape[-offset] != 1 for shape in data)
-            free = not is_labelled(result[-offset]) and not present & {(f.axis, f.role) for f in dim}
-            if has_seq(dim) and free and not of_data:
+            if not has_seq(dim) or is_labelled(result[-offset]):
+                continue
+            if any(offset <= len(shape) and shape[-offset] != 1 for shape in data):
+                continue
+            dim = next((own for own in (dim, with_role(dim, COL)) if not _roles(own) & present), dim)
+            if not _roles(dim) & present:
                 result[-offset] = dim
+                present |= _roles(dim)
     return tuple(result)
 
 
