@@ -16,6 +16,9 @@ _EXPANDS = ("aten.expand", "aten.expand_as", "aten.broadcast_to")
 _PERMUTES = frozenset(f"aten.{name}" for name in ["permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes"])
 _SAME_PART = ("aten.slice", "aten.narrow", "aten.split", "aten.chunk", "aten.split_with_sizes")
 
+#: Every rank's part behind one another along the first dim: what is equal along it on each may differ between them.
+_GATHER = "_c10d_functional_autograd.all_gather_into_tensor.default"
+_OF_RANKS = (_GATHER, "_c10d_functional.wait_tensor.default")
 _LOOKUPS = ("aten.gather", "aten.index_select", "aten.index")
 
 
@@ -79,6 +82,11 @@ class Variation:
             return (*self._operand(node, "indices"), not self._uniform(node.args.get("weight")))
         if op == "aten.cat":
             return self._joined(node, shape)
+        if node.op in _OF_RANKS and (name := next(iter(node.refs()), None)):
+            own = self.of(name)
+            if len(own) != len(shape):
+                return _long(shape)
+            return (True, *own[1:]) if node.op == _GATHER and own else own
         source = node.args.get("self")
         if self.looks_up_equals(node):
             return (False,) * len(shape)

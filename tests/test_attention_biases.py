@@ -82,6 +82,13 @@ def size_of_scores(n: Any, ids: Tensor) -> Tensor:
     return joined(n, scores.masked_fill(~allowed, -1e9).softmax(-1) @ v)
 
 
+def gated_keys(n: Any, ids: Tensor) -> Tensor:
+    """Data of each key, expanded to all queries before it meets a mask (Doge)."""
+    s = ids.shape[1]
+    gates = n.e(ids)[..., :HEADS].transpose(1, 2)[:, :, None].expand(-1, -1, s, -1)
+    return biased(n, ids, gates.masked_fill(distances(s) < 0, -1e9))
+
+
 def positions() -> Tensor:
     return torch.arange(LENGTH).repeat(BATCH, 1)
 
@@ -106,7 +113,10 @@ LIFTED: dict[str, Case] = {
         None,
     ),
     "mask of the size of scores": (size_of_scores, None),
+    "mask of gates of keys": (gated_keys, None),
 }
+
+
 DATA: dict[str, Case] = {
     "[heads, rows, keys]": (lambda n, i, x: biased(n, i, x[None]), lambda: torch.rand(HEADS, LENGTH, LENGTH)),
     "[batch, rows, keys]": (lambda n, i, x: biased(n, i, x[:, None]), lambda: torch.rand(BATCH, LENGTH, LENGTH)),

@@ -296,7 +296,8 @@ def where_it_varies(view: OpView, path: str, labels: Labels) -> Labels:
         return labels
     if all([flag or not dim for flag, dim in zip(flags, labels, strict=True)]):
         return labels
-    twice = [dim for dim in labels if has_seq(dim) and labels.count(dim) > 1]
+    kinds = [tuple((f.axis, f.role) for f in dim) for dim in labels]  # gathered keys are longer than rows
+    twice = [dim for dim, kind in zip(labels, kinds, strict=True) if has_seq(dim) and kinds.count(kind) > 1]
     equal = [not flag and (not is_labelled(dim) or dim in twice) for flag, dim in zip(flags, labels, strict=True)]
     return tuple(() if same else dim for same, dim in zip(equal, labels, strict=True))
 
@@ -327,6 +328,13 @@ def by_keys(labels: Labels, scores: Labels) -> Labels | None:
     return (*labels[: seq[0]], scores[keys], *labels[seq[0] + 1 :])
 
 
+def _where_it_has(view: OpView, path: str, shape: tuple[Size, ...]) -> list[bool]:
+    """For each dim of a data operand whether it brings elements of its own, and no copies of one."""
+    labels = view.labels(path)
+    plain = where_it_varies(view, path, labels) if labels is not None else None
+    return [size != 1 and (plain is None or plain[dim] != ()) for dim, size in enumerate(shape)]
+
+
 def _roles(dim: DimLabel) -> set[tuple[str, str]]:
     return {(factor.axis, factor.role) for factor in dim}
 
@@ -345,13 +353,13 @@ def _born(view: OpView, out: Labels) -> Labels:
     if not indices:
         return out
     present = set[tuple[str, str]]().union(*map(_roles, out))
-    data = [shape for path, shape in view.tensors() if view.is_data(path)]
+    data = [_where_it_has(view, path, shape) for path, shape in view.tensors() if view.is_data(path)]
     result = list(out)
     for _, labels in indices:
         for offset, dim in enumerate(reversed(labels), 1):
             if not has_seq(dim) or is_labelled(result[-offset]):
                 continue
-            if any(offset <= len(shape) and shape[-offset] != 1 for shape in data):
+            if any(offset <= len(own) and own[-offset] for own in data):
                 continue
             dim = next((own for own in (dim, with_role(dim, COL)) if not _roles(own) & present), dim)
             if not _roles(dim) & present:
